@@ -1,0 +1,294 @@
+"""Rows and batches of few static shapes with little padding: a new shape costs a Gaudi a graph compilation.
+
+Packing puts whole samples side by side into rows of one length (one shape in all); buckets pad samples of similar
+length to one of a few. Everything here is numpy: a torch operation on the CPU in a collator would count as a graph.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow
+import torch
+from datasets import Dataset, IterableDataset
+
+IGNORED = -100  # the label that cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which samples share a row: row r holds `members[starts[r] : starts[r + 1]]`. Flat, as there may be millions."""
+
+    members: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.members[self.starts[row] : self.starts[row + 1]]
+
+
+def best_fit_decreasing(lengths: np.ndarray, row_length: int, seed: int = 0) -> Rows:
+    """Assigns each sample, longest first, to the row that it leaves the fewest free tokens in; none is split.
+
+    Samples of one length are alike, so rows with the same content are handled as one group: the work grows with the
+    number of distinct lengths, not of samples. `seed` decides which of the equally long samples goes where.
+    """
+    lengths = np.asarray(lengths)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_length:
+        raise ValueError(f"lengths must be 1 to {row_length}, got {lengths.min()} to {lengths.max()}")
+    counts = np.bincount(lengths, minlength=1)
+
+    groups: dict[int, list[tuple[int, tuple]]] = {}  # free tokens -> [(number of rows, ((length, times), ...)), ...]
+    free: list[int] = []  # the keys of groups, sorted
+
+    def add_group(space: int, number: int, content: tuple) -> None:
+        if space not in groups:
+            insort(free, space)
+        groups.setdefault(space, []).append((number, content))
+
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            tightest = bisect_left(free, length)
+            if tightest < len(free):
+                space = free[tightest]
+                number, content = groups[space].pop()
+                if not groups[space]:
+                    del groups[space], free[tightest]
+            else:
+                space, number, content = row_length, -(-left // (row_length // length)), ()
+            times = space // length  # a row that took one sample is the tightest fit for the next
+            full = min(number, left // times)
+            if full:
+                add_group(space - times * length, full, (*content, (length, times)))
+                number, left = number - full, left - full * times
+            if number and left:
+                add_group(space - left * length, 1, (*content, (length, left)))
+                number, left = number - 1, 0
+            if number:
+                add_group(space, number, content)
+
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind="stable")]
+    taken = np.cumsum(counts) - counts  # where the next unused sample of each length stands in order
+    members, sizes = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
+    for number, content in (group for space in free for group in groups[space]):
+        columns = []
+        for length, times in content:
+            columns.append(order[taken[length] : taken[length] + number * times].reshape(number, times))
+            taken[length] += number * times
+        table = np.concatenate(columns, axis=1)
+        members.append(table.ravel())
+        sizes.append(np.full(number, table.shape[1]))
+    return Rows(np.concatenate(members), np.cumsum(np.concatenate(sizes)))
+
+
+def _join(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    """One row from samples that stand end to end: positions restart and segments count up from 1 with each sample.
+
+    Each first label is ignored: no token of the sample predicts it (and the trainer counts it as if one did).
+    """
+    starts = np.cumsum(lengths) - lengths
+    labels = labels.copy()
+    labels[starts] = IGNORED
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": np.arange(len(input_ids)) - np.repeat(starts, lengths),
+        "segment_ids": np.repeat(np.arange(1, len(lengths) + 1), lengths),
+    }
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """Rows of at most `row_length` tokens over a data set with `input_ids`, `labels` and `length`.
+
+    A row is put together when it is asked for: nothing is written and nothing but the plan is kept in memory.
+    """
+
+    def __init__(self, samples: Dataset, row_length: int, seed: int = 0):
+        self.lengths = np.asarray(samples.with_format("numpy")["length"])
+        self.rows = best_fit_decreasing(self.lengths, row_length, seed)
+        self.samples = samples.select_columns(["input_ids", "labels"]).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, np.ndarray]]:
+        """Arrow gathers the samples of a whole batch at once, already end to end."""
+        members = [self.rows[row] for row in rows]
+        table: pyarrow.Table = self.samples[np.concatenate(members)]
+        input_ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
+        ends = np.cumsum([self.lengths[samples].sum() for samples in members])[:-1]
+        parts = zip(np.split(input_ids, ends), np.split(labels, ends), members, strict=True)
+        return [_join(ids, row_labels, self.lengths[samples]) for ids, row_labels, samples in parts]
+
+
+def pack_stream(stream: IterableDataset, row_length: int, window: int = 1000, seed: int = 0) -> IterableDataset:
+    """Packs each `window` consecutive samples of a stream, so that skipping rows finds the same ones again."""
+
+    def pack_window(samples: dict[str, list], indices: list[int]) -> dict[str, list]:
+        lengths = np.array([len(ids) for ids in samples["input_ids"]])
+        rows = best_fit_decreasing(lengths, row_length, seed)
+        packed = []
+        for row in np.random.default_rng([seed, indices[0]]).permutation(len(rows)):
+            columns = (np.concatenate([samples[name][i] for i in rows[row]]) for name in ("input_ids", "labels"))
+            packed.append(_join(*columns, lengths[rows[row]]))
+        return {name: [row[name] for row in packed] for name in packed[0]}
+
+    return _map_windows(stream, pack_window, window)
+
+
+def choose_buckets(lengths: np.ndarray, num_buckets: int, longest: int, multiple_of: int = 8) -> list[int]:
+    """The at most `num_buckets` lengths that cost the fewest tokens when each sample is padded to the next of them.
+
+    Exact, by dynamic programming over the histogram of lengths. They are multiples of `multiple_of`, but none exceeds
+    `longest`, the limit that the samples themselves keep.
+    """
+    lengths = np.asarray(lengths)
+    if num_buckets < 1 or not len(lengths) or not 1 <= lengths.min() <= lengths.max() <= longest:
+        raise ValueError(f"no {num_buckets} buckets up to {longest} for {len(lengths)} samples")
+    widths = np.minimum(-(-lengths // multiple_of) * multiple_of, longest)
+    widths, counts = np.unique(widths, return_counts=True)
+    shorter = np.concatenate([[0], np.cumsum(counts)])  # samples that the first i widths hold
+    cost = np.full(len(widths) + 1, np.inf)  # of the samples in the first i widths with the buckets so far
+    cost[0] = 0
+    previous = []
+    for _ in range(min(num_buckets, len(widths))):
+        # [i, j]: width i is a bucket and takes everything after the first j widths, which have theirs already
+        table = cost[:-1] + widths[:, None] * (shorter[1:, None] - shorter[:-1])
+        table[np.triu_indices(len(widths), 1)] = np.inf
+        previous.append(np.argmin(table, axis=1))
+        cost = np.concatenate([[0], np.min(table, axis=1)])
+    buckets, last = [], len(widths)
+    for choice in reversed(previous):
+        if last:
+            buckets.append(int(widths[last - 1]))
+            last = choice[last - 1]
+    return buckets[::-1]
+
+
+def _grouped_order(groups: np.ndarray, batch_size: int, rng: np.random.Generator | None) -> np.ndarray:
+    """All samples, such that each `batch_size` in a row share a group, but for a last, partial batch.
+
+    What is left of a group joins the next one, whose bucket is longer. Without `rng` nothing is shuffled.
+    """
+    order = np.arange(len(groups)) if rng is None else rng.permutation(len(groups))
+    order = order[np.argsort(groups[order], kind="stable")]
+    batches, left = [], order[:0]
+    for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        members = np.concatenate([left, members])
+        full = len(members) // batch_size * batch_size
+        batches.append(members[:full].reshape(-1, batch_size))
+        left = members[full:]
+    batches = np.concatenate(batches)
+    if rng is not None:
+        rng.shuffle(batches)
+    return np.concatenate([batches.ravel(), left])
+
+
+class GroupedSampler(torch.utils.data.Sampler):
+    """Every sample once an epoch, in an order that seed and epoch fix, in batches from one group.
+
+    `groups` numbers each sample's bucket from short to long (all zeros for packed rows); `batch_size` counts the
+    samples of all ranks in a step, so that every rank computes the same shape. The partial batch comes last.
+    """
+
+    def __init__(self, groups: np.ndarray, batch_size: int, seed: int = 0, shuffle: bool = True):
+        self.groups, self.batch_size, self.seed, self.shuffle = np.asarray(groups), batch_size, seed, shuffle
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
+        return iter(_grouped_order(self.groups, self.batch_size, rng).tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Never backwards: on a resume accelerate 1.10.1 (`skip_first_batches`) starts a copied loader at epoch 0."""
+        self.epoch = max(self.epoch, epoch)
+
+
+def group_stream(
+    stream: IterableDataset, buckets: Sequence[int], batch_size: int, window: int = 1000, seed: int = 0
+) -> IterableDataset:
+    """Reorders each `window` consecutive samples (rounded up to whole batches) so that a batch is of one bucket."""
+
+    def group_window(samples: dict[str, list], indices: list[int]) -> dict[str, list]:
+        lengths = [len(ids) for ids in samples["input_ids"]]
+        rng = np.random.default_rng([seed, indices[0]])
+        order = _grouped_order(np.searchsorted(buckets, lengths), batch_size, rng)
+        return {name: [column[i] for i in order] for name, column in samples.items()}
+
+    return _map_windows(stream, group_window, -(-window // batch_size) * batch_size)
+
+
+def _map_windows(stream: IterableDataset, function: Callable, window: int) -> IterableDataset:
+    columns = ["input_ids", "labels"]
+    options = {"batched": True, "batch_size": window, "with_indices": True, "remove_columns": columns}
+    return stream.select_columns(columns).map(function, **options)
+
+
+def batches_per_bucket(lengths: np.ndarray, buckets: Sequence[int], batch_size: int) -> dict[int, int]:
+    """How many batches an epoch of `GroupedSampler` computes at each length: its shapes, and what they cost."""
+    groups = np.searchsorted(buckets, lengths)
+    order = _grouped_order(groups, batch_size, None)
+    longest = np.maximum.reduceat(groups[order], np.arange(0, len(order), batch_size))
+    return {buckets[group]: number for group, number in zip(*np.unique(longest, return_counts=True), strict=True)}
+
+
+def _stack(rows: Sequence[Sequence[int]], batch_size: int, width: int, padding: int) -> torch.Tensor:
+    """`[batch_size, width]`, each row at the left; missing rows and what follows a row are padding."""
+    stacked = np.full((batch_size, width), padding, np.int64)
+    for line, row in zip(stacked, rows, strict=False):
+        line[: len(row)] = row
+    return torch.from_numpy(stacked)
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Packed rows to a batch of one shape; a partial batch is filled up with rows that are all padding (segment 0).
+
+    `paddings` names the columns and what pads each of them.
+    """
+
+    batch_size: int
+    row_length: int
+    paddings: dict[str, int]
+
+    @classmethod
+    def for_sft(cls, batch_size: int, row_length: int, pad_token_id: int) -> "PackedCollator":
+        paddings = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0, "segment_ids": 0}
+        return cls(batch_size, row_length, paddings)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        return {
+            name: _stack([row[name] for row in rows], self.batch_size, self.row_length, padding)
+            for name, padding in self.paddings.items()
+        }
+
+
+@dataclass(frozen=True)
+class BucketCollator:
+    """Samples to a batch padded to the next bucket; a partial batch is filled up with rows that are all padding."""
+
+    batch_size: int
+    buckets: Sequence[int]
+    pad_token_id: int
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        input_ids = [sample["input_ids"] for sample in samples]
+        labels = [[IGNORED, *sample["labels"][1:]] for sample in samples]  # no token predicts the first
+        longest = max(len(ids) for ids in input_ids)
+        width = self.buckets[np.searchsorted(self.buckets, longest)]
+        return {
+            "input_ids": _stack(input_ids, self.batch_size, width, self.pad_token_id),
+            "attention_mask": _stack([[1] * len(ids) for ids in input_ids], self.batch_size, width, 0),
+            "labels": _stack(labels, self.batch_size, width, IGNORED),
+        }

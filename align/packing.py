@@ -196,7 +196,8 @@ class GroupedSampler(torch.utils.data.Sampler):
     """Every sample once an epoch, in an order that seed and epoch fix, in batches from one group.
 
     `groups` numbers each sample's bucket from short to long (all zeros for packed rows); `batch_size` counts the
-    samples of all ranks in a step, so that every rank computes the same shape. The partial batch comes last.
+    samples of all ranks in a step, so that every rank computes the same shape (but where what is left of one bucket
+    joins the next). The partial batch comes last.
     """
 
     def __init__(self, groups: np.ndarray, batch_size: int, seed: int = 0, shuffle: bool = True):

@@ -1,0 +1,201 @@
+"""Masks that keep samples in one row apart, in the form each model family takes, and a probe that shows they hold.
+
+optimum-habana's models differ in what they make of a 4-D mask, and some go wrong without an error: Mixtral's default
+attention is not even causal when nothing is padded. So the table below says what was found to be exact, and the probe
+tests the loaded model, whatever it is, before it is trained.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model type wants its mask; without more it is 1 where a token attends, else 0, in the model's dtype."""
+
+    additive: bool = False  # 0 where a token attends, the dtype's lowest number elsewhere
+    by_layer_type: bool = False  # {"full_attention": mask, "sliding_attention": mask}
+    flattened: bool = False  # the model reshapes the mask to [batch, 1, 1, T * T]: undone on the way to the attention
+    window_margin: int | None = None  # tokens seen beyond config.sliding_window, itself included; None: no window
+    attn_implementation: str | None = None  # the one that is right, where the default is not
+
+
+# Tried with optimum-habana 1.21.2 (tests/test_attention.py). With a 4-D mask none of them applies its window any more,
+# and optimum-habana's own masks reach one token further back than transformers'.
+FAMILIES = {
+    "gemma2": Family(additive=True, by_layer_type=True, window_margin=1),
+    "gpt2": Family(flattened=True),
+    "llama": Family(),
+    "mistral": Family(window_margin=1),
+    "mixtral": Family(window_margin=1, attn_implementation="eager"),
+    "phi3": Family(additive=True, window_margin=0),  # transformers' own code
+    "qwen2": Family(),
+    "qwen3": Family(),
+}
+
+
+def choose_attn_implementation(config: PretrainedConfig) -> str | None:
+    """The `attn_implementation` to load this model with; None leaves it to transformers."""
+    family = FAMILIES.get(config.model_type)
+    return family and family.attn_implementation
+
+
+def find_visible(segment_ids: torch.Tensor, branch_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Who sees whom, `[batch, T, T]` (query, key), from ids `[batch, T]`: earlier tokens of one's own segment.
+
+    A segment may branch: its tokens of branch 0 (a shared prompt) are seen by all that follow, those of other branches
+    (two answers to it) by their own branch alone. Padding is a segment too, so that no token is left without a key.
+    """
+    columns = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (columns[:, None] >= columns)
+    if branch_ids is None:
+        return visible
+    return visible & ((branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :]))
+
+
+class SegmentMask:
+    """Builds the `attention_mask` of packed rows for one model, on the device: static shapes, nothing read back."""
+
+    def __init__(self, model: PreTrainedModel):
+        """`model` may be wrapped by PEFT. GPT-2's attention gets a hook."""
+        self.dtype = model.dtype
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        tried = FAMILIES.get(model.config.model_type)
+        # A family nobody tried: optimum-habana's classes share one form, transformers' another.
+        self.family = tried or Family(additive=not type(model).__module__.startswith("optimum.habana"))
+        window = getattr(model.config, "sliding_window", None)
+        self.longest_row = window if tried is None else None  # its window is unknown: rows must not reach it
+        margin = self.family.window_margin
+        self.window = window + margin if window is not None and margin is not None else None
+        if self.family.flattened:
+            for module in model.modules():
+                if type(module).__name__.endswith("GPT2Attention"):
+                    module.register_forward_pre_hook(_unflatten_mask, with_kwargs=True)
+
+    def __call__(
+        self, segment_ids: torch.Tensor, position_ids: torch.Tensor, branch_ids: torch.Tensor | None = None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """From ids `[batch, T]` the mask `[batch, 1, T, T]`. A window counts positions, as answers may share a row."""
+        visible = find_visible(segment_ids, branch_ids)
+        near = visible
+        if self.window is not None:
+            near = visible & (position_ids[:, :, None] - position_ids[:, None, :] < self.window)
+        if self.family.by_layer_type:
+            return {"full_attention": self._form(visible), "sliding_attention": self._form(near)}
+        return self._form(near)
+
+    def _form(self, visible: torch.Tensor) -> torch.Tensor:
+        mask = visible[:, None].to(self.dtype)
+        return (1 - mask) * torch.finfo(self.dtype).min if self.family.additive else mask
+
+
+def _unflatten_mask(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Undoes modeling_gpt2.py:312 of optimum-habana 1.21.2, which takes every mask for a 2-D one."""
+    mask, length = kwargs.get("attention_mask"), args[0].shape[1]
+    if mask is not None and length > 1 and mask.shape[1:] == (1, 1, length * length):
+        kwargs["attention_mask"] = mask.view(-1, 1, length, length)
+    return args, kwargs
+
+
+# How much of a token's logits rounding may change, by dtype. A mask that leaks changes more than half of them.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Differences are relative: the largest norm of a token's change in logits by the norm of its logits."""
+
+    earlier_moved: float  # by later tokens that changed, samples alone
+    packed_differs: float  # from the samples alone, or when the other sample in the row changes
+    causal: bool
+    packable: bool
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, segment_mask: SegmentMask, row_length: int, **model_inputs) -> ProbeResult:
+    """Shows on the loaded model, on its device, that no token sees a later one and no packed sample another.
+
+    Two forward passes over a few dozen tokens in all. `model_inputs` are the further inputs that training passes.
+    Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists; parameters are gathered layer by layer.
+    """
+    length, half = 8, 4
+    tokens = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, (3, length))
+    first, second, changed = tokens
+    changed[:half] = first[:half]
+    alone = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+    packed = {
+        "input_ids": np.stack([np.concatenate([first, second]), np.concatenate([changed, second])]),
+        "position_ids": np.tile(np.arange(length), (2, 2)),
+        "segment_ids": np.tile(np.repeat([1, 2], length), (2, 1)),
+    }
+    alone, packed = (
+        {name: torch.from_numpy(ids).to(model.device) for name, ids in inputs.items()} for inputs in (alone, packed)
+    )
+    packed["attention_mask"] = segment_mask(packed.pop("segment_ids"), packed["position_ids"])
+
+    was_training = model.training
+    model.eval()  # no dropout
+    with _gathered(model):
+        alone, packed = (
+            model(**inputs, use_cache=False, **model_inputs).logits.float().cpu() for inputs in (alone, packed)
+        )
+    model.train(was_training)
+
+    earlier_moved = _largest_change(alone[0, :half], alone[2, :half])
+    expected = torch.stack([torch.cat([alone[0], alone[1]]), torch.cat([alone[2], alone[1]])])
+    packed_differs = _largest_change(expected, packed)
+    tolerance = TOLERANCE[model.dtype]
+    fits = segment_mask.longest_row is None or row_length <= segment_mask.longest_row
+    return ProbeResult(
+        earlier_moved, packed_differs, causal=earlier_moved <= tolerance, packable=fits and packed_differs <= tolerance
+    )
+
+
+def _largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Of logits `[..., vocabulary]`; a constant added to all logits of a token changes nothing."""
+    before, after = (logits - logits.mean(-1, keepdim=True) for logits in (before, after))
+    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
+
+
+@contextlib.contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """Gathers ZeRO-3's partitions of each layer while it runs: nothing else does before DeepSpeed's engine exists."""
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    open_layers: dict[nn.Module, contextlib.AbstractContextManager] = {}
+
+    def gather(layer: nn.Module, _) -> None:
+        open_layers[layer] = GatheredParameters(list(layer.parameters()))
+        open_layers[layer].__enter__()
+
+    def release(layer: nn.Module, *_) -> None:
+        open_layers.pop(layer).__exit__(None, None, None)
+
+    hooks = []
+    for layer in _find_layers(model):
+        hooks += [layer.register_forward_pre_hook(gather), layer.register_forward_hook(release)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _find_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks in lists of blocks, each as a whole, and what stands beside the lists (embeddings, norm, head)."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
+            yield from _find_layers(child)
+        else:
+            yield child

@@ -1,0 +1,200 @@
+"""Loads tokenizer and model, and says before that which modules LoRA will train."""
+
+import logging
+import re
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
+
+from align.errors import InputError
+from align.tokenization import set_chat_template
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model: a folder or a hub name."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer: a folder or a hub name (default: the model's)."}
+    )
+    torch_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the loaded weights (default: bfloat16 under --bf16 where they stay frozen or DeepSpeed keeps "
+            "a float32 copy, else float32).",
+            "choices": ["bfloat16", "float32"],
+        },
+    )
+    use_flash_attention: bool = field(
+        default=False, metadata={"help": "Use the fused attention kernel of Gaudi where the model has it."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    token: str | None = field(default=None, metadata={"help": "Token for the hub (default: the one of the login)."})
+
+
+@dataclass
+class LoraArguments:
+    """Which part of it to train."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; False trains all weights."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    lora_alpha: float = field(default=16, metadata={"help": "Scale of the adapter: alpha / rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter, 0 to 1."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules that get an adapter, one regular expression, or `all-linear` (default: "
+            "PEFT's for the model's family)."
+        },
+    )
+
+
+def load_config(args: ModelArguments) -> PretrainedConfig:
+    if args.model_name_or_path is None:
+        raise InputError("--model_name_or_path: missing; give a folder or a hub name")
+    try:
+        return AutoConfig.from_pretrained(
+            args.model_name_or_path, token=args.token, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--model_name_or_path: no model at {args.model_name_or_path}: {reason}") from error
+
+
+def load_tokenizer(args: ModelArguments, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    name = args.tokenizer_name_or_path or args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, token=args.token, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--tokenizer_name_or_path: no tokenizer at {name}: {reason}") from error
+    set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Every id that the tokenizer may give must have a row in the embedding."""
+    highest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if highest >= rows:
+        raise InputError(
+            f"--tokenizer_name_or_path: its ids go up to {highest}, the model's embedding has {rows} rows; "
+            "use the model's own tokenizer"
+        )
+
+
+def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code: bool = False) -> LoraConfig | None:
+    """The adapter that the flags ask for, checked against the model's modules without loading a weight.
+
+    Targets that match nothing are named in a warning and left out; if none matches it is an error.
+    """
+    if not args.use_peft:
+        return None
+    if args.lora_r < 1:
+        raise InputError(f"--lora_r: got {args.lora_r}; the rank is 1 or more")
+    if not 0 <= args.lora_dropout < 1:
+        raise InputError(f"--lora_dropout: got {args.lora_dropout}; give 0 or more, less than 1")
+    modules = _linear_modules(config, trust_remote_code)
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+    targets = args.lora_target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
+    if targets is None:
+        raise InputError(f"--lora_target_modules: PEFT knows no default for {config.model_type}; choose from {leaves}")
+    live = [target for target in targets if any(_matches(target, name) for name in modules)]
+    dead = [target for target in targets if target not in live]
+    if not live:
+        raise InputError(
+            f"--lora_target_modules: none of {', '.join(dead)} is a module of this {config.model_type} model; "
+            f"its linear modules are {leaves}"
+        )
+    if dead:
+        logger.warning(
+            f"--lora_target_modules: {', '.join(dead)} match no module of this {config.model_type} model and are left "
+            f"out; its linear modules are {leaves}"
+        )
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=live[0] if len(live) == 1 and not _is_name(live[0]) else live,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _is_name(target: str) -> bool:
+    return re.fullmatch(r"[\w.]+", target) is not None
+
+
+def _matches(target: str, module: str) -> bool:
+    """As PEFT matches: a name is the end of a module's path, anything else a regular expression for all of it."""
+    if target == "all-linear":
+        return True
+    if _is_name(target):
+        return module == target or module.endswith("." + target)
+    try:
+        return re.fullmatch(target, module) is not None
+    except re.error as error:
+        raise InputError(f"--lora_target_modules: {target!r} is no regular expression: {error}") from error
+
+
+def _linear_modules(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
+    """Paths of the modules that LoRA can adapt, from a model without weights."""
+    with torch.device("meta"):
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            # The class itself: from_config would shard it under ZeRO-3.
+            model = AutoModelForCausalLM._model_mapping[type(config)](config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def load_model(
+    args: ModelArguments, training_args, config: PretrainedConfig, frozen: bool, name: str | None = None
+) -> PreTrainedModel:
+    """Loads `name` (default: --model_name_or_path); `frozen` says that its own weights are not trained.
+
+    Under ZeRO-3 each rank holds its part alone. Blocks that route tokens to experts are made ZeRO-3 leaves: gathered
+    expert by expert, ranks that route differently would wait for each other forever.
+    """
+    in_bfloat16 = training_args.bf16 and (frozen or training_args.deepspeed is not None)
+    dtype = args.torch_dtype or ("bfloat16" if in_bfloat16 else "float32")
+    name = name or args.model_name_or_path
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            torch_dtype=getattr(torch, dtype),
+            attn_implementation=training_args.attn_implementation,
+            token=args.token,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_name_or_path: {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if args.use_flash_attention:  # optimum-habana's trainers read these and hand them to the model's forward
+        model.generation_config.use_flash_attention = True
+        model.generation_config.flash_attention_recompute = training_args.flash_attention_recompute
+        model.generation_config.flash_attention_causal_mask = training_args.flash_attention_causal_mask
+    if is_deepspeed_zero3_enabled() and (training_args.use_zero3_leaf_promotion or _has_experts(config)):
+        from optimum.habana.distributed import apply_zero3_leaf_promotion
+
+        apply_zero3_leaf_promotion(model)
+    return model
+
+
+def _has_experts(config: PretrainedConfig) -> bool:
+    return any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts"))

@@ -1,0 +1,136 @@
+"""Fine-tuning batches of few shapes, and the trainer that computes the right loss on them."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+from align.attention import segment_mask
+from align.errors import InputError
+from align.packing import (
+    IGNORED,
+    BucketCollator,
+    GroupedSampler,
+    PackedCollator,
+    PackedDataset,
+    batches_per_bucket,
+    choose_buckets,
+    group_stream,
+    pack_stream,
+)
+from align.training import RightScale
+from optimum.habana.trl import GaudiSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Rows, what makes batches of them, and each row's group (its bucket), which a batch does not mix."""
+
+    rows: torch.utils.data.Dataset | Dataset | IterableDataset
+    collator: PackedCollator | BucketCollator
+    groups: np.ndarray | None
+
+
+def make_batches(
+    samples: Dataset | IterableDataset,
+    name: str,
+    args,
+    batch_size: int,
+    packing: bool,
+    num_buckets: int,
+    pad_token_id: int,
+) -> Batches:
+    """Packs samples into rows of --max_seq_length, or pads them to at most `num_buckets` lengths, and logs the waste.
+
+    `batch_size` is one device's. With --pad_max every sample is padded to --max_seq_length.
+    """
+    longest, seed, world_size = args.max_seq_length, args.seed, args.world_size
+    stream = isinstance(samples, IterableDataset)
+    if packing:
+        rows = pack_stream(samples, longest, seed=seed) if stream else PackedDataset(samples, longest, seed)
+        groups = None if stream else np.zeros(len(rows), np.int64)
+        collator = PackedCollator.for_sft(batch_size, longest, pad_token_id)
+        if not stream:
+            _log_waste(name, int(rows.lengths.sum()), {longest: -(-len(rows) // batch_size)}, batch_size)
+        return Batches(rows, collator, groups)
+    lengths = None if stream else np.asarray(samples.with_format("numpy")["length"])
+    if args.pad_max:
+        buckets = [longest]
+    elif stream:  # nobody knows its lengths yet
+        buckets = sorted({longest * number // num_buckets for number in range(1, num_buckets + 1)} - {0})
+    else:
+        buckets = choose_buckets(lengths, num_buckets, longest)
+    collator = BucketCollator(batch_size, buckets, pad_token_id)
+    if stream:
+        return Batches(group_stream(samples, buckets, batch_size * world_size, seed=seed), collator, None)
+    _log_waste(name, int(lengths.sum()), batches_per_bucket(lengths, buckets, batch_size), batch_size)
+    return Batches(samples, collator, np.searchsorted(buckets, lengths))
+
+
+def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int) -> None:
+    computed = sum(length * number for length, number in batches.items()) * batch_size
+    shapes = ", ".join(f"[{batch_size}, {length}]" for length in batches)
+    logger.info(f"{name}: {tokens / computed:.1%} of the computed tokens are useful; shapes: {len(batches)} ({shapes})")
+
+
+class SupervisedTrainer(RightScale, GaudiSFTTrainer):
+    """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
+
+    def __init__(self, *, train: Batches | None, validation: Batches | None, **kwargs):
+        self.batches = {"train": train, "eval": validation}
+        super().__init__(
+            train_dataset=train and train.rows,
+            eval_dataset=validation and validation.rows,
+            data_collator=(train or validation).collator,
+            **kwargs,
+        )
+
+    def _get_train_sampler(self, train_dataset=None):
+        groups = self.batches["train"].groups
+        world = self.args.world_size
+        return None if groups is None else GroupedSampler(groups, self._train_batch_size * world, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        groups = self.batches["eval"].groups
+        size = self.args.eval_batch_size * self.args.world_size
+        return None if groups is None else GroupedSampler(groups, size, shuffle=False)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        for_training, self.data_collator = self.data_collator, self.batches["eval"].collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = for_training
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator  # the collators return what the step needs and nothing else
+
+    def _remove_unused_columns(self, dataset, description=None):
+        return dataset
+
+    def _prepare_inputs(self, inputs):
+        """On the device: segment ids become the mask that keeps packed samples apart; nothing is cached in training."""
+        inputs = super()._prepare_inputs(inputs)
+        if "segment_ids" in inputs:
+            inputs["attention_mask"] = segment_mask(self.model, inputs.pop("segment_ids"), inputs["position_ids"])
+        return {**inputs, "use_cache": False}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(result[0].device)
+        self.evaluated += torch.stack([torch.where(tokens > 0, result[0] * tokens, 0), tokens]).float()
+        return result
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The loss of an evaluation is the mean over its tokens, however they fell into batches and ranks."""
+        self.evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()
+        if not tokens:
+            raise InputError("--dataset_name: the validation rows hold no token to evaluate on")
+        output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output

@@ -1,0 +1,145 @@
+"""What sft.py and dpo.py do alike around their trainers: flags, folders, the scale of the loss, results."""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import HfArgumentParser, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from align.errors import InputError
+from optimum.habana import GaudiConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"use_habana": True, "use_lazy_mode": True, "report_to": "none"}
+RUN_FILES = ("adapter_config.json", "adapter_model.*", "model*.safetensors", "pytorch_model*", "checkpoint-*")
+
+
+class ArgumentParser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Mapping[str, Any]) -> tuple:
+    """One instance of each dataclass from the command line; an unknown flag is an error that suggests a known one.
+
+    `defaults` replace those of the dataclasses where the script's recipe differs from optimum-habana's.
+    """
+    parser = ArgumentParser(dataclasses, description=description, allow_abbrev=False)
+    parser.set_defaults(**DEFAULTS, **defaults)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
+        raise InputError(" ".join(str(error).split())) from error
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        close = get_close_matches(flag, parser._option_string_actions, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"unknown argument {unknown[0]!r}{hint} (--help lists them)")
+    return tuple(parsed)
+
+
+def check_training_arguments(args) -> str | None:
+    """Finds what cannot work before anything is loaded; returns the checkpoint to resume from, if any."""
+    if not (args.do_train or args.do_eval):
+        raise InputError("nothing to do: give --do_train, --do_eval or both")
+    if args.flash_attention_causal_mask and getattr(args, "packing", False):
+        raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output_dir: {output} is a file; name a folder")
+    wanted = args.resume_from_checkpoint
+    if wanted in (None, "False", "false"):
+        held = next((path for name in RUN_FILES for path in output.glob(name)), None)
+        if args.do_train and held is not None and not args.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir: {output} holds another run ({held.name}); add --resume_from_checkpoint True to go on "
+                "with it, --overwrite_output_dir to replace it, or name another folder"
+            )
+        return None
+    checkpoint = get_last_checkpoint(str(output)) if wanted in ("True", "true") and output.is_dir() else wanted
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        raise InputError(f"--resume_from_checkpoint: no checkpoint at {output if checkpoint is None else checkpoint}")
+    return checkpoint
+
+
+def start_logging(args) -> None:
+    """Rank 0 tells what it does, in the log level that --log_level names (default: info); the others only warn."""
+    level = args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(max(level, logging.WARNING) if args.log_level == "passive" else level)
+    if not args.should_log:
+        level = logging.ERROR
+    elif args.log_level == "passive":
+        level = logging.INFO
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    root = logging.getLogger("align")
+    root.handlers, root.propagate = [handler], False
+    root.setLevel(level)
+
+
+def gaudi_config(args) -> GaudiConfig:
+    """The fused optimizer for every flavour of AdamW that --optim can name, else the optimizer that it names.
+
+    Paged and 8-bit AdamW are CUDA implementations of the same update, which Gaudi's FusedAdamW computes.
+    """
+    config = GaudiConfig()
+    config.use_fused_adam = args.use_habana and "adamw" in str(args.optim.value)
+    config.use_fused_clip_norm = args.use_habana
+    if config.use_fused_adam and args.optim.value not in ("adamw_torch", "adamw_torch_fused"):
+        logger.info(f"--optim {args.optim.value} runs as FusedAdamW, Gaudi's implementation of the same update")
+    return config
+
+
+class RightScale(Trainer):
+    """Divides the loss by the accumulation steps where optimum-habana forgets to.
+
+    optimum-habana 1.21.2 does it inside `if use_lazy_mode and pipelining_fwd_bwd` (transformers/trainer.py:1752), so
+    that elsewhere loss and gradient are too large by that factor unless the model divides by the batch's tokens itself.
+    Can go when that division stands outside.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if not model.training or self._loss_is_scaled(num_items_in_batch):
+            return result
+        steps = self.current_gradient_accumulation_steps
+        return (result[0] / steps, *result[1:]) if return_outputs else result / steps
+
+    def _loss_is_scaled(self, num_items_in_batch) -> bool:
+        takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        divided_later = self.args.use_lazy_mode and self.args.pipelining_fwd_bwd
+        return (takes_count and num_items_in_batch is not None) or divided_later
+
+
+def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None:
+    """Writes `{name}_results.json` and adds to `all_results.json` (rank 0)."""
+    trainer.log_metrics(name, metrics)
+    trainer.save_metrics(name, metrics)
+
+
+def plot_curves(trainer: Trainer, panels: Mapping[str, Sequence[str]]) -> None:
+    """Draws what was logged over the steps into `curves.png`: for each panel the metrics named, train and eval."""
+    if not trainer.is_world_process_zero():
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name in [prefix + name for name in names for prefix in ("", "eval_")]:
+            points = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    path = os.path.join(trainer.args.output_dir, "curves.png")
+    figure.savefig(path, dpi=120)
+    logger.info(f"curves: {path}")

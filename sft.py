@@ -1,0 +1,111 @@
+"""Supervised fine-tuning of a causal language model on Gaudi: LoRA by default, all weights with --use_peft False.
+
+One card:     python sft.py --model_name_or_path MODEL --dataset_name DATA --output_dir sft --do_train --bf16
+Eight cards:  python gaudi_spawn.py --world_size 8 --use_deepspeed sft.py \\
+                  --deepspeed configs/llama2_ds_zero3_config.json ... (the same flags)
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+from align import data, modeling, training
+from align.attention import probe_packing
+from align.errors import InputError, run_script
+from align.supervised import SupervisedTrainer, make_batches
+from align.tokenization import SampleTokenizer, tokenize_samples
+from optimum.habana.trl import GaudiSFTConfig
+from optimum.habana.utils import set_seed
+
+RECIPE = {"pad_max": False, "remove_unused_columns": False}
+
+
+@dataclass
+class BatchArguments:
+    """How samples become batches. --packing and --max_seq_length are optimum-habana's."""
+
+    num_buckets: int = field(
+        default=8, metadata={"help": "Without packing: the number of lengths that samples are padded to."}
+    )
+    train_on_prompt: bool = field(
+        default=False, metadata={"help": "Learn the prompts as well, not only what the model shall say."}
+    )
+    skip_probe: bool = field(
+        default=False, metadata={"help": "Do not check the loaded model for causality and packing before training."}
+    )
+
+
+def main() -> None:
+    model_args, lora_args, data_args, batch_args, args = training.parse_arguments(
+        (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, BatchArguments, GaudiSFTConfig),
+        __doc__,
+        RECIPE,
+    )
+    training.start_logging(args)
+    checkpoint = training.check_training_arguments(args)
+    if batch_args.num_buckets < 1 and not (args.packing or args.pad_max):
+        raise InputError(f"--num_buckets: got {batch_args.num_buckets}; give 1 or more, or --packing True")
+    set_seed(args.seed)
+
+    # Model, as far as it can be checked without its weights
+    config = modeling.load_config(model_args)
+    tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
+    modeling.check_vocabulary(tokenizer, config)
+    peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
+
+    # Data
+    samples = SampleTokenizer(tokenizer, batch_args.train_on_prompt)
+    tokenize = partial(
+        tokenize_samples, tokenizer=samples, max_length=args.max_seq_length, truncation=data_args.truncation
+    )
+    splits = data.load_splits(
+        data_args, args.do_train, args.do_eval, args.max_steps > 0, args.seed, "data/finetune", model_args.token
+    )
+    key = f"sft {samples.fingerprint} {args.max_seq_length} {data_args.truncation}"
+    with args.main_process_first():
+        prepared = {
+            name: data.prepare(rows, data_args, tokenize, key) for name, rows in vars(splits).items() if rows is not None
+        }
+    for name, part in prepared.items():
+        data.report(name, part)
+    if data_args.show_examples:
+        data.show_examples(next(iter(prepared.values())).rows, tokenizer, data_args.show_examples)
+        return
+
+    # Model
+    model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
+    packing = args.packing and (batch_args.skip_probe or probe_packing(model))
+
+    # Trainer
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sizes = {"train": args.per_device_train_batch_size, "validation": args.per_device_eval_batch_size}
+    batches = {
+        name: make_batches(part.rows, name, args, sizes[name], packing, batch_args.num_buckets, pad_token_id)
+        for name, part in prepared.items()
+    }
+    trainer = SupervisedTrainer(
+        model=model,
+        args=args,
+        gaudi_config=training.gaudi_config(args),
+        train=batches.get("train"),
+        validation=batches.get("validation"),
+        tokenizer=tokenizer,
+        peft_config=peft_config,
+    )
+
+    # Train
+    if args.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        training.save_results(trainer, "train", result.metrics)
+        training.plot_curves(trainer, {"Loss": ["loss"], "Learning rate": ["learning_rate"]})
+
+    # Evaluate
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))
+        training.save_results(trainer, "eval", metrics)
+
+
+if __name__ == "__main__":
+    run_script(main)

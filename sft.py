@@ -9,13 +9,14 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 
+from optimum.habana.trl import GaudiSFTConfig
+from optimum.habana.utils import set_seed
+
 from align import data, modeling, training
-from align.attention import probe_packing
+from align.attention import SegmentMask
 from align.errors import InputError, run_script
 from align.supervised import SupervisedTrainer, make_batches
 from align.tokenization import SampleTokenizer, tokenize_samples
-from optimum.habana.trl import GaudiSFTConfig
-from optimum.habana.utils import set_seed
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
 
@@ -64,7 +65,9 @@ def main() -> None:
     key = f"sft {samples.fingerprint} {args.max_seq_length} {data_args.truncation}"
     with args.main_process_first():
         prepared = {
-            name: data.prepare(rows, data_args, tokenize, key) for name, rows in vars(splits).items() if rows is not None
+            name: data.prepare(rows, data_args, tokenize, key)
+            for name, rows in vars(splits).items()
+            if rows is not None
         }
     for name, part in prepared.items():
         data.report(name, part)
@@ -74,19 +77,23 @@ def main() -> None:
 
     # Model
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
-    packing = args.packing and (batch_args.skip_probe or probe_packing(model))
+    segment_mask = SegmentMask(model)
+    packable = batch_args.skip_probe or training.check_attention(model, segment_mask, args, args.max_seq_length)
 
     # Trainer
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sizes = {"train": args.per_device_train_batch_size, "validation": args.per_device_eval_batch_size}
     batches = {
-        name: make_batches(part.rows, name, args, sizes[name], packing, batch_args.num_buckets, pad_token_id)
+        name: make_batches(
+            part.rows, name, args, sizes[name], args.packing and packable, batch_args.num_buckets, pad_token_id
+        )
         for name, part in prepared.items()
     }
     trainer = SupervisedTrainer(
         model=model,
         args=args,
         gaudi_config=training.gaudi_config(args),
+        segment_mask=segment_mask,
         train=batches.get("train"),
         validation=batches.get("validation"),
         tokenizer=tokenizer,

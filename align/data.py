@@ -13,10 +13,11 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset
-
+from transformers import PreTrainedTokenizerBase
 
 from align.errors import InputError
 from align.formats import Format, RowError, Sample, recognise
+from align.packing import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class DataArguments:
         },
     )
     eval_subset: str | None = field(
-        default=None, metadata={"help": "Folder inside the data set to evaluate on (dpo.py: data/evaluation if there)."}
+        default=None,
+        metadata={"help": "Folder inside the data set to evaluate on (dpo.py: data/evaluation if there)."},
     )
     split: str = field(default="train", metadata={"help": "Name of the split to train on."})
     data_format: str | None = field(
@@ -72,7 +74,10 @@ class DataArguments:
     )
     bad_rows: str = field(
         default="error",
-        metadata={"help": "Rows that cannot be used: stop with the reason, or skip them.", "choices": ["error", "skip"]},
+        metadata={
+            "help": "Rows that cannot be used: stop with the reason, or skip them.",
+            "choices": ["error", "skip"],
+        },
     )
     max_bad_rows: float = field(
         default=BAD_ROWS_LIMIT, metadata={"help": "Largest share of rows that --bad_rows skip may leave out, 0 to 1."}
@@ -250,7 +255,9 @@ def prepare(
             desc=f"Tokenizing {format.name}",
         )
     except RowError as error:
-        raise InputError(f"--dataset_name: {args.dataset_name}, {error} (--bad_rows skip leaves such rows out)") from None
+        raise InputError(
+            f"--dataset_name: {args.dataset_name}, {error} (--bad_rows skip leaves such rows out)"
+        ) from None
     reasons = tokenized.data.column("reason")
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist()}
     dropped = {reason: count for reason, count in counts.items() if reason}
@@ -305,3 +312,14 @@ def report(name: str, prepared: Prepared) -> None:
     if "trained" in rows.column_names:
         line += f", {np.sum(rows.with_format('numpy')['trained']) / tokens:.1%} trained on"
     logger.info(f"{line}; dropped: {_count(prepared.dropped or {})}")
+
+
+def show_examples(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, number: int) -> None:
+    """Prints samples as the model will see them: what is trained on in green, special tokens reversed."""
+    special = set(tokenizer.all_special_ids)
+    for sample in rows.take(number):
+        text = []
+        for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
+            style = ("7;" if token in special else "") + ("32" if label != IGNORED else "90")
+            text.append(f"\033[{style}m{tokenizer.decode([token])}\033[0m")
+        print("".join(text), end="\n\n")

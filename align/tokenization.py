@@ -12,7 +12,6 @@ from align.errors import InputError
 from align.formats import Messages, RowError, Sample
 from align.packing import IGNORED
 
-
 CHAT_TEMPLATES = {
     # Ends every answer with the tokenizer's own EOS, so it needs no token that the model has never seen.
     "plain": (

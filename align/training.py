@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import HfArgumentParser, Trainer
+from optimum.habana import GaudiConfig
+from transformers import HfArgumentParser, PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
+from align.attention import SegmentMask, probe
 from align.errors import InputError
-from optimum.habana import GaudiConfig
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,37 @@ def start_logging(args) -> None:
     root.setLevel(level)
 
 
+def check_attention(model: PreTrainedModel, segment_mask: SegmentMask, args, row_length: int) -> bool:
+    """Probes the loaded model on its device; returns whether samples can share its rows.
+
+    A model whose tokens see later ones cannot be trained: it would learn to copy what it should predict.
+    """
+    if not is_deepspeed_zero3_enabled():
+        model.to(args.device)
+        model.tie_weights()  # on a Gaudi the move parts them
+    result = probe(model, segment_mask, row_length, **_attention_inputs(model))
+    kind = f"this {model.config.model_type} model"
+    if not result.causal:
+        raise InputError(
+            f"--attn_implementation {args.attn_implementation}: in {kind} a later token changes the logits of earlier "
+            f"ones by {result.earlier_moved:.0%}, so it would be trained without causality; try another of eager, sdpa, "
+            "gaudi_fused_sdpa, or --skip_probe to train it all the same"
+        )
+    if not result.packable:
+        logger.warning(
+            f"{kind} does not keep samples in one row apart (logits differ by {result.packed_differs:.0%}): "
+            "batches are padded to buckets instead of packed"
+        )
+    return result.packable
+
+
+def _attention_inputs(model: PreTrainedModel) -> dict[str, bool]:
+    """What optimum-habana's trainers pass to the forward of a model whose generation config asks for it."""
+    names = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
+    values = {name: getattr(model.generation_config, name, None) for name in names}
+    return {name: True for name, value in values.items() if value}
+
+
 def gaudi_config(args) -> GaudiConfig:
     """The fused optimizer for every flavour of AdamW that --optim can name, else the optimizer that it names.
 
@@ -135,7 +168,9 @@ def plot_curves(trainer: Trainer, panels: Mapping[str, Sequence[str]]) -> None:
         for name in [prefix + name for name in names for prefix in ("", "eval_")]:
             points = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
+                axes.plot(
+                    *zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3
+                )
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -6,6 +6,7 @@ tests the loaded model, whatever it is, before it is trained.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from align.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,40 +64,45 @@ def find_visible(segment_ids: torch.Tensor, branch_ids: torch.Tensor | None = No
     return visible & ((branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :]))
 
 
-class SegmentMask:
-    """Builds the `attention_mask` of packed rows for one model, on the device: static shapes, nothing read back."""
+def segment_mask(
+    model: PreTrainedModel,
+    segment_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    branch_ids: torch.Tensor | None = None,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The `attention_mask` of packed rows, `[batch, 1, T, T]` from ids `[batch, T]`, in the form that `model` takes.
 
-    def __init__(self, model: PreTrainedModel):
-        """`model` may be wrapped by PEFT. GPT-2's attention gets a hook."""
-        self.dtype = model.dtype
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        tried = FAMILIES.get(model.config.model_type)
-        # A family nobody tried: optimum-habana's classes share one form, transformers' another.
-        self.family = tried or Family(additive=not type(model).__module__.startswith("optimum.habana"))
-        window = getattr(model.config, "sliding_window", None)
-        self.longest_row = window if tried is None else None  # its window is unknown: rows must not reach it
-        margin = self.family.window_margin
-        self.window = window + margin if window is not None and margin is not None else None
-        if self.family.flattened:
-            for module in model.modules():
-                if type(module).__name__.endswith("GPT2Attention"):
-                    module.register_forward_pre_hook(_unflatten_mask, with_kwargs=True)
+    Built on the ids' device: static shapes, nothing read back. A window counts positions, as answers may share a row.
+    `model` may be wrapped by PEFT. GPT-2's attention gets a hook the first time.
+    """
+    family, config = _find_family(model), model.config
+    if family.flattened:
+        _unflatten_masks(model)
+    visible = near = find_visible(segment_ids, branch_ids)
+    if family.window_margin is not None and config.sliding_window is not None:
+        distance = position_ids[:, :, None] - position_ids[:, None, :]
+        near = visible & (distance < config.sliding_window + family.window_margin)
+    visible, near = (_form(who, family, model.dtype) for who in (visible, near))
+    return {"full_attention": visible, "sliding_attention": near} if family.by_layer_type else near
 
-    def __call__(
-        self, segment_ids: torch.Tensor, position_ids: torch.Tensor, branch_ids: torch.Tensor | None = None
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """From ids `[batch, T]` the mask `[batch, 1, T, T]`. A window counts positions, as answers may share a row."""
-        visible = find_visible(segment_ids, branch_ids)
-        near = visible
-        if self.window is not None:
-            near = visible & (position_ids[:, :, None] - position_ids[:, None, :] < self.window)
-        if self.family.by_layer_type:
-            return {"full_attention": self._form(visible), "sliding_attention": self._form(near)}
-        return self._form(near)
 
-    def _form(self, visible: torch.Tensor) -> torch.Tensor:
-        mask = visible[:, None].to(self.dtype)
-        return (1 - mask) * torch.finfo(self.dtype).min if self.family.additive else mask
+def _find_family(model: PreTrainedModel) -> Family:
+    """Where nobody tried the family: optimum-habana's own classes share one form of mask, transformers' another."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    is_gaudi = type(inner).__module__.startswith("optimum.habana")
+    return FAMILIES.get(inner.config.model_type, Family(additive=not is_gaudi))
+
+
+def _form(visible: torch.Tensor, family: Family, dtype: torch.dtype) -> torch.Tensor:
+    mask = visible[:, None].to(dtype)
+    return (1 - mask) * torch.finfo(dtype).min if family.additive else mask
+
+
+def _unflatten_masks(model: nn.Module) -> None:
+    for module in model.modules():
+        hooks = module._forward_pre_hooks.values()
+        if type(module).__name__.endswith("GPT2Attention") and _unflatten_mask not in hooks:
+            module.register_forward_pre_hook(_unflatten_mask, with_kwargs=True)
 
 
 def _unflatten_mask(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -112,14 +122,14 @@ class ProbeResult:
     """Differences are relative: the largest norm of a token's change in logits by the norm of its logits."""
 
     earlier_moved: float  # by later tokens that changed, samples alone
-    packed_differs: float  # from the samples alone, or when the other sample in the row changes
+    packed_differs: float  # from the samples alone
     causal: bool
     packable: bool
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, segment_mask: SegmentMask, row_length: int, **model_inputs) -> ProbeResult:
-    """Shows on the loaded model, on its device, that no token sees a later one and no packed sample another.
+def probe(model: PreTrainedModel, device: torch.device, **model_inputs) -> ProbeResult:
+    """Measures on the loaded model whether a token sees a later one, or a packed sample another.
 
     Two forward passes over a few dozen tokens in all. `model_inputs` are the further inputs that training passes.
     Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists; parameters are gathered layer by layer.
@@ -135,9 +145,9 @@ def probe(model: PreTrainedModel, segment_mask: SegmentMask, row_length: int, **
         "segment_ids": np.tile(np.repeat([1, 2], length), (2, 1)),
     }
     alone, packed = (
-        {name: torch.from_numpy(ids).to(model.device) for name, ids in inputs.items()} for inputs in (alone, packed)
+        {name: torch.from_numpy(ids).to(device) for name, ids in inputs.items()} for inputs in (alone, packed)
     )
-    packed["attention_mask"] = segment_mask(packed.pop("segment_ids"), packed["position_ids"])
+    packed["attention_mask"] = segment_mask(model, packed.pop("segment_ids"), packed["position_ids"])
 
     was_training = model.training
     model.eval()  # no dropout
@@ -151,10 +161,35 @@ def probe(model: PreTrainedModel, segment_mask: SegmentMask, row_length: int, **
     expected = torch.stack([torch.cat([alone[0], alone[1]]), torch.cat([alone[2], alone[1]])])
     packed_differs = _largest_change(expected, packed)
     tolerance = TOLERANCE[model.dtype]
-    fits = segment_mask.longest_row is None or row_length <= segment_mask.longest_row
-    return ProbeResult(
-        earlier_moved, packed_differs, causal=earlier_moved <= tolerance, packable=fits and packed_differs <= tolerance
-    )
+    return ProbeResult(earlier_moved, packed_differs, earlier_moved <= tolerance, packed_differs <= tolerance)
+
+
+def probe_packing(model: PreTrainedModel, row_length: int, device: torch.device, **model_inputs) -> bool:
+    """Whether rows of `row_length` may hold several samples; says why not. Raises `InputError` if not even causal.
+
+    Moves the model to `device`, as the trainer does. `model_inputs` as for `probe`.
+    """
+    if not _is_partitioned(model):
+        model.to(device).tie_weights()
+    name, config = model.config.model_type, model.config
+    result = probe(model, device, **model_inputs)
+    if not result.causal:
+        right = choose_attn_implementation(config) or "eager"
+        raise InputError(
+            f"--attn_implementation {config._attn_implementation}: tokens of this {name} model see later ones (their "
+            f"logits moved by {result.earlier_moved:.2g}); try --attn_implementation {right}"
+        )
+    if not result.packable:
+        logger.warning(f"packing: samples in one row see each other in this {name} model; they get rows of their own")
+        return False
+    window = getattr(config, "sliding_window", None)
+    if name not in FAMILIES and window is not None and row_length > window:
+        logger.warning(
+            f"packing: nobody tried how {name} models apply their window of {window} tokens; samples get rows of "
+            "their own"
+        )
+        return False
+    return True
 
 
 def _largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
@@ -163,10 +198,15 @@ def _largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
 
 
+def _is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the parameters."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 @contextlib.contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
     """Gathers ZeRO-3's partitions of each layer while it runs: nothing else does before DeepSpeed's engine exists."""
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not _is_partitioned(model):
         yield
         return
     from deepspeed.zero import GatheredParameters

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
-BAD_ROWS_LIMIT = 0.05
+COUNTS = ("length", "trained")  # columns with a number; all others hold token ids
 Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None]]]
 
 
@@ -80,7 +80,7 @@ class DataArguments:
         },
     )
     max_bad_rows: float = field(
-        default=BAD_ROWS_LIMIT, metadata={"help": "Largest share of rows that --bad_rows skip may leave out, 0 to 1."}
+        default=0.05, metadata={"help": "Largest share of rows that --bad_rows skip may leave out, 0 to 1."}
     )
     show_examples: int = field(
         default=0, metadata={"help": "Print this many samples as the model will see them, and stop."}
@@ -243,6 +243,9 @@ def prepare(
         return Prepared(tokenized.filter(lambda reason: reason == "", input_columns="reason"), None)
     if len(rows) == 0:
         raise InputError(f"--dataset_name: {args.dataset_name} has no rows")
+    ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
+    features = {name: number if name in COUNTS else ids for name in tokenize([])[0]}
+    features = datasets.Features({**features, "reason": datasets.Value("string")})
     key = hashlib.sha256(repr((rows._fingerprint, fingerprint, format.name, args.bad_rows)).encode()).hexdigest()
     try:
         tokenized = rows.map(
@@ -251,6 +254,7 @@ def prepare(
             with_indices=True,
             remove_columns=columns,
             num_proc=min(args.num_workers, len(rows) // 1000) or None,
+            features=features,
             new_fingerprint=key[:32],
             desc=f"Tokenizing {format.name}",
         )
@@ -264,7 +268,8 @@ def prepare(
     bad = sum(count for name, count in dropped.items() if name.startswith("bad row"))
     if bad > args.max_bad_rows * len(rows):
         raise InputError(
-            f"--bad_rows skip: {bad} of {len(rows)} rows are bad, more than --max_bad_rows {args.max_bad_rows:g}: {dropped}"
+            f"--bad_rows skip: {bad} of {len(rows)} rows are bad, more than --max_bad_rows {args.max_bad_rows:g}: "
+            + _count(dropped)
         )
     kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
     if len(kept) == 0:
@@ -298,7 +303,8 @@ def _tokenize_row(row: dict, index: int, format: Format, tokenize: Tokenize, ski
         if not skip:
             raise RowError(f"row {index + 1}: {error}") from None
         columns, _ = tokenize([])
-        return {name: [0 if name in ("length", "trained") else []] for name in columns}, [f"bad row: {error}"]
+        nothing = np.zeros(0, np.int32)
+        return {name: [0 if name in COUNTS else nothing] for name in columns}, [f"bad row: {error}"]
 
 
 def report(name: str, prepared: Prepared) -> None:

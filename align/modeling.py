@@ -35,8 +35,8 @@ class ModelArguments:
     torch_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type of the loaded weights (default: bfloat16 under --bf16 where they stay frozen or DeepSpeed keeps "
-            "a float32 copy, else float32).",
+            "help": "Type of the loaded weights (default: bfloat16 under --bf16 where they stay frozen or DeepSpeed "
+            "keeps a float32 copy, else float32).",
             "choices": ["bfloat16", "float32"],
         },
     )

@@ -64,7 +64,9 @@ class SampleTokenizer:
         if isinstance(said, str):
             if not said.strip():
                 raise RowError("the answer is empty")
-            return Rendering(sample.prompt + said, ((len(sample.prompt), len(sample.prompt) + len(said)),))
+            # A blank between prompt and answer is learnt: tokenizers tend to join it with the answer's first word.
+            start = len(sample.prompt.rstrip())
+            return Rendering(sample.prompt + said, ((start, len(sample.prompt) + len(said)),))
         return self._render_messages(sample.prompt, said)
 
     def _render_messages(self, prompt: Messages, answer: Messages) -> Rendering:
@@ -79,19 +81,22 @@ class SampleTokenizer:
             {**message, "content": marks[number]} if number in marks else message
             for number, message in enumerate(messages)
         ]
-        text, rest = self._apply_template(messages), self._apply_template(marked)
-        spans, end = [], 0
-        for number, mark in marks.items():
+        text, between = self._apply_template(messages), []
+        rest = self._apply_template(marked)
+        for mark in marks.values():
             before, _, rest = rest.partition(mark)
-            content = messages[number]["content"]
-            start = end + len(before)
-            shown = next((c for c in (content, content.strip()) if text.startswith(before + c, end)), None)
+            between.append(before)
+        spans, end = [], 0
+        for number, before, after in zip(marks, between, [*between[1:], rest], strict=True):
+            said = (messages[number]["content"], messages[number]["content"].strip())
+            shown = next((words for words in said if text.startswith(before + words + after, end)), None)
             if shown is None:
                 raise RowError(f"the chat template does not show message {number + 1} as it is")
+            start = end + len(before)
             end = start + len(shown)
             closing = self.turn_end.match(text, end)
             spans.append((start, closing.end() if closing else end))
-        return Rendering(text[: spans[-1][1]] if not text[spans[-1][1] :].strip() else text, tuple(spans))
+        return Rendering(text[: spans[-1][1]], tuple(spans))  # nothing behind the last span is learnt
 
     def _apply_template(self, messages: Messages) -> str:
         try:
@@ -100,7 +105,7 @@ class SampleTokenizer:
             raise RowError(f"the chat template refuses it: {error}") from error
 
     def encode(self, renderings: list[Rendering]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each rendering its ids and a mask of what is learnt: one BOS where the model wants one, EOS at the end."""
+        """For each rendering its ids and a mask of what is learnt: BOS where the model wants one, EOS at the end."""
         if not renderings:
             return []
         encoded = self.tokenizer(
@@ -206,6 +211,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
     """Gives the tokenizer the template that --chat_template names: one of ours, or a file's."""
     if chat_template is None:
         return
+    if chat_template == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
+        raise InputError("--chat_template chatml: the tokenizer has no <|im_end|>; use plain, which needs no new token")
     if chat_template in CHAT_TEMPLATES:
         tokenizer.chat_template = CHAT_TEMPLATES[chat_template]
     elif Path(chat_template).is_file():

@@ -99,8 +99,8 @@ def check_attention(model: PreTrainedModel, segment_mask: SegmentMask, args, row
     if not result.causal:
         raise InputError(
             f"--attn_implementation {args.attn_implementation}: in {kind} a later token changes the logits of earlier "
-            f"ones by {result.earlier_moved:.0%}, so it would be trained without causality; try another of eager, sdpa, "
-            "gaudi_fused_sdpa, or --skip_probe to train it all the same"
+            f"ones by {result.earlier_moved:.0%}, so it would be trained without causality; try another of eager, "
+            "sdpa, gaudi_fused_sdpa, or --skip_probe to train it all the same"
         )
     if not result.packable:
         logger.warning(

@@ -1,0 +1,59 @@
+# `make quickstart` runs the whole pipeline, `make test` the tests; both set up what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# A Gaudi host has Habana's tools or its plugin; there torch and the plugin are the container's own.
+GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.metadata import version; \
+	assert '+cpu' not in version('habana-torch-plugin'); print('plugin')" 2>/dev/null)
+REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
+INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
+
+.PHONY: help setup quickstart test test-hpu soak lint format bench clean
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(VENV)/.done  ## Make .venv with pinned packages; TORCH_INDEX=URL takes torch from another index
+$(VENV)/.done: requirements.txt requirements-cpu.txt requirements-lock.txt $(shell find emulator -name '*.py' -o -name '*.toml')
+	@$(PYTHON) -c "import sys; assert (3, 10) <= sys.version_info < (3, 13), 'Python 3.10 to 3.12 is needed, this is ' \
+		+ sys.version.split()[0] + '; name another one with make setup PYTHON=python3.11'"
+	@echo "Setting up $(VENV) from $(REQUIREMENTS)$(if $(GAUDI), for this Gaudi host)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(if $(GAUDI),--system-site-packages) $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(INSTALL) --index-url $(TORCH_INDEX) $(shell grep -o '^torch==[^ ]*' requirements-cpu.txt)
+endif
+	$(INSTALL) --requirement $(REQUIREMENTS)
+ifeq ($(GAUDI),)
+	$(BIN)/pip install --quiet --no-deps --force-reinstall ./emulator
+endif
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib || true  # some packages ship files for other Pythons
+	@touch $@
+
+quickstart: setup  ## Train, merge, align and ask a small model: the whole pipeline, in minutes
+	$(BIN)/python quickstart/run.py
+
+test: setup  ## Run the tests (no card, no network needed)
+	$(BIN)/python -m pytest -m "not soak"
+
+test-hpu: setup  ## Smoke run for CI on a single Gaudi card
+	$(INSTALL) pytest pytest-timeout
+	$(BIN)/python -m pytest -m hpu
+
+soak: setup  ## Run the long grids and kill loops
+	$(BIN)/python -m pytest -m soak
+
+lint: setup  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## Fix style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## Measure against upstream's way (minutes to hours)
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit; done
+
+clean:  ## Remove the environment and what runs wrote
+	rm -rf $(VENV) runs

@@ -1,0 +1,128 @@
+"""Serves the device `hpu` from host memory.
+
+Whoever asks torch for `hpu` gets a CPU tensor, and from then on every CPU tensor of the process answers `hpu:0` when
+asked for its device, since optimum-habana takes its fused kernels only there. Functions are replaced once, for all
+threads. Storages stay CPU storages, so saved files load in a torch that has never heard of hpu.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._device import DeviceContext, _device_constructors
+
+HPU = torch.device("hpu", 0)
+LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
+NEW_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+AUTOCAST_FUNCTIONS = ("is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
+
+in_use = False
+
+
+def use() -> None:
+    """The first touch of the device: says so, once, on rank 0."""
+    global in_use
+    if not in_use:
+        in_use = True
+        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
+            print("Emulating Gaudi on the CPU: speed and memory say nothing about a real card.", file=sys.stderr)
+
+
+def host(device: Any) -> Any:
+    """`cpu` for any hpu device, anything else unchanged."""
+    if isinstance(device, torch.device):
+        is_hpu = device.type == "hpu"
+    else:
+        is_hpu = isinstance(device, str) and device.partition(":")[0] == "hpu"
+    if not is_hpu:
+        return device
+    use()
+    return "cpu"
+
+
+def with_host_device(function: Callable) -> Callable:
+    """`function`, whose keyword `device` may name an hpu."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if kwargs.get("device") is not None:
+            kwargs["device"] = host(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def with_host_first(function: Callable) -> Callable:
+    """`function`, whose first argument may name an hpu."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*(host(argument) for argument in args[:1]), *args[1:], **kwargs)
+
+    return wrapper
+
+
+def install() -> None:
+    _alias_factories()
+    _alias_tensor_methods()
+    for name in AUTOCAST_FUNCTIONS:
+        setattr(torch, name, with_host_first(getattr(torch, name)))
+    # Files that were written on a Gaudi name hpu as their storages' place.
+    torch.serialization.register_package(0, lambda storage: None, _restore)
+
+
+def _alias_factories() -> None:
+    # Looking the set up fills torch's cache with the originals, which is what `with torch.device(...)` compares.
+    for factory in _device_constructors() | {getattr(torch, name) for name in LIKE_FACTORIES}:
+        for module in (torch, torch.fft, torch.nested):
+            if getattr(module, factory.__name__, None) is factory:
+                # A staticmethod, for those who keep torch.empty as an attribute of a class.
+                setattr(module, factory.__name__, staticmethod(with_host_device(factory)))
+
+    enter_context = DeviceContext.__init__
+    DeviceContext.__init__ = lambda self, device: enter_context(self, host(device))
+
+    class GeneratorType(type):
+        def __call__(cls, device="cpu"):
+            return native_generator(host(device))
+
+        def __instancecheck__(cls, instance):
+            return isinstance(instance, native_generator)
+
+    native_generator = torch.Generator
+    torch.Generator = GeneratorType("Generator", (), {"__doc__": native_generator.__doc__})
+
+
+def _alias_tensor_methods() -> None:
+    tensor = torch.Tensor
+    native_to, native_device, native_get_device = tensor.to, tensor.device, tensor.get_device
+
+    @functools.wraps(native_to)
+    def to(self, *args, **kwargs):
+        if kwargs.get("device") is not None:
+            kwargs["device"] = host(kwargs["device"])
+        elif args:
+            args = (host(args[0]), *args[1:])
+        return native_to(self, *args, **kwargs)
+
+    def device(self) -> torch.device:
+        native = native_device.__get__(self)
+        return HPU if in_use and native.type == "cpu" else native
+
+    tensor.to = to
+    tensor.device = property(device)
+    tensor.is_hpu = property(lambda self: self.device.type == "hpu")
+    tensor.get_device = lambda self: 0 if self.is_hpu else native_get_device(self)
+    tensor.hpu = lambda self, device=None, non_blocking=False: self.to("hpu", non_blocking=non_blocking)
+    torch.nn.Module.hpu = lambda self, device=None: self.to("hpu")
+    tensor.pin_memory = lambda self, device=None: self
+    tensor.record_stream = lambda self, stream: None
+    for name in NEW_METHODS:
+        setattr(tensor, name, with_host_device(getattr(tensor, name)))
+
+
+def _restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    return storage if host(location) == "cpu" != location else None

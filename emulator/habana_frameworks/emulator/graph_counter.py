@@ -1,0 +1,119 @@
+"""Counts the graphs that a card would compile and launch.
+
+    with count_graphs() as graphs:
+        trainer.train()
+    print(graphs.distinct, graphs.launches)
+
+In lazy mode a graph is what runs between two cuts: a `mark_step`, or a tensor that the host reads. Two are the same
+if their operations, shapes, dtypes and integer arguments are; a card compiles each distinct one once, in seconds to
+minutes. This is a proxy: operations that a program runs on the CPU on purpose count as well. Counting is off unless
+asked for, and bound to the calling thread.
+"""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HOST_READS = ("cpu", "numpy", "tolist")
+
+
+def signature(value: Any) -> Hashable:
+    """What makes two values the same to a graph: shape and dtype of a tensor, never its content."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(signature(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, signature(item)) for key, item in value.items())
+    return value if isinstance(value, (bool, int, str, torch.dtype, type(None))) else type(value)
+
+
+class GraphCounter(TorchDispatchMode):
+    """`lazy` and `hpu` map each distinct graph to its launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.lazy: Counter[Hashable] = Counter()
+        self.hpu: Counter[Hashable] = Counter()
+        self.in_hpu_graph = False
+        self._open = 0  # hash of the operations since the last cut
+
+    @property
+    def distinct(self) -> int:
+        """Graphs that a card would compile."""
+        return len(self.lazy) + len(self.hpu)
+
+    @property
+    def launches(self) -> int:
+        return self.lazy.total() + self.hpu.total()
+
+    def end_lazy_graph(self) -> None:
+        if self._open and not self.in_hpu_graph:
+            self.lazy[self._open] += 1
+            self._open = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            self.end_lazy_graph()
+        elif not self.in_hpu_graph:
+            self._open = hash((self._open, operation, signature(args), signature(kwargs)))
+        return result
+
+
+_active: GraphCounter | None = None
+
+
+def end_lazy_graph() -> None:
+    if _active:
+        _active.end_lazy_graph()
+
+
+@contextlib.contextmanager
+def hpu_graph(module_id: int, inputs: Hashable) -> Iterator[None]:
+    """What runs in here is one HPU graph, not lazy ones."""
+    if _active is None or _active.in_hpu_graph:
+        yield
+        return
+    _active.end_lazy_graph()
+    _active.hpu[module_id, inputs] += 1
+    _active.in_hpu_graph = True
+    try:
+        yield
+    finally:
+        _active.in_hpu_graph = False
+
+
+@contextlib.contextmanager
+def count_graphs() -> Iterator[GraphCounter]:
+    """Counts the graphs of what runs in the context."""
+    global _active
+    if _active:
+        raise RuntimeError("graphs are being counted already")
+    originals = {name: getattr(torch.Tensor, name) for name in (*HOST_READS, "to")}
+    for name in originals:
+        setattr(torch.Tensor, name, _ending_graph(name, originals[name]))
+    _active = GraphCounter()
+    try:
+        with _active:
+            yield _active
+            _active.end_lazy_graph()
+    finally:
+        _active = None
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+
+
+def _ending_graph(name: str, read):
+    @functools.wraps(read)
+    def wrapper(tensor, *args, **kwargs):
+        if name in HOST_READS or any(str(argument) == "cpu" for argument in (*args[:1], kwargs.get("device"))):
+            end_lazy_graph()
+        return read(tensor, *args, **kwargs)
+
+    return wrapper

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
+export PATH := $(abspath $(BIN)):$(PATH)  # optimum-habana asks `pip list` for the plugin's version
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # A Gaudi host has Habana's tools or its plugin; there torch and the plugin are the container's own.
@@ -13,7 +14,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
 .PHONY: help setup quickstart test test-hpu soak lint format bench clean
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.done  ## Make .venv with pinned packages; TORCH_INDEX=URL takes torch from another index
 $(VENV)/.done: requirements.txt requirements-cpu.txt requirements-lock.txt $(shell find emulator -name '*.py' -o -name '*.toml')

@@ -1,0 +1,108 @@
+"""Labels, BOS, EOS and templates for every kind of tokenizer. Run: pytest tests/test_tokenization.py"""
+
+import numpy as np
+import pytest
+from tiny import TOKENIZERS, make_tokenizer
+
+from align.errors import InputError
+from align.formats import Sample
+from align.tokenization import IGNORED, SampleTokenizer, set_chat_template, tokenize_pairs, tokenize_samples
+
+CHAT = [
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "It is four."},
+    {"role": "user", "content": "Thank you"},
+    {"role": "assistant", "content": "Hello there "},
+]
+QUESTION = Sample("Question: What is two?\n\nAnswer: ", ("It is Paris.", "London"))
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return make_tokenizer(request.param)
+
+
+def encode(tokenizer, sample, answer=0, **options):
+    samples = SampleTokenizer(tokenizer, **options)
+    return samples.encode([samples.render(sample, answer)])[0]
+
+
+def test_text_begins_with_the_bos_that_the_model_expects_and_ends_with_a_learnt_eos(tokenizer):
+    ids, learnt = encode(tokenizer, QUESTION)
+    assert list(ids) == [*tokenizer(QUESTION.prompt + "It is Paris.").input_ids, tokenizer.eos_token_id]
+    assert learnt[-1]
+
+
+def test_the_loss_is_on_the_answer_and_its_end_alone(tokenizer):
+    ids, learnt = encode(tokenizer, QUESTION)
+    assert tokenizer.decode(ids[learnt]).strip() == "It is Paris." + tokenizer.eos_token
+    assert tokenizer.decode(ids[~learnt], skip_special_tokens=True).strip() == QUESTION.prompt.strip()
+
+
+def test_a_chat_has_one_bos_and_teaches_every_turn_of_the_assistant_with_its_end(tokenizer):
+    if tokenizer.chat_template is None:
+        set_chat_template(tokenizer, "plain")
+    ids, learnt = encode(tokenizer, Sample([], (CHAT,)))
+    turns = [tokenizer.decode(ids[run]).strip() for run in np.split(np.arange(len(ids)), _edges(learnt))[1::2]]
+    assert [turn.split(".")[0].startswith(said) for turn, said in zip(turns, ("It is four", "Hello there"), strict=True)]
+    assert all(any(turn.endswith(token) for token in tokenizer.all_special_tokens) for turn in turns)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert ids[-2] != tokenizer.eos_token_id
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token != tokenizer.eos_token:
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[1] != tokenizer.bos_token_id
+
+
+def _edges(learnt):
+    return np.flatnonzero(np.diff(learnt)) + 1
+
+
+def test_the_plain_template_needs_no_token_that_the_model_has_never_seen(tokenizer):
+    before = len(tokenizer)
+    set_chat_template(tokenizer, "plain")
+    ids, learnt = encode(tokenizer, Sample([], (CHAT,)))
+    assert len(tokenizer) == before
+    assert tokenizer.decode(ids[learnt]).count(tokenizer.eos_token) == 2
+
+
+def test_chosen_and_rejected_share_the_ids_of_their_prompt(tokenizer):
+    columns, reasons = tokenize_pairs([QUESTION], SampleTokenizer(tokenizer), 50, 100, "keep_start")
+    prompt, chosen, rejected = (columns[f"{name}_input_ids"][0] for name in ("prompt", "chosen", "rejected"))
+    whole = [list(encode(tokenizer, QUESTION, answer)[0]) for answer in (0, 1)]
+    assert [[*prompt, *chosen], [*prompt, *rejected]] == whole
+    assert reasons == [None]
+
+
+def test_training_on_the_prompt_learns_all_but_what_nothing_predicts(tokenizer):
+    samples = SampleTokenizer(tokenizer, train_on_prompt=True)
+    columns, _ = tokenize_samples([QUESTION], samples, 100, "keep_start")
+    assert list(columns["labels"][0]) == [IGNORED, *columns["input_ids"][0][1:]]
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end", "drop"])
+def test_truncation_never_leaves_a_sample_without_a_label(truncation):
+    samples = SampleTokenizer(make_tokenizer())
+    long = [Sample("Hello there " * 20, ("fine",)), Sample("Hi", (" thank you" * 20,)), Sample("Hi", (" you",))]
+    columns, reasons = tokenize_samples(long, samples, 12, truncation)
+    kept = [index for index, reason in enumerate(reasons) if reason is None]
+    assert kept == {"keep_start": [1, 2], "keep_end": [0, 1, 2], "drop": [2]}[truncation]
+    for index in kept:
+        assert columns["length"][index] <= 12
+        assert columns["trained"][index] == (columns["labels"][index] != IGNORED).sum() > 0
+        assert columns["input_ids"][index][0] == samples.tokenizer.bos_token_id
+
+
+def test_pairs_are_cut_to_their_limits_in_tokens_and_the_same_twice_is_dropped():
+    samples = SampleTokenizer(make_tokenizer())
+    same_start = Sample("Hello " * 30, ("there " * 20 + "a", "there " * 20 + "b"))
+    columns, reasons = tokenize_pairs([same_start, QUESTION, Sample("Hi", ("a", "a"))], samples, 10, 16, "keep_end")
+    assert len(columns["prompt_input_ids"][0]) == 10
+    assert max(len(ids) for ids in columns["chosen_input_ids"]) == 6
+    assert reasons == ["chosen and rejected are the same after truncation", None, "chosen and rejected are the same"]
+
+
+def test_chatml_without_its_tokens_names_the_template_that_needs_none():
+    with pytest.raises(InputError, match="no <|im_end|>; use plain"):
+        set_chat_template(make_tokenizer("llama-2"), "chatml")
+    with pytest.raises(InputError, match="'nowhere.jinja' is no file; name one, or choose from plain, chatml"):
+        set_chat_template(make_tokenizer("llama-2"), "nowhere.jinja")

@@ -13,7 +13,7 @@ from optimum.habana.trl import GaudiSFTConfig
 from optimum.habana.utils import set_seed
 
 from align import data, modeling, training
-from align.attention import SegmentMask
+from align.attention import probe_packing
 from align.errors import InputError, run_script
 from align.supervised import SupervisedTrainer, make_batches
 from align.tokenization import SampleTokenizer, tokenize_samples
@@ -77,8 +77,9 @@ def main() -> None:
 
     # Model
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
-    segment_mask = SegmentMask(model)
-    packable = batch_args.skip_probe or training.check_attention(model, segment_mask, args, args.max_seq_length)
+    packable = batch_args.skip_probe or probe_packing(
+        model, args.max_seq_length, args.device, **training.attention_inputs(model)
+    )
 
     # Trainer
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -93,7 +94,6 @@ def main() -> None:
         model=model,
         args=args,
         gaudi_config=training.gaudi_config(args),
-        segment_mask=segment_mask,
         train=batches.get("train"),
         validation=batches.get("validation"),
         tokenizer=tokenizer,

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from optimum.habana.trl import GaudiSFTTrainer
 
-from align.attention import SegmentMask
+from align.attention import segment_mask
 from align.errors import InputError
 from align.packing import (
     IGNORED,
@@ -80,8 +80,8 @@ def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int)
 class SupervisedTrainer(RightScale, GaudiSFTTrainer):
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
-    def __init__(self, *, train: Batches | None, validation: Batches | None, segment_mask: SegmentMask, **kwargs):
-        self.batches, self.segment_mask = {"train": train, "eval": validation}, segment_mask
+    def __init__(self, *, train: Batches | None, validation: Batches | None, **kwargs):
+        self.batches = {"train": train, "eval": validation}
         super().__init__(
             train_dataset=train and train.rows,
             eval_dataset=validation and validation.rows,
@@ -116,7 +116,7 @@ class SupervisedTrainer(RightScale, GaudiSFTTrainer):
         """On the device: segment ids become the mask that keeps packed samples apart; nothing is cached in training."""
         inputs = super()._prepare_inputs(inputs)
         if "segment_ids" in inputs:
-            inputs["attention_mask"] = self.segment_mask(inputs.pop("segment_ids"), inputs["position_ids"])
+            inputs["attention_mask"] = segment_mask(self.model, inputs.pop("segment_ids"), inputs["position_ids"])
         return {**inputs, "use_cache": False}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

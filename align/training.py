@@ -11,10 +11,8 @@ from typing import Any
 import transformers
 from optimum.habana import GaudiConfig
 from transformers import HfArgumentParser, PreTrainedModel, Trainer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
-from align.attention import SegmentMask, probe
 from align.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -86,31 +84,7 @@ def start_logging(args) -> None:
     root.setLevel(level)
 
 
-def check_attention(model: PreTrainedModel, segment_mask: SegmentMask, args, row_length: int) -> bool:
-    """Probes the loaded model on its device; returns whether samples can share its rows.
-
-    A model whose tokens see later ones cannot be trained: it would learn to copy what it should predict.
-    """
-    if not is_deepspeed_zero3_enabled():
-        model.to(args.device)
-        model.tie_weights()  # on a Gaudi the move parts them
-    result = probe(model, segment_mask, row_length, **_attention_inputs(model))
-    kind = f"this {model.config.model_type} model"
-    if not result.causal:
-        raise InputError(
-            f"--attn_implementation {args.attn_implementation}: in {kind} a later token changes the logits of earlier "
-            f"ones by {result.earlier_moved:.0%}, so it would be trained without causality; try another of eager, "
-            "sdpa, gaudi_fused_sdpa, or --skip_probe to train it all the same"
-        )
-    if not result.packable:
-        logger.warning(
-            f"{kind} does not keep samples in one row apart (logits differ by {result.packed_differs:.0%}): "
-            "batches are padded to buckets instead of packed"
-        )
-    return result.packable
-
-
-def _attention_inputs(model: PreTrainedModel) -> dict[str, bool]:
+def attention_inputs(model: PreTrainedModel) -> dict[str, bool]:
     """What optimum-habana's trainers pass to the forward of a model whose generation config asks for it."""
     names = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
     values = {name: getattr(model.generation_config, name, None) for name in names}

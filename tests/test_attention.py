@@ -1,0 +1,170 @@
+"""python -m pytest tests/test_attention.py"""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from align.attention import FAMILIES, choose_attn_implementation, find_visible, probe, probe_packing, segment_mask
+from align.errors import InputError
+from align.packing import IGNORED, PackedCollator, PackedDataset
+
+HPU = torch.device("hpu")
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+FEWER_HEADS = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+MODELS = {
+    "llama": FEWER_HEADS,
+    "mistral": FEWER_HEADS | {"sliding_window": 4},
+    "mixtral": FEWER_HEADS | {"sliding_window": 4, "num_local_experts": 4},
+    "qwen2": FEWER_HEADS,
+    "qwen3": FEWER_HEADS,
+    "gemma2": FEWER_HEADS | {"sliding_window": 4},
+    "gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "phi3": FEWER_HEADS | {"sliding_window": 4, "pad_token_id": 0},
+}
+
+
+def make_model(model_type: str, attn_implementation: str | None = None, dtype=torch.float32, **options):
+    adapt_transformers_to_gaudi()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SIZES | MODELS.get(model_type, {}) | options)
+    attn_implementation = attn_implementation or choose_attn_implementation(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, torch_dtype=dtype)
+    return model.to(HPU).train()
+
+
+def draw(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(3, 96, length).tolist()
+
+
+def forward(model, **inputs) -> torch.Tensor:
+    """Logits from lists or tensors of ids."""
+    return model(**{name: torch.as_tensor(ids).to(HPU) for name, ids in inputs.items()}, use_cache=False).logits
+
+
+def add_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def take_gradients(model) -> torch.Tensor:
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    model.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_samples_alone(model_type):
+    model = make_model(model_type)
+    samples = [
+        {"input_ids": draw(n), "labels": [IGNORED] * (n // 3) + draw(n)[n // 3 :], "length": n} for n in (11, 9, 7, 6)
+    ]
+    trained = sum(label != IGNORED for sample in samples for label in sample["labels"][1:])
+
+    alone = sum(
+        add_losses(forward(model, input_ids=[sample["input_ids"]]), torch.tensor([sample["labels"]]))
+        for sample in samples
+    )
+    (alone / trained).backward()
+    expected = take_gradients(model)
+
+    rows = PackedDataset(Dataset.from_list(samples), 20)
+    batch = PackedCollator.for_sft(3, 20, pad_token_id=0)([rows[row] for row in range(len(rows))])
+    mask = segment_mask(model, batch["segment_ids"].to(HPU), batch["position_ids"].to(HPU))
+    inputs = {name: batch[name].to(HPU) for name in ("input_ids", "position_ids")}
+    packed = add_losses(model(**inputs, attention_mask=mask, use_cache=False).logits, batch["labels"])
+    (packed / trained).backward()
+
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(take_gradients(model), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_two_answers_share_a_prompt_without_seeing_each_other(model_type):
+    model = make_model(model_type)
+    prompt, chosen, rejected = draw(8, 1), draw(6, 2), draw(5, 3)
+    alone = [forward(model, input_ids=[prompt + answer])[0, 8:] for answer in (chosen, rejected)]
+
+    ids = {
+        "segment_ids": torch.ones(1, 19, dtype=torch.long, device=HPU),
+        "branch_ids": torch.tensor([[0] * 8 + [1] * 6 + [2] * 5], device=HPU),
+        "position_ids": torch.tensor([[*range(14), *range(8, 13)]], device=HPU),
+    }
+    mask = segment_mask(model, **ids)
+    tokens = torch.tensor([prompt + chosen + rejected], device=HPU)
+    shared = model(input_ids=tokens, position_ids=ids["position_ids"], attention_mask=mask, use_cache=False).logits
+
+    torch.testing.assert_close(shared[0, 8:14], alone[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(shared[0, 14:], alone[1], rtol=0, atol=1e-5)
+
+
+def test_a_token_sees_its_own_segment_and_the_shared_prompt_alone():
+    visible = find_visible(torch.tensor([[1, 1, 1, 1, 2, 0]]), torch.tensor([[0, 1, 1, 2, 0, 0]]))
+    assert visible[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_probe_accepts_every_family_in_the_table(model_type, dtype):
+    assert model_type in FAMILIES
+    assert probe_packing(make_model(model_type, dtype=dtype), 512, HPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_probe_stops_mixtral_with_the_attention_that_sees_the_future(dtype):
+    model = make_model("mixtral", attn_implementation="sdpa", dtype=dtype)
+    with pytest.raises(InputError, match="--attn_implementation sdpa: .* see later ones .* try .* eager"):
+        probe_packing(model, 512, HPU)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "phi3", "gemma2"])
+def test_the_probe_notices_a_mask_in_the_wrong_form(model_type, monkeypatch, caplog):
+    model = make_model(model_type)
+    monkeypatch.setitem(FAMILIES, model_type, FAMILIES["llama"])
+    assert not probe_packing(model, 512, HPU)
+    assert "samples in one row see each other" in caplog.text
+
+
+def test_the_probe_notices_an_option_that_drops_the_mask():
+    result = probe(make_model("llama"), HPU, use_flash_attention=True, flash_attention_causal_mask=True)
+    assert result.causal
+    assert not result.packable
+
+
+def test_rows_longer_than_a_window_that_nobody_tried_are_not_packed(caplog):
+    model = make_model("starcoder2", **FEWER_HEADS, sliding_window=32)
+    assert probe_packing(model, 32, HPU)
+    assert not probe_packing(model, 33, HPU)
+    assert "window of 32 tokens" in caplog.text
+
+
+def test_the_probe_leaves_the_model_as_it_was():
+    model = make_model("gpt2")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    probe_packing(model, 512, HPU)
+    assert model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_padding_leaves_logits_and_gradients_finite():
+    model = make_model("llama")
+    ids = torch.zeros(2, 12, dtype=torch.long, device=HPU)
+    logits = model(input_ids=ids, position_ids=ids, attention_mask=segment_mask(model, ids, ids)).logits
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert take_gradients(model).isfinite().all()

@@ -1,0 +1,235 @@
+"""Stands between an engine and one rank of the user's script.
+
+Every engine starts this file in place of the script, so that arguments, environment, output, signals and exit codes
+are the same under all of them. It reports to gaudi_spawn.py over one TCP connection, whose address and key it finds in
+the variable GAUDI_SPAWN, in JSON lines:
+
+    rank -> launcher   {"key", "rank", "host"}       at the start
+    launcher -> rank   {"work": {...}}               what to run, sent when every rank of the run is there
+    launcher -> rank   {"signal": n}                 for the script; SIGKILL takes its children as well
+    rank -> launcher   {"signal": n}                 somebody signalled this process: the launcher decides for all ranks
+    rank -> launcher   {"code": n, "lines": [...]}   the script has ended; what it said last, unless that was shown
+
+A broken connection means that the launcher is gone: the script is killed. The engine always hears that all went well,
+because failures are the launcher's to report, once. Only light imports: the user waits for them.
+"""
+
+import ctypes
+import json
+import math
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from functools import partial
+
+# From such a line on, the script is probably ending in an error, which is told once, and for the first rank only.
+LAST_WORDS = re.compile(rb"Traceback \(most recent call last\)|^usage: |: error: |^terminate called |^Fatal Python")
+LAST_WORDS_DELAY = 10.0  # seconds an interpreter may take to end after its traceback
+LINE_DELAY = 1.0  # seconds the other lines of ranks above 0 are held back, in case they turn out to be their last ones
+TOLD_LINES = 40
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends, however that ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it already has
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def notice_lost_host(connection: socket.socket) -> None:
+    """Makes a connection fail within half a minute when the other host is lost."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+class Launcher:
+    """The connection to gaudi_spawn.py."""
+
+    def __init__(self, host: str, port: str):
+        self.socket = socket.create_connection((host, int(port)), timeout=60)
+        self.socket.settimeout(None)
+        notice_lost_host(self.socket)
+        self.unfinished = b""
+
+    def tell(self, **message) -> None:
+        with suppress(ConnectionError):  # `hear` notices it too
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def hear(self) -> list[dict]:
+        """Waits for messages. Raises: EOFError when the launcher is gone."""
+        try:
+            received = self.socket.recv(1 << 16)
+        except ConnectionError:
+            received = b""
+        if not received:
+            raise EOFError
+        *lines, self.unfinished = (self.unfinished + received).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def leave(self) -> None:
+        """Waits until the launcher hangs up: closing over unread messages would discard what it was told."""
+        self.socket.shutdown(socket.SHUT_WR)
+        self.socket.settimeout(5)
+        with suppress(EOFError, TimeoutError):
+            while True:
+                self.hear()
+
+
+class Relay:
+    """Passes one stream of the script on as it comes, but holds back what may be the script's last words."""
+
+    def __init__(self, source: int, target: int, tag: bytes = b"", delay: float = 0.0, last_words=None):
+        self.source, self.tag, self.delay, self.last_words = source, tag, delay, last_words
+        self.target = os.fdopen(target, "wb", closefd=False)
+        self.held: deque[tuple[float, bytes]] = deque()  # (when to show it, line)
+        self.held_until = 0.0
+        self.unfinished = b""
+
+    def read(self) -> bool:
+        """Takes what is there; False at the end of the stream."""
+        chunk = os.read(self.source, 1 << 16)
+        *lines, self.unfinished = re.split(rb"(?<=[\r\n])", self.unfinished + chunk)
+        for line in lines:
+            self.hold(line)
+        return bool(chunk)
+
+    def hold(self, line: bytes) -> None:
+        if self.last_words and self.last_words.search(line):
+            self.held_until = time.monotonic() + LAST_WORDS_DELAY
+        self.held.append((max(time.monotonic() + self.delay, self.held_until), line))
+
+    def show(self, until: float) -> None:
+        """Writes the lines due by then. An unfinished one, like a progress bar, waits for its end only under a tag."""
+        if self.unfinished and (not self.tag or until == math.inf):
+            self.hold(self.unfinished)
+            self.unfinished = b""
+        due = b""
+        while self.held and self.held[0][0] <= until:
+            due += self.tag + self.held.popleft()[1]
+        if due:
+            with suppress(OSError):  # nobody reads on: no reason for the script to end
+                self.target.write(due)
+                self.target.flush()
+
+    def last_lines(self) -> list[str]:
+        """What was never shown."""
+        text = b"".join(line for _, line in self.held) + self.unfinished
+        return text.decode(errors="replace").splitlines()[-TOLD_LINES:]
+
+
+class Script:
+    """One rank of the user's script, leader of a process group of its own. Standard input is for rank 0 alone."""
+
+    def __init__(self, rank: int, command: list[str], directory: str, variables: dict[str, str], tag_output: bool):
+        tag = f"[rank {rank}] ".encode() if rank and tag_output else b""
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", *command],
+            cwd=directory,
+            env=os.environ | variables,
+            stdin=None if rank == 0 else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if tag else None,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - this process has no threads
+        )
+        self.errors = Relay(self.process.stderr.fileno(), 2, tag, LINE_DELAY if rank else 0.0, LAST_WORDS)
+        self.relays = [self.errors]
+        if tag:
+            self.relays.append(Relay(self.process.stdout.fileno(), 1, tag))
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def obey(self, messages: list[dict]) -> None:
+        for message in messages:
+            if message["signal"] == signal.SIGKILL:
+                self.kill()
+            else:
+                self.process.send_signal(message["signal"])
+
+    def supervise(self, launcher: Launcher) -> int:
+        """Relays signals and output until the script has ended. Returns its exit code, -n where signal n killed it."""
+        selector = selectors.DefaultSelector()
+        selector.register(launcher.socket, selectors.EVENT_READ)
+        for relay in self.relays:
+            selector.register(relay.source, selectors.EVENT_READ, relay)
+
+        def relay_what_comes(within: float) -> bool:
+            ready = selector.select(within)
+            for key, _ in ready:
+                if key.data is None:
+                    self.obey(launcher.hear())
+                elif not key.data.read():
+                    selector.unregister(key.fd)
+            for relay in self.relays:
+                relay.show(until=time.monotonic())
+            return bool(ready)
+
+        while self.process.poll() is None:
+            relay_what_comes(within=0.1)
+        self.kill()  # what the script left behind, such as data loader workers
+        while len(selector.get_map()) > 1 and relay_what_comes(within=0.0):
+            pass
+        return self.process.returncode
+
+
+def distributed_variables(work: dict) -> dict[str, str]:
+    """What torch, accelerate and DeepSpeed look for. Open MPI sets none of it, DeepSpeed all but one."""
+    mpi = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    if mpi["RANK"] is None:
+        return {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]} if "LOCAL_SIZE" in os.environ else {}
+    return {
+        "RANK": mpi["RANK"],
+        "WORLD_SIZE": mpi["SIZE"],
+        "LOCAL_RANK": mpi["LOCAL_RANK"],
+        "LOCAL_WORLD_SIZE": mpi["LOCAL_SIZE"],
+        "MASTER_ADDR": work["master_addr"],
+        "MASTER_PORT": str(work["master_port"]),
+    }
+
+
+def main() -> None:
+    host, port, key = os.environ.pop("GAUDI_SPAWN").split(":")
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
+    launcher = Launcher(host, port)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: launcher.tell(signal=number))
+    launcher.tell(key=key, rank=rank, host=socket.gethostname())
+
+    script = None
+    try:
+        messages = []
+        while not messages:
+            messages = launcher.hear()
+        work = messages.pop(0).get("work")
+        if work is None:  # the run was stopped before it began
+            return
+        script = Script(rank, work["command"], work["directory"], distributed_variables(work), work["tag_output"])
+        script.obey(messages)
+        code = script.supervise(launcher)
+    except EOFError:
+        if script:
+            script.kill()
+        sys.exit(1)
+    lines = script.errors.last_lines() if code else []
+    for relay in script.relays:
+        if not (code and relay is script.errors):
+            relay.show(until=math.inf)
+    launcher.tell(code=code, lines=lines)
+    launcher.leave()
+
+
+if __name__ == "__main__":
+    main()

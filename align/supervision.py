@@ -1,0 +1,213 @@
+"""The life and death of one run's ranks, from the engine's start to the exit code."""
+
+import hmac
+import json
+import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+from align.launching import ENGINES, Run, address_for, node_command
+from align.rank import die_with, notice_lost_host
+
+FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
+ENGINE_GRACE = 10.0  # seconds that an engine has to end after its ranks
+# What an outer launcher said about its own ranks would mislead ours.
+STALE = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|MASTER_(ADDR|PORT)|OMPI_COMM_WORLD_\w+")
+
+
+def say(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone; the ranks still have their grace period
+        print(f"gaudi_spawn: {text}", file=sys.stderr, flush=True)
+
+
+def shell_code(returncode: int) -> int:
+    """The exit code as a shell gives it: 128 + n for a process that signal n has killed."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+class Rank:
+    """The launcher's end of one rank's connection; `align/rank.py` describes the messages."""
+
+    def __init__(self, connection: socket.socket, number: int, host: str):
+        self.connection, self.number, self.host = connection, number, host
+        self.ended = False
+
+    def __str__(self) -> str:
+        return f"rank {self.number} on {self.host}"
+
+    def tell(self, **message) -> None:
+        with suppress(OSError):  # that it has gone comes as an event
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+class Supervisor:
+    """Handles what happens to a run, one event after the other.
+
+    The first event that spells its end (a rank failed or was lost, an engine died, somebody sent a signal) sets the
+    exit code and is reported; what follows from it is not. Events come from signal handlers and a thread for each rank.
+    """
+
+    def __init__(self, run: Run, master_port: int):
+        self.run = run
+        self.work = {
+            "command": run.command,
+            "directory": os.getcwd(),
+            "master_addr": run.master_addr,
+            "master_port": master_port,
+            "tag_output": run.tag_output,
+        }
+        self.key = secrets.token_hex(16)
+        self.events: queue.SimpleQueue = queue.SimpleQueue()  # whose `put` is safe in a signal handler
+        self.engines: dict[str, subprocess.Popen] = {}
+        self.ranks: dict[int, Rank] = {}
+        self.started = False  # the scripts start when all ranks are there
+        self.code: int | None = None
+        self.steps: list[tuple[float, Callable[[], None]]] = []  # when to do what, once the end has begun
+
+    def supervise(self, commands: dict[str, list[str]]) -> int:
+        """Runs the engine commands (host -> command) and returns the exit code of the whole."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which is nohup's doing
+                signal.signal(number, lambda number, _: self.events.put((self.on_signal, number)))
+        address = address_for(list(self.run.nodes)) if self.run.over_ssh else "127.0.0.1"
+        with socket.create_server((address, 0), backlog=self.run.world_size) as server:
+            variables = {"GAUDI_SPAWN": f"{address}:{server.getsockname()[1]}:{self.key}"}
+            try:
+                for host, command in commands.items():
+                    self.engines[host] = self.start_engine(host, command, variables)
+                threading.Thread(target=self.accept, args=[server], daemon=True).start()
+                while self.ranks or any(engine.poll() is None for engine in self.engines.values()):
+                    self.step()
+            finally:
+                self.kill_engines()
+        return self.code or 0
+
+    def start_engine(self, host: str, command: list[str], variables: dict[str, str]) -> subprocess.Popen:
+        """Starts one in a session of its own: Ctrl-C reaches the ranks from here, once, and the engine not at all."""
+        environment = {name: value for name, value in os.environ.items() if not STALE.fullmatch(name)}
+        process = subprocess.Popen(
+            node_command(host) if self.run.starts_over_ssh else command,
+            env=environment | variables,
+            stdin=subprocess.PIPE if self.run.starts_over_ssh else None,
+            start_new_session=True,
+            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - no thread runs yet
+        )
+        if self.run.starts_over_ssh:
+            request = {"environment": self.run.exports | variables, "directory": os.getcwd(), "command": command}
+            with suppress(BrokenPipeError), process.stdin as stdin:  # its exit code will tell
+                stdin.write(json.dumps(request).encode())
+        return process
+
+    def accept(self, server: socket.socket) -> None:
+        with suppress(OSError):  # closed when the run is over
+            while True:
+                threading.Thread(target=self.listen, args=[server.accept()[0]], daemon=True).start()
+
+    def listen(self, connection: socket.socket) -> None:
+        """Turns what a rank says into events. Who does not begin with the key is not listened to."""
+        notice_lost_host(connection)
+        with connection, connection.makefile("r") as lines, suppress(OSError, ValueError, KeyError, TypeError):
+            hello = json.loads(lines.readline())
+            if not hmac.compare_digest(hello["key"], self.key):
+                return
+            rank = Rank(connection, hello["rank"], hello["host"])
+            self.events.put((self.on_join, rank))
+            try:
+                for line in lines:
+                    message = json.loads(line)
+                    if "code" in message:
+                        self.events.put((self.on_end, rank, message["code"], message["lines"]))
+                    else:
+                        self.events.put((self.on_signal, message["signal"], rank))
+            finally:
+                self.events.put((self.on_leave, rank))
+
+    def step(self) -> None:
+        """Handles the next event; in between looks at the engines, which end after their ranks' last messages."""
+        try:
+            handle, *details = self.events.get(timeout=0.1)
+        except queue.Empty:
+            self.look_at_engines()
+        else:
+            handle(*details)
+        while self.steps and self.steps[0][0] <= time.monotonic():
+            self.steps.pop(0)[1]()
+
+    def on_join(self, rank: Rank) -> None:
+        self.ranks[rank.number] = rank
+        if self.code is not None:
+            rank.tell(signal=signal.SIGKILL)
+        elif len(self.ranks) == self.run.world_size:
+            self.started = True
+            self.tell_ranks(work=self.work)
+
+    def on_end(self, rank: Rank, returncode: int, lines: list[str]) -> None:
+        rank.ended = True
+        if returncode and self.code is None:
+            code = shell_code(returncode)
+            how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else "failed"
+            say("\n".join([f"{rank} {how} (exit code {code}){':' if lines else ''}", *lines]))
+            self.end(code, signal.SIGTERM, FAILURE_GRACE)
+
+    def on_leave(self, rank: Rank) -> None:
+        self.ranks.pop(rank.number, None)
+        if not rank.ended and self.code is None:
+            say(f"{rank} is gone without a word: killed, or its host was lost")
+            self.end(128 + signal.SIGKILL, signal.SIGTERM, FAILURE_GRACE)
+        if not self.ranks:
+            self.steps.append((time.monotonic() + ENGINE_GRACE, self.kill_engines))
+
+    def on_signal(self, number: int, rank: Rank | None = None) -> None:
+        """`rank` when it was not this process that got the signal, but the rank, from its engine for example."""
+        if self.code is None:
+            patience = f"the ranks have {self.run.grace_period:g} s to finish" if self.started else "no rank had begun"
+            say(f"{signal.Signals(number).name}{f' at {rank}' if rank else ''}: {patience}")
+            self.end(128 + number, number, self.run.grace_period)
+        elif rank is None:
+            say(f"{signal.Signals(number).name} again: killing the ranks")
+            self.end(self.code, signal.SIGKILL, 0)
+
+    def look_at_engines(self) -> None:
+        """An engine that ends before its ranks has failed."""
+        codes = [engine.poll() for engine in self.engines.values()]
+        if self.code is None and (self.ranks or not self.started) and (None not in codes or any(codes)):
+            code = next((shell_code(code) for code in codes if code), 1)
+            when = "before its ranks did" if self.started else "before all ranks had started"
+            say(f"{ENGINES[self.run.engine].name} ended {when} (exit code {code})")
+            self.end(code, signal.SIGTERM, FAILURE_GRACE)
+
+    def end(self, code: int, number: int, grace: float) -> None:
+        """Begins the end: signal `number` for the ranks, SIGKILL when their grace is over, and then for the engines."""
+        self.code = code
+        self.tell_ranks(signal=number)
+        kill_time = time.monotonic() + (grace if self.started else 0)
+        self.steps = [(kill_time, self.kill_ranks), (kill_time + ENGINE_GRACE, self.kill_engines)]
+
+    def tell_ranks(self, **message) -> None:
+        for rank in self.ranks.values():
+            rank.tell(**message)
+
+    def kill_ranks(self) -> None:
+        if self.started and self.ranks:
+            say(f"killing {', '.join(map(str, self.ranks.values()))}")
+        self.tell_ranks(signal=signal.SIGKILL)
+        if not self.started:  # else the engines end by themselves
+            for engine in self.engines.values():
+                engine.terminate()
+
+    def kill_engines(self) -> None:
+        for engine in self.engines.values():
+            if engine.poll() is None:
+                os.killpg(engine.pid, signal.SIGKILL)
+                engine.wait()
+        self.ranks.clear()

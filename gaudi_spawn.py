@@ -1,0 +1,97 @@
+"""Runs a script on several Gaudi cards, of one node or many.
+
+One node:      python gaudi_spawn.py --world_size 8 --use_deepspeed sft.py --model_name_or_path ...
+Several nodes: python gaudi_spawn.py --hostfile hosts.txt --use_mpi sft.py --model_name_or_path ...
+
+With neither --use_deepspeed nor --use_mpi, torch.distributed.run starts the ranks.
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+from align.errors import InputError, run_script
+from align.launching import Run, check_script, choose_port, describe, exported_variables, read_hostfile
+from align.supervision import Supervisor
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--world_size", type=int, help="number of cards; default 1, or all slots of the hostfile")
+    parser.add_argument("--hostfile", help="file with a line `host slots=8` for each node")
+    parser.add_argument("--use_deepspeed", action="store_true", help="let DeepSpeed's launcher start the ranks")
+    parser.add_argument("--use_mpi", action="store_true", help="let Open MPI start the ranks")
+    parser.add_argument(
+        "--master_port", type=int, help="port where the ranks meet, on rank 0's node; default a free one"
+    )
+    parser.add_argument(
+        "--export", action="append", default=[], metavar="NAME", help="one more variable for ranks on other nodes"
+    )
+    parser.add_argument("--tag_output", action="store_true", help="begin the output lines of rank n > 0 with [rank n]")
+    parser.add_argument(
+        "--grace_period", type=float, default=60, help="seconds that ranks have to finish after SIGINT, SIGTERM, SIGHUP"
+    )
+    parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
+    # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
+    parser.add_argument("command", nargs=argparse.PARSER, metavar="script ...", help="the script and its arguments")
+    return parser.parse_args()
+
+
+def plan_run(args: argparse.Namespace) -> Run:
+    if args.use_deepspeed and args.use_mpi:
+        raise InputError("--use_deepspeed and --use_mpi exclude each other; give one of them")
+    if args.world_size is not None and args.world_size < 1:
+        raise InputError(f"--world_size {args.world_size}: give a number of cards, 1 or more")
+    if args.master_port is not None and not 0 < args.master_port < 65536:
+        raise InputError(f"--master_port {args.master_port}: give a port from 1 to 65535")
+    if args.grace_period < 0:
+        raise InputError(f"--grace_period {args.grace_period:g}: give seconds, 0 or more")
+    if args.hostfile is None:
+        nodes = {"localhost": args.world_size or 1}
+    else:
+        nodes = read_hostfile(args.hostfile)
+        if args.world_size not in (None, sum(nodes.values())):
+            raise InputError(
+                f"--world_size {args.world_size}, but --hostfile {args.hostfile} has {sum(nodes.values())} slots; "
+                "leave --world_size out or make them agree"
+            )
+    check_script(args.command[0])
+    return Run(
+        engine="deepspeed" if args.use_deepspeed else "mpi" if args.use_mpi else "torch",
+        command=args.command,
+        nodes=nodes,
+        over_ssh=args.hostfile is not None,
+        exports=exported_variables(os.environ, args.export),
+        master_port=args.master_port,
+        tag_output=args.tag_output,
+        grace_period=args.grace_period,
+    )
+
+
+def become_script(run: Run) -> None:
+    """Runs the script in place of this process; DeepSpeed asks for the variables of a world even if it has one rank."""
+    if run.engine == "deepspeed":
+        world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": run.master_addr}
+        world["MASTER_PORT"] = choose_port(run.master_port)
+        os.environ.update({name: str(value) for name, value in world.items()})
+    os.execv(sys.executable, [sys.executable, *run.command])
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to tidy up, no traceback to show, until ranks run
+    args = parse_arguments()
+    run = plan_run(args)
+    if args.print_command:
+        print(describe(run))
+    elif run.world_size == 1 and not run.over_ssh:
+        become_script(run)
+    else:
+        port, cores_per_rank = run.inspect()
+        sys.exit(Supervisor(run, port).supervise(run.engine_commands(port, cores_per_rank)))
+
+
+if __name__ == "__main__":
+    run_script(main)

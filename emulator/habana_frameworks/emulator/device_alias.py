@@ -35,6 +35,8 @@ def host(device: Any) -> Any:
     """`cpu` for any hpu device, anything else unchanged."""
     if isinstance(device, torch.device):
         is_hpu = device.type == "hpu"
+    elif isinstance(device, int):  # a bare index means the accelerator; safetensors asks so
+        is_hpu = True
     else:
         is_hpu = isinstance(device, str) and device.partition(":")[0] == "hpu"
     if not is_hpu:

@@ -21,6 +21,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 FEWER_HEADS = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 MODELS = {
     "llama": FEWER_HEADS,
     "mistral": FEWER_HEADS | {"sliding_window": 4},
@@ -28,7 +29,8 @@ MODELS = {
     "qwen2": FEWER_HEADS,
     "qwen3": FEWER_HEADS,
     "gemma2": FEWER_HEADS | {"sliding_window": 4},
-    "gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "gpt2": NO_DROPOUT,
+    "gptj": NO_DROPOUT | {"rotary_dim": 4},
     "phi3": FEWER_HEADS | {"sliding_window": 4, "pad_token_id": 0},
 }
 
@@ -137,7 +139,13 @@ def test_the_probe_notices_a_mask_in_the_wrong_form(model_type, monkeypatch, cap
     model = make_model(model_type)
     monkeypatch.setitem(FAMILIES, model_type, FAMILIES["llama"])
     assert not probe_packing(model, 512, HPU)
-    assert "samples in one row see each other" in caplog.text
+    assert "cannot keep samples in one row apart" in caplog.text
+
+
+def test_a_model_that_refuses_the_mask_is_not_packed():
+    result = probe(make_model("opt", ffn_dim=64, word_embed_proj_dim=32), HPU)
+    assert result.causal
+    assert not result.packable
 
 
 def test_the_probe_notices_an_option_that_drops_the_mask():
@@ -147,7 +155,7 @@ def test_the_probe_notices_an_option_that_drops_the_mask():
 
 
 def test_rows_longer_than_a_window_that_nobody_tried_are_not_packed(caplog):
-    model = make_model("starcoder2", **FEWER_HEADS, sliding_window=32)
+    model = make_model("gemma3_text", **FEWER_HEADS, sliding_window=32)
     assert probe_packing(model, 32, HPU)
     assert not probe_packing(model, 33, HPU)
     assert "window of 32 tokens" in caplog.text

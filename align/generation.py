@@ -1,0 +1,492 @@
+"""Prompts in, text out: static shapes, end tokens, streaming and timing around optimum-habana's generation loop.
+
+Heavy packages are imported where they are used: imports are most of the time to the first word.
+"""
+
+import contextlib
+import importlib.util
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from align.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from optimum.habana.transformers.generation import GaudiGenerationConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MIN_WIDTH = 16  # tokens: the narrowest shape that prompts are padded to
+STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_prompts(
+    prompt: list[str] | None = None,
+    prompt_file: str | None = None,
+    dataset_name: str | None = None,
+    dataset_split: str = "train",
+    column_name: str = "prompt",
+) -> list[str]:
+    """The prompts in the user's order, from the one source that was given, or one a line from a pipe on stdin."""
+    given = [
+        flag
+        for flag, value in (("--prompt", prompt), ("--prompt_file", prompt_file), ("--dataset_name", dataset_name))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)}: give only one source of prompts")
+    if prompt is not None:
+        source, prompts = "--prompt", prompt
+    elif prompt_file is not None:
+        source = f"--prompt_file {prompt_file}"
+        prompts = _read_prompt_file(Path(prompt_file), column_name)
+    elif dataset_name is not None:
+        source = f"--dataset_name {dataset_name}"
+        prompts = _read_prompt_column(dataset_name, dataset_split, column_name)
+    elif sys.stdin.isatty():
+        raise InputError("no prompt: give --prompt, --prompt_file or --dataset_name, or pipe one prompt a line")
+    else:
+        source, prompts = "stdin", [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"{source}: holds no prompt")
+    return prompts
+
+
+def _read_prompt_file(path: Path, column_name: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt_file {path}: cannot be read as UTF-8 text: {error}") from error
+    if path.suffix != ".jsonl":
+        return [line for line in lines if line.strip()]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"--prompt_file {path}, row {number}: is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"--prompt_file {path}, row {number}: got {line[:40]!r}, not an object with columns")
+        prompts.append(_prompt_of(row, column_name, f"--prompt_file {path}, row {number}"))
+    return prompts
+
+
+def _read_prompt_column(dataset_name: str, split: str, column_name: str) -> list[str]:
+    from align.data import DataArguments, load_splits
+
+    arguments = DataArguments(dataset_name=dataset_name, split=split, streaming=False)
+    rows = load_splits(arguments, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
+    return [_prompt_of(row, column_name, f"--dataset_name {dataset_name}, row {n}") for n, row in enumerate(rows, 1)]
+
+
+def _prompt_of(row: dict[str, Any], column_name: str, where: str) -> str:
+    if column_name not in row:
+        found = ", ".join(row) or "none"
+        raise InputError(f"{where}: has no column {column_name!r} but {found}; choose one with --column_name")
+    if not isinstance(row[column_name], str):
+        raise InputError(f"{where}: column {column_name!r} is {row[column_name]!r}, not text")
+    return row[column_name]
+
+
+def encode_prompts(
+    prompts: list[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    use_chat_template: bool,
+    vocabulary_size: int,
+    max_length: int | None,
+) -> list[list[int]]:
+    """Token ids of each prompt, with one BOS where the tokenizer adds one and never an EOS at the end."""
+    if use_chat_template and tokenizer.chat_template is None:
+        raise InputError("--use_chat_template: the tokenizer has no chat template; leave the flag out")
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        if use_chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        else:
+            has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+            ids = tokenizer(prompt, add_special_tokens=not has_bos).input_ids
+            if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+                ids = ids[:-1]
+        if not ids:
+            raise InputError(f"prompt {number}: {prompt!r} has no tokens; write something")
+        if max_length is not None and len(ids) > max_length:
+            raise InputError(
+                f"prompt {number}: {len(ids)} tokens, but with --max_new_tokens the model's context leaves room for "
+                f"{max_length}; shorten the prompt or lower --max_new_tokens"
+            )
+        if max(ids) >= vocabulary_size:
+            raise InputError(
+                f"prompt {number}: token {max(ids)} is beyond the model's vocabulary of {vocabulary_size}; the "
+                "tokenizer belongs to another model"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def find_stop_tokens(tokens: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Ids of the end tokens that the user names."""
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise InputError(f"--stop_tokens: {token!r} is not one token of this tokenizer")
+    return {vocabulary[token] for token in tokens}
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are generated together: their places in the user's order, and their common width in tokens."""
+
+    places: list[int]
+    width: int
+
+
+def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_width: int | None) -> list[Batch]:
+    """Batches of like lengths on few widths, since every new shape is a graph that a Gaudi has to compile.
+
+    Widths are powers of two, so that no prompt is padded to more than twice its length. With a `bucket_size` optimum-
+    habana pads `width + 1` to a multiple of it.
+    """
+    order = range(len(lengths)) if batch_size == 1 else sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches = []
+    for start in range(0, len(lengths), batch_size):
+        places = list(order[start : start + batch_size])
+        longest = max(lengths[place] for place in places)
+        if bucket_size > 0:
+            width = -(-(longest + 1) // bucket_size) * bucket_size - 1
+        else:
+            width = max(MIN_WIDTH, 1 << (longest - 1).bit_length())
+        batches.append(Batch(places, max(longest, min(width, max_width or width))))
+    return batches
+
+
+def pad_batch(
+    encoded: list[list[int]], width: int, rows: int, pad: int
+) -> tuple["torch.LongTensor", "torch.LongTensor"]:
+    """Ids and attention mask `[rows, width]`, padded on the left; missing rows repeat the first one."""
+    import torch
+
+    ids, mask = np.full((rows, width), pad), np.zeros((rows, width), dtype=np.int64)
+    for row in range(rows):
+        prompt = encoded[row] if row < len(encoded) else encoded[0]
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+# ---------------------------------------------------------------- model
+
+
+def adapt_transformers() -> None:
+    """Puts optimum-habana's models and generation loop into transformers, without the trainers' import time.
+
+    optimum-habana 1.21.2 imports all its trainers, diffusers and sentence-transformers with any of its modules
+    (habana/__init__.py:19, habana/transformers/__init__.py:19): about 10 s before the first word. These two packages
+    are therefore left unexecuted until something in them is asked for. Can go when a release imports them on demand.
+    """
+    for name in ("optimum.habana", "optimum.habana.transformers"):
+        if name not in sys.modules:
+            _defer_package(name)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for text; the modules print which kernels they found
+        import transformers.generation
+        from optimum.habana.transformers.generation import GaudiGenerationMixin
+        from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
+
+        if transformers.generation.GenerationMixin.generate is not GaudiGenerationMixin.generate:
+            adapt_transformers_to_gaudi()
+
+
+def _defer_package(name: str) -> None:
+    """Makes a package importable whose `__init__` runs when an attribute is asked for that is not a submodule."""
+    spec = importlib.util.find_spec(name)
+    package = importlib.util.module_from_spec(spec)
+
+    def load(attribute: str) -> Any:
+        if attribute.startswith("__") or importlib.util.find_spec(f"{name}.{attribute}") is not None:
+            raise AttributeError(attribute)
+        del package.__getattr__
+        spec.loader.exec_module(package)
+        return getattr(package, attribute)
+
+    package.__getattr__ = load
+    sys.modules[name] = package
+    parent, _, child = name.rpartition(".")
+    setattr(sys.modules[parent], child, package)
+
+
+def find_base_model(peft_model: str) -> str:
+    """The model that an adapter says it was trained on."""
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(peft_model).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise InputError(f"--peft_model {peft_model}: holds no adapter: {_first_line(error)}") from error
+    if not base:
+        raise InputError(f"--peft_model {peft_model}: does not name its base; give --model_name_or_path")
+    return base
+
+
+def load_config(model_name_or_path: str, **hub: Any) -> "PretrainedConfig":
+    """The model's configuration, after a look at its weight files."""
+    from transformers import AutoConfig
+
+    folder = Path(model_name_or_path)
+    if not folder.is_dir() and (folder.exists() or model_name_or_path.startswith((".", "/", "~")) or folder.parts[2:]):
+        raise InputError(f"--model_name_or_path: {model_name_or_path} is no folder")
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, **hub)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_name_or_path {model_name_or_path}: holds no model: {_first_line(error)}") from error
+    check_weights(folder)
+    return config
+
+
+def load_tokenizer(model_name_or_path: str, peft_model: str | None, **hub: Any) -> "PreTrainedTokenizerBase":
+    """The adapter's tokenizer where it has one, since it may have learnt new tokens, else the model's."""
+    from transformers import AutoTokenizer
+
+    own = peft_model is not None and (Path(peft_model) / "tokenizer_config.json").is_file()
+    name = peft_model if own else model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, **({} if own else hub))
+    except (OSError, ValueError) as error:
+        flag = "--peft_model" if own else "--model_name_or_path"
+        raise InputError(f"{flag} {name}: holds no tokenizer: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_weights(folder: Path) -> None:
+    """Finds what a load would stumble over after minutes: missing, truncated or garbled safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        else:
+            files = set(folder.glob("model*.safetensors"))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model_name_or_path: {index} is no index of weights: {error!r}") from error
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="numpy"):
+                continue
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"--model_name_or_path: {file} cannot be read: {error}") from error
+
+
+def load_model(
+    model_name_or_path: str,
+    peft_model: str | None,
+    bf16: bool,
+    vocabulary_size: int,
+    world_size: int,
+    use_hpu_graphs: bool,
+    **hub: Any,
+) -> "PreTrainedModel":
+    """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
+
+    Ranks map the same safetensors file, so that a host holds one copy of the model while they cut out their parts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, torch_dtype=dtype, attn_implementation="eager", **hub
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model_name_or_path {model_name_or_path}: cannot be loaded: {_first_line(error)}"
+        ) from error
+    if peft_model is not None:
+        if vocabulary_size > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(vocabulary_size)
+        model = _fold_adapter(model, peft_model)
+    model = model.eval()
+    model = _split(model, dtype, world_size) if world_size > 1 else model.to(torch.device("hpu"))
+    return wrap_in_hpu_graph(model) if use_hpu_graphs else model
+
+
+def _fold_adapter(model: "PreTrainedModel", peft_model: str) -> "PreTrainedModel":
+    from peft import PeftConfig, get_peft_model
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    dtype = model.dtype
+    try:
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(peft_model), autocast_adapter_dtype=False)
+        loaded = set_peft_model_state_dict(adapted, load_peft_weights(peft_model, device="cpu"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--peft_model {peft_model}: does not fit this model: {' '.join(str(error).split())}"
+        ) from error
+    if loaded.unexpected_keys:
+        raise InputError(f"--peft_model {peft_model}: {loaded.unexpected_keys[0]} finds no place in this model")
+    return adapted.merge_and_unload().to(dtype)
+
+
+def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "PreTrainedModel":
+    """This rank's part of the model under DeepSpeed's tensor parallelism."""
+    import deepspeed
+    from optimum.habana.checkpoint_utils import get_ds_injection_policy
+
+    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    if heads % world_size:
+        raise InputError(f"--world_size {world_size}: does not divide the model's {heads} key/value heads")
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the layers it found
+        engine = deepspeed.init_inference(
+            model,
+            dtype=dtype,
+            tensor_parallel={"tp_size": world_size, "tp_grain_size": 1},
+            injection_policy=get_ds_injection_policy(model.config),
+        )
+    return engine.module
+
+
+# ---------------------------------------------------------------- generation
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds from the start of a batch to its first tokens and to its end; tokens of its prompts and new ones."""
+
+    first_token: float
+    total: float
+    prompt_tokens: int
+    new_tokens: int
+
+
+class EndWatch:
+    """Stopping criterion: ends a batch once every row has said an end token, and notes when the first token came.
+
+    optimum-habana 1.21.2's own criterion blanks the rows that have no end token when another row has one
+    (generation/utils.py:2993), so end tokens are left to this one. It looks every `steps_per_check` tokens.
+    """
+
+    def __init__(self, end_tokens: list[int], width: int, steps_per_check: int):
+        self.end_tokens = end_tokens
+        self.width = width
+        self.steps_per_check = steps_per_check
+        self.first_token_at: float | None = None
+
+    def __call__(self, input_ids: "torch.LongTensor", scores: Any, token_idx: int | None = None, **_: Any) -> bool:
+        length = token_idx or input_ids.shape[1]
+        step = length - self.width
+        if self.first_token_at is not None and (not self.end_tokens or step % self.steps_per_check):
+            return False
+        said = input_ids.cpu().numpy()[:, self.width : length]  # numpy: torch's operations are graphs
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        return bool(np.isin(said, self.end_tokens).any(axis=1).all())
+
+
+class RepetitionPenalty:
+    """Logits processor: the penalty of CTRL (arXiv 1909.05858), for text alone.
+
+    transformers' own takes padding for text, of which static shapes have a lot: where the pad token is EOS, no text
+    would end.
+    """
+
+    def __init__(self, penalty: float, pad: int):
+        self.penalty = penalty
+        self.pad = pad
+
+    def __call__(self, input_ids: "torch.LongTensor", scores: "torch.FloatTensor") -> "torch.FloatTensor":
+        said = scores.gather(1, input_ids)
+        said = (said / self.penalty).where(said > 0, said * self.penalty)
+        penalised = scores.scatter(1, input_ids, said)
+        penalised[:, self.pad] = scores[:, self.pad]
+        return penalised
+
+
+class TerminalStreamer:
+    """Shows one text as it appears, by whole characters."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int]):
+        self.tokenizer = tokenizer
+        self.prompt_ids = prompt_ids
+        self.new_ids: list[int] | None = None
+        self.shown = ""
+
+    def put(self, ids: "torch.LongTensor") -> None:
+        if self.new_ids is None:  # the first call brings the prompt
+            self.new_ids = []
+            return
+        self.new_ids += ids.tolist()
+        text = decode_new(self.tokenizer, self.prompt_ids, self.new_ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+    def end(self) -> None:
+        print()
+
+
+def decode_new(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], new_ids: list[int]) -> str:
+    """The text that `new_ids` add to the prompt; decoded alone, many tokenizers would lose a leading blank."""
+    prompt, whole = tokenizer.batch_decode(
+        [prompt_ids, prompt_ids + new_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return whole[len(prompt) :]
+
+
+@dataclass(frozen=True)
+class TextGenerator:
+    """A model on its card, with its tokenizer and how to decode; a batch has `rows` prompts."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    config: "GaudiGenerationConfig"
+    end_tokens: list[int]
+    repetition_penalty: float
+    use_hpu_graphs: bool
+    rows: int
+
+    def generate(
+        self, encoded: list[list[int]], width: int, streamer: TerminalStreamer | None = None
+    ) -> tuple[list[list[int]], Timing]:
+        """New tokens of each prompt up to its first end token, which is included, and how long they took."""
+        start = time.perf_counter()
+        ids, mask = pad_batch(encoded, width, self.rows, self.config.pad_token_id)
+        watch = EndWatch(self.end_tokens, width, 1 if self.rows == 1 else STEPS_PER_CHECK)  # the same on every rank
+        penalty = RepetitionPenalty(self.repetition_penalty, self.config.pad_token_id)
+        output = self.model.generate(
+            input_ids=ids.to("hpu"),
+            attention_mask=mask.to("hpu"),
+            generation_config=self.config,
+            use_model_defaults=False,
+            stopping_criteria=[watch] if self.config.num_beams == 1 else [],
+            logits_processor=[penalty] if self.repetition_penalty != 1 else [],
+            streamer=streamer,
+            lazy_mode=True,
+            hpu_graphs=self.use_hpu_graphs,
+        )
+        texts = output.tolist()[: len(encoded)]
+        end = time.perf_counter()
+        new = [cut_after_end(ids[width : width + self.config.max_new_tokens], self.end_tokens) for ids in texts]
+        first_token = (watch.first_token_at or end) - start
+        return new, Timing(first_token, end - start, sum(map(len, encoded)), sum(map(len, new)))
+
+
+def cut_after_end(tokens: list[int], end_tokens: list[int]) -> list[int]:
+    """The tokens up to the first end token, which is included."""
+    return next((tokens[: place + 1] for place, token in enumerate(tokens) if token in end_tokens), tokens)

@@ -1,0 +1,408 @@
+"""Generates text on one Gaudi card, or on several with the model split over them (DeepSpeed tensor parallelism).
+
+    python run_generation.py --model_name_or_path stack-llama-2/ --use_hpu_graphs --use_kv_cache --bf16 \
+        --batch_size 1 --max_new_tokens 100 --prompt "Here is my prompt"
+
+    python gaudi_spawn.py --world_size 8 --use_deepspeed run_generation.py --model_name_or_path stack-llama-2/ ...
+"""
+
+import copy
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from align.errors import InputError, run_script
+from align.generation import (
+    Batch,
+    TerminalStreamer,
+    TextGenerator,
+    Timing,
+    adapt_transformers,
+    decode_new,
+    encode_prompts,
+    find_base_model,
+    find_stop_tokens,
+    load_config,
+    load_model,
+    load_tokenizer,
+    plan_batches,
+    read_prompts,
+)
+
+if TYPE_CHECKING:
+    from optimum.habana.transformers.generation import GaudiGenerationConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("run_generation")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model folder or hub name (default: the base that --peft_model names)."}
+    )
+    peft_model: str | None = field(
+        default=None, metadata={"help": "Adapter folder or hub name, folded into the model in memory."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 instead of float32."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a hub model."})
+
+
+@dataclass
+class PromptArguments:
+    prompt: list[str] | None = field(default=None, metadata={"help": "One or more prompts."})
+    prompt_file: str | None = field(
+        default=None, metadata={"help": "File of prompts: .jsonl with --column_name, else one prompt a line."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set of prompts: hub name, folder or file."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
+    column_name: str = field(default="prompt", metadata={"help": "Column of the prompts in a .jsonl file or data set."})
+    use_chat_template: bool = field(
+        default=False, metadata={"help": "Wrap each prompt as a user's turn of the tokenizer's chat template."}
+    )
+
+
+@dataclass
+class DecodingArguments:
+    max_new_tokens: int = field(default=100, metadata={"help": "Longest answer in tokens."})
+    stop_tokens: list[str] = field(
+        default_factory=list, metadata={"help": "Tokens that end a text besides the model's own end tokens."}
+    )
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
+    temperature: float | None = field(default=None, metadata={"help": "Temperature of --do_sample, above 0."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample among this many likeliest tokens."})
+    top_p: float | None = field(default=None, metadata={"help": "Sample among the likeliest tokens of this mass."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of a beam search; 1 is none."})
+    repetition_penalty: float | None = field(
+        default=None, metadata={"help": "Divides the logits of tokens that were said before; 1 is none."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of --do_sample."})
+
+
+@dataclass
+class GaudiArguments:
+    batch_size: int = field(default=1, metadata={"help": "Prompts generated together."})
+    use_kv_cache: bool = field(default=True, metadata={"help": "Keep keys and values of earlier tokens."})
+    use_hpu_graphs: bool = field(default=False, metadata={"help": "Record the model's forward as HPU graphs."})
+    limit_hpu_graphs: bool = field(
+        default=False, metadata={"help": "Leave the prompt's forward out of the HPU graphs, to save memory."}
+    )
+    reuse_cache: bool = field(
+        default=False, metadata={"help": "Allocate the key/value cache once, inside the attention layers."}
+    )
+    bucket_size: int = field(
+        default=-1, metadata={"help": "Grow the sequence by this many tokens at a time; -1 allocates all at once."}
+    )
+    use_flash_attention: bool = field(default=False, metadata={"help": "Use flash attention for the prompt."})
+    flash_attention_recompute: bool = field(
+        default=False, metadata={"help": "Use flash attention's recompute mode, to save memory on long prompts."}
+    )
+
+
+@dataclass
+class OutputArguments:
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for generations.jsonl and generation_results.json."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
+    benchmark: bool = field(
+        default=False, metadata={"help": "Measure speed at exactly --max_new_tokens, into benchmark.json."}
+    )
+    warmup: int = field(default=3, metadata={"help": "Untimed runs over all prompts before a benchmark."})
+    n_iterations: int = field(default=5, metadata={"help": "Timed runs over all prompts of a benchmark."})
+
+
+Arguments = tuple[ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments]
+
+
+def parse_arguments(argv: list[str] | None) -> Arguments:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments),
+        prog="run_generation.py",
+        usage="run_generation.py --model_name_or_path MODEL --prompt PROMPT [flags, see --help]",
+        description="Generate text with a causal language model on Gaudi.",
+        allow_abbrev=False,
+    )
+    *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"unknown argument(s) {' '.join(unknown)}; --help lists the flags")
+    return tuple(arguments)
+
+
+def check_arguments(
+    model: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments, output: OutputArguments
+) -> None:
+    """The rules that values and pairs of flags must keep."""
+    if model.model_name_or_path is None and model.peft_model is None:
+        raise InputError("--model_name_or_path: missing; give a model folder or hub name")
+    least = {
+        "max_new_tokens": (decoding.max_new_tokens, 1),
+        "num_beams": (decoding.num_beams, 1),
+        "top_k": (decoding.top_k, 1),
+        "batch_size": (gaudi.batch_size, 1),
+        "warmup": (output.warmup, 0),
+        "n_iterations": (output.n_iterations, 1),
+    }
+    for flag, (value, limit) in least.items():
+        if value is not None and value < limit:
+            raise InputError(f"--{flag}: got {value}; give {limit} or more")
+    for flag in ("temperature", "repetition_penalty"):
+        value = getattr(decoding, flag)
+        if value is not None and value <= 0:
+            raise InputError(f"--{flag}: got {value:g}; give more than 0")
+    if decoding.top_p is not None and not 0 < decoding.top_p <= 1:
+        raise InputError(f"--top_p: got {decoding.top_p:g}; give more than 0, at most 1")
+    for flag in ("temperature", "top_k", "top_p"):
+        if getattr(decoding, flag) is not None and not decoding.do_sample:
+            raise InputError(f"--{flag}: has an effect only with --do_sample; add it, or leave --{flag} out")
+    if gaudi.bucket_size == 0 or gaudi.bucket_size < -1:
+        raise InputError(f"--bucket_size: got {gaudi.bucket_size}; give a number of tokens, or -1 for none")
+    if gaudi.limit_hpu_graphs and not gaudi.use_hpu_graphs:
+        raise InputError("--limit_hpu_graphs: there are no graphs to limit; add --use_hpu_graphs")
+    if gaudi.reuse_cache and not gaudi.use_kv_cache:
+        raise InputError("--reuse_cache: contradicts --use_kv_cache False; leave one of them out")
+    if gaudi.reuse_cache and gaudi.bucket_size > 0:
+        raise InputError("--reuse_cache: allocates the whole cache, --bucket_size grows it; leave one of them out")
+    if gaudi.flash_attention_recompute and not gaudi.use_flash_attention:
+        raise InputError("--flash_attention_recompute: is a mode of flash attention; add --use_flash_attention")
+    if output.benchmark and output.output_dir is None:
+        raise InputError("--benchmark: give --output_dir, where benchmark.json shall go")
+
+
+def load_prompts(arguments: PromptArguments, world_size: int) -> list[str]:
+    if world_size > 1 and (arguments.prompt, arguments.prompt_file, arguments.dataset_name) == (None, None, None):
+        raise InputError("no prompt: give --prompt, --prompt_file or --dataset_name; stdin does not reach all ranks")
+    return read_prompts(
+        arguments.prompt,
+        arguments.prompt_file,
+        arguments.dataset_name,
+        arguments.dataset_split,
+        arguments.column_name,
+    )
+
+
+def prepare_output_dir(arguments: OutputArguments) -> Path | None:
+    if arguments.output_dir is None:
+        return None
+    folder = Path(arguments.output_dir)
+    if (folder / "generations.jsonl").exists() and not arguments.overwrite_output_dir:
+        raise InputError(f"--output_dir: {folder} holds another run; choose another, or add --overwrite_output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir: {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir: {folder} is not writable")
+    return folder
+
+
+def check_support(model: "PreTrainedModel", gaudi: GaudiArguments) -> None:
+    """What optimum-habana can do with some models only."""
+    from optimum.habana.transformers.generation import MODELS_OPTIMIZED_WITH_STATIC_SHAPES
+
+    kind = model.config.model_type
+    if gaudi.reuse_cache and not hasattr(model, "allocate_kv_cache"):
+        raise InputError(f"--reuse_cache: optimum-habana has none for {kind} models; leave it out")
+    if gaudi.bucket_size > 0 and kind not in MODELS_OPTIMIZED_WITH_STATIC_SHAPES:
+        raise InputError(f"--bucket_size: optimum-habana has no static shapes for {kind} models; leave it out")
+
+
+def make_generation_config(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    decoding: DecodingArguments,
+    gaudi: GaudiArguments,
+    stop_tokens: set[int],
+) -> "GaudiGenerationConfig":
+    """The model's own generation config, with what the user asked for on top."""
+    from optimum.habana.transformers.generation import MODELS_OPTIMIZED_WITH_STATIC_SHAPES
+
+    config = copy.deepcopy(model.generation_config)
+    own_end = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end_tokens = stop_tokens.union(own_end, [tokenizer.eos_token_id]) - {None}
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *end_tokens)  # masked, so any token will do
+    chosen = {
+        "max_new_tokens": decoding.max_new_tokens,
+        "do_sample": decoding.do_sample,
+        "temperature": decoding.temperature if decoding.do_sample else 1.0,
+        "top_k": decoding.top_k if decoding.do_sample else 50,
+        "top_p": decoding.top_p if decoding.do_sample else 1.0,
+        "num_beams": decoding.num_beams,
+        "repetition_penalty": 1.0,  # RepetitionPenalty does it
+        "eos_token_id": sorted(end_tokens),
+        "pad_token_id": next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
+        "ignore_eos": True,  # EndWatch looks for them
+        "static_shapes": model.config.model_type in MODELS_OPTIMIZED_WITH_STATIC_SHAPES,
+        "use_cache": gaudi.use_kv_cache,
+        "reuse_cache": gaudi.reuse_cache,
+        "bucket_size": gaudi.bucket_size,
+        "limit_hpu_graphs": gaudi.limit_hpu_graphs,
+        "use_flash_attention": gaudi.use_flash_attention,
+        "flash_attention_recompute": gaudi.flash_attention_recompute,
+    }
+    for key, value in chosen.items():
+        if value is not None:
+            setattr(config, key, value)
+    return config
+
+
+def answer_all(
+    generator: TextGenerator,
+    prompts: list[str],
+    encoded: list[list[int]],
+    batches: list[Batch],
+    show: str | None = None,
+) -> tuple[list[dict[str, Any]], list[Timing]]:
+    """One answer a prompt, in the order of the prompts, and one timing a batch.
+
+    `show`: `stream` prints each text as it appears, `print` as soon as those before it are there.
+    """
+    answers: list[dict[str, Any] | None] = [None] * len(prompts)
+    timings, shown = [], 0
+    for batch in batches:
+        ids = [encoded[place] for place in batch.places]
+        streamer = None
+        if show == "stream":
+            print(prompts[batch.places[0]], end="", flush=True)
+            streamer = TerminalStreamer(generator.tokenizer, ids[0])
+        new, timing = generator.generate(ids, batch.width, streamer)
+        timings.append(timing)
+        for place, tokens in zip(batch.places, new, strict=True):
+            answers[place] = {
+                "prompt": prompts[place],
+                "text": decode_new(generator.tokenizer, encoded[place], tokens),
+                "tokens": len(tokens),
+                "stopped": bool(tokens) and tokens[-1] in generator.end_tokens,
+            }
+        while show == "print" and shown < len(prompts) and answers[shown] is not None:
+            print(answers[shown]["prompt"] + answers[shown]["text"] + "\n", flush=True)
+            shown += 1
+    return answers, timings
+
+
+def describe_speed(timings: list[Timing]) -> dict[str, float]:
+    """Tokens per second over all batches, of the new tokens alone and with the prompts'."""
+    seconds = sum(timing.total for timing in timings)
+    new_tokens = sum(timing.new_tokens for timing in timings)
+    prompt_tokens = sum(timing.prompt_tokens for timing in timings)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "seconds": round(seconds, 4),
+        "first_token_seconds": round(timings[0].first_token, 4),
+        "tokens_per_second": round(new_tokens / seconds, 2),
+        "tokens_per_second_with_prompt": round((new_tokens + prompt_tokens) / seconds, 2),
+    }
+
+
+def measure(run: Callable[[], list[Timing]], warmup: int, n_iterations: int, max_new_tokens: int) -> dict[str, Any]:
+    """Speed of the timed runs, in ms and tokens per second; graphs that the warm-up compiled; memory in GB."""
+    from optimum.habana.utils import get_hpu_memory_stats
+
+    from habana_frameworks.torch.hpu.metrics import metric_localcontext
+
+    with metric_localcontext("graph_compilation") as compilation:
+        for _ in range(warmup):
+            run()
+    timings = [timing for _ in range(n_iterations) for timing in run()]
+    later_tokens = [(t.total - t.first_token) / (max_new_tokens - 1) for t in timings] if max_new_tokens > 1 else []
+    return {
+        "first_token_ms": round(1000 * mean(timing.first_token for timing in timings), 2),
+        "later_token_ms": round(1000 * mean(later_tokens), 2) if later_tokens else None,
+        **describe_speed(timings),
+        "graphs": dict(compilation.stats())["TotalNumber"] if warmup else None,
+        **get_hpu_memory_stats(),
+    }
+
+
+def print_table(speed: dict[str, Any]) -> None:
+    for name, value in speed.items():
+        print(f"{name:32}{value:>14}")
+
+
+def write_json(path: Path, content: dict | list[dict]) -> None:
+    """Writes an object as JSON, or a list as JSON lines; the file appears whole or not at all."""
+    lines = [json.dumps(content, indent=2)] if isinstance(content, dict) else map(json.dumps, content)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, prompt_args, decoding_args, gaudi_args, output_args = parse_arguments(argv)
+    check_arguments(model_args, decoding_args, gaudi_args, output_args)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    # Newer Gaudi software is eager unless told otherwise; the second lets HPU graphs hold collectives of several cards.
+    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
+    os.environ.setdefault("PT_HPU_ENABLE_LAZY_COLLECTIVES", "true")
+
+    # Prompts
+    prompts = load_prompts(prompt_args, world_size)
+    output_dir = prepare_output_dir(output_args)
+    name = model_args.model_name_or_path or find_base_model(model_args.peft_model)
+    hub = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+    model_config = load_config(name, **hub)
+    tokenizer = load_tokenizer(name, model_args.peft_model, **hub)
+    vocabulary_size = max(model_config.vocab_size, len(tokenizer) if model_args.peft_model else 0)
+    room = getattr(model_config, "max_position_embeddings", sys.maxsize) - decoding_args.max_new_tokens
+    encoded = encode_prompts(prompts, tokenizer, prompt_args.use_chat_template, vocabulary_size, room)
+    stop_tokens = find_stop_tokens(decoding_args.stop_tokens, tokenizer)
+    batches = plan_batches(list(map(len, encoded)), gaudi_args.batch_size, gaudi_args.bucket_size, room)
+
+    # Model
+    adapt_transformers()
+    from optimum.habana.utils import set_seed
+
+    model = load_model(
+        name, model_args.peft_model, model_args.bf16, vocabulary_size, world_size, gaudi_args.use_hpu_graphs, **hub
+    )
+    check_support(model, gaudi_args)
+    config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, stop_tokens)
+    generator = TextGenerator(
+        model,
+        tokenizer,
+        config,
+        end_tokens=[] if output_args.benchmark else config.eos_token_id,
+        use_hpu_graphs=gaudi_args.use_hpu_graphs,
+        rows=min(gaudi_args.batch_size, len(prompts)),
+        repetition_penalty=decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0,
+    )
+
+    # Generate
+    set_seed(decoding_args.seed)
+    results = {"model_name_or_path": name, "prompts": len(prompts), "shapes": len({batch.width for batch in batches})}
+    if output_args.benchmark:
+        run = partial(answer_all, generator, prompts, encoded, batches)
+        speed = measure(lambda: run()[1], output_args.warmup, output_args.n_iterations, decoding_args.max_new_tokens)
+        if rank == 0:
+            print_table(speed)
+            write_json(output_dir / "benchmark.json", results | speed)
+        return
+    streams = sys.stdout.isatty() and generator.rows == 1 and config.num_beams == 1
+    show = None if rank != 0 or output_dir is not None else "stream" if streams else "print"
+    answers, timings = answer_all(generator, prompts, encoded, batches, show)
+
+    # Save
+    speed = describe_speed(timings)
+    logger.info(
+        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: {speed['tokens_per_second']:.1f} tokens/s, "
+        f"the first after {speed['first_token_seconds']:.2f} s"
+    )
+    if rank == 0 and output_dir is not None:
+        write_json(output_dir / "generations.jsonl", answers)
+        write_json(output_dir / "generation_results.json", results | speed)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -216,7 +216,7 @@ def _gathered(model: nn.Module) -> Iterator[None]:
     if not _is_partitioned(model):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     open_layers: dict[nn.Module, contextlib.AbstractContextManager] = {}
 

@@ -1,5 +1,6 @@
 """Fine-tuning batches of few shapes, and the trainer that computes the right loss on them."""
 
+import copy
 import logging
 from dataclasses import dataclass
 
@@ -80,14 +81,20 @@ def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int)
 class SupervisedTrainer(RightScale, GaudiSFTTrainer):
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
-    def __init__(self, *, train: Batches | None, validation: Batches | None, **kwargs):
+    def __init__(self, *, args, train: Batches | None, validation: Batches | None, **kwargs):
         self.batches = {"train": train, "eval": validation}
+        args = copy.copy(args)
+        args.packing = False  # the batches are packed already, and not as optimum-habana would
         super().__init__(
+            args=args,
             train_dataset=train and train.rows,
             eval_dataset=validation and validation.rows,
             data_collator=(train or validation).collator,
             **kwargs,
         )
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
 
     def _get_train_sampler(self, train_dataset=None):
         groups = self.batches["train"].groups

@@ -20,7 +20,7 @@ from align.launching import ENGINES, Run, address_for, node_command
 from align.rank import die_with, notice_lost_host
 
 FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
-ENGINE_GRACE = 10.0  # seconds that an engine has to end after its ranks
+ENGINE_GRACE = 5.0  # seconds that an engine has to end after its ranks
 # What an outer launcher said about its own ranks would mislead ours.
 STALE = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|MASTER_(ADDR|PORT)|OMPI_COMM_WORLD_\w+")
 

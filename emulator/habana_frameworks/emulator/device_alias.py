@@ -9,9 +9,11 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
 
 HPU = torch.device("hpu", 0)
@@ -68,34 +70,43 @@ def with_host_first(function: Callable) -> Callable:
 
 
 def install() -> None:
-    _alias_factories()
-    _alias_tensor_methods()
-    for name in AUTOCAST_FUNCTIONS:
-        setattr(torch, name, with_host_first(getattr(torch, name)))
-    # Files that were written on a Gaudi name hpu as their storages' place.
-    torch.serialization.register_package(0, lambda storage: None, _restore)
-
-
-def _alias_factories() -> None:
     # Looking the set up fills torch's cache with the originals, which is what `with torch.device(...)` compares.
     for factory in _device_constructors() | {getattr(torch, name) for name in LIKE_FACTORIES}:
         for module in (torch, torch.fft, torch.nested):
             if getattr(module, factory.__name__, None) is factory:
-                # A staticmethod, for those who keep torch.empty as an attribute of a class.
-                setattr(module, factory.__name__, staticmethod(with_host_device(factory)))
+                _replace(module, factory.__name__, with_host_device)
+    for name in AUTOCAST_FUNCTIONS:
+        _replace(torch, name, with_host_first)
+    DeviceContext.__init__ = _with_host_context(DeviceContext.__init__)
+    torch.Generator = _generator_type(torch.Generator)
+    _alias_tensor_methods()
+    # Files that were written on a Gaudi name hpu as the place of their storages.
+    torch.serialization.register_package(0, lambda storage: None, _restore)
 
-    enter_context = DeviceContext.__init__
-    DeviceContext.__init__ = lambda self, device: enter_context(self, host(device))
 
+def _replace(module: ModuleType, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    """Puts a wrapper in a function's place, also for TorchScript, which knows torch's functions by identity."""
+    native = getattr(module, name)
+    # A partial does not become a method where it is an attribute of a class, as torch.empty is in deepspeed.OnDevice.
+    alias = functools.update_wrapper(functools.partial(wrap(native)), native)
+    if builtin := _find_builtin(native):
+        _register_builtin(alias, builtin)
+    setattr(module, name, alias)
+
+
+def _with_host_context(enter: Callable) -> Callable:
+    return lambda context, device: enter(context, host(device))
+
+
+def _generator_type(native: type) -> type:
     class GeneratorType(type):
         def __call__(cls, device="cpu"):
-            return native_generator(host(device))
+            return native(host(device))
 
         def __instancecheck__(cls, instance):
-            return isinstance(instance, native_generator)
+            return isinstance(instance, native)
 
-    native_generator = torch.Generator
-    torch.Generator = GeneratorType("Generator", (), {"__doc__": native_generator.__doc__})
+    return GeneratorType("Generator", (), {"__doc__": native.__doc__})
 
 
 def _alias_tensor_methods() -> None:

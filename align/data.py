@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -138,6 +138,10 @@ def _load(
                 raise InputError(f"--dataset_name: {name} ends in {local.suffix!r}; known are {', '.join(READERS)}")
             if local.stat().st_size == 0:
                 raise InputError(f"--dataset_name: {name} is empty")
+            if args.bad_rows == "skip" and local.suffix == ".jsonl" and not streaming:
+                state = local.stat()
+                known = {"file": str(local), "size": state.st_size, "modified": state.st_mtime_ns}
+                return {"train": Dataset.from_generator(_readable_rows, gen_kwargs=known)}
             return load(READERS[local.suffix], data_files={"train": str(local)})
         if local.is_dir():
             where = local / subset if subset else local / folder if (local / folder).is_dir() else local
@@ -169,29 +173,48 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _lines_files(local: Path) -> list[Path]:
+    return [local] if local.is_file() else sorted(local.rglob("*.jsonl")) if local.is_dir() else []
+
+
+def _scan(file: Path) -> Iterator[tuple[dict, str | None]]:
+    """Each line of a .jsonl file as a row, and what is wrong with it if anything is."""
+    types: dict[str, type] = {}
+    with open(file, "rb") as lines:
+        for line in lines:
+            row, reason = {}, None
+            try:
+                row = json.loads(line.decode("utf-8")) if line.strip() else {}
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 at byte {error.start + 1}"
+            except json.JSONDecodeError as error:
+                reason = f"no JSON: {error.msg} at character {error.pos + 1}"
+            if not isinstance(row, dict):
+                row, reason = {}, f"{type(row).__name__}, not an object with columns"
+            for column, value in row.items():
+                expected = types.setdefault(column, type(value)) if value is not None else None
+                if expected not in (None, type(value)):
+                    reason = f"column `{column}` is {type(value).__name__}, before it was {expected.__name__}"
+            yield row, reason
+
+
 def _find_bad_row(local: Path) -> str | None:
-    """Which line of which JSON file cannot be read, for the message."""
-    files = [local] if local.is_file() else sorted(local.rglob("*.json*")) if local.is_dir() else []
-    for file in (file for file in files if file.suffix == ".jsonl"):
-        types: dict[str, type] = {}
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line.decode("utf-8")) if line.strip() else {}
-                except UnicodeDecodeError as error:
-                    return f"{file}, row {number}: not UTF-8 at byte {error.start}"
-                except json.JSONDecodeError as error:
-                    return f"{file}, row {number}: no JSON: {error.msg} at character {error.pos}"
-                if not isinstance(row, dict):
-                    return f"{file}, row {number}: {type(row).__name__}, not an object with columns"
-                for column, value in row.items():
-                    expected = types.setdefault(column, type(value)) if value is not None else None
-                    if expected not in (None, type(value)):
-                        return (
-                            f"{file}, row {number}: column `{column}` is {type(value).__name__}, "
-                            f"in the rows before it was {expected.__name__}"
-                        )
+    """Which line of which file cannot be read, for the message."""
+    for file in (file for file in _lines_files(local) if file.suffix == ".jsonl"):
+        for number, (_, reason) in enumerate(_scan(file), 1):
+            if reason:
+                return f"{file}, row {number}: {reason}"
     return None
+
+
+def _readable_rows(file: str, size: int, modified: int) -> Iterator[dict]:
+    """The rows of a .jsonl file, with nothing in the columns of those that cannot be read: they count as bad rows.
+
+    `size` and `modified` tell a changed file from the one in the cache.
+    """
+    columns = list(dict.fromkeys(column for row, reason in _scan(Path(file)) if not reason for column in row))
+    for row, reason in _scan(Path(file)):
+        yield {column: None if reason else row.get(column) for column in columns}
 
 
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:
@@ -258,6 +281,8 @@ def prepare(
             new_fingerprint=key[:32],
             desc=f"Tokenizing {format.name}",
         )
+    except UnicodeDecodeError as error:
+        raise InputError(f"--dataset_name: {_find_bad_row(Path(args.dataset_name)) or error}") from None
     except RowError as error:
         raise InputError(
             f"--dataset_name: {args.dataset_name}, {error} (--bad_rows skip leaves such rows out)"

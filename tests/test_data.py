@@ -1,0 +1,137 @@
+"""Where data sets come from and what becomes of their rows. Run: pytest tests/test_data.py"""
+
+import json
+from functools import partial
+
+import datasets
+import pytest
+from conftest import write_rows
+from tiny import make_tokenizer
+
+from align.data import DataArguments, load_splits, prepare
+from align.errors import InputError
+from align.tokenization import SampleTokenizer, tokenize_samples
+
+ROWS = [{"text": f"Hello number {number}, how are you today?"} for number in range(40)]
+
+
+def load(name, do_eval=True, streams=False, folder="data/finetune", **arguments):
+    return load_splits(DataArguments(dataset_name=str(name), **arguments), True, do_eval, streams, 0, folder)
+
+
+def prepare_text(name, max_length=100, **arguments):
+    args = DataArguments(dataset_name=str(name), **arguments)
+    tokenizer = SampleTokenizer(make_tokenizer())
+    tokenize = partial(tokenize_samples, tokenizer=tokenizer, max_length=max_length, truncation=args.truncation)
+    rows = load_splits(args, True, False, False, 0, "data/finetune").train
+    return prepare(rows, args, tokenize, f"{tokenizer.fingerprint} {max_length}")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_files_of_each_kind_are_read(suffix, tmp_path):
+    file = tmp_path / f"rows.{suffix}"
+    rows = datasets.Dataset.from_list(ROWS)
+    {"jsonl": rows.to_json, "json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](file)
+    assert load(file, do_eval=False).train["text"] == [row["text"] for row in ROWS]
+
+
+def test_an_existing_validation_split_is_used_and_nothing_is_cut_off(tmp_path):
+    write_rows(tmp_path / "set/train.jsonl", ROWS)
+    write_rows(tmp_path / "set/validation.jsonl", ROWS[:3])
+    splits = load(tmp_path / "set")
+    assert (len(splits.train), splits.validation["text"]) == (40, [row["text"] for row in ROWS[:3]])
+
+
+def test_without_a_validation_split_the_same_rows_are_cut_off_each_time(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    first, second = (load(file, validation_split_percentage=10) for _ in range(2))
+    assert (len(first.train), len(first.validation)) == (36, 4)
+    assert first.validation["text"] == second.validation["text"]
+    assert not set(first.train["text"]) & set(first.validation["text"])
+
+
+def test_the_conventional_folders_of_a_data_set_are_found(tmp_path):
+    for part, rows in {"finetune": ROWS[:5], "rl": ROWS[5:12], "evaluation": ROWS[12:]}.items():
+        write_rows(tmp_path / f"set/data/{part}/rows.jsonl", rows)
+    splits = load(tmp_path / "set", folder="data/rl")
+    assert (len(splits.train), len(splits.validation)) == (7, 28)
+    assert len(load(tmp_path / "set", do_eval=False, subset="data/finetune").train) == 5
+
+
+def test_a_data_set_saved_to_disk_is_read(tmp_path):
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "set")
+    assert len(load(tmp_path / "set", do_eval=False).train) == 40
+
+
+def test_a_stream_cuts_its_first_rows_off_for_validation(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    splits = load(file, streaming=True, size_valid_set=4)
+    assert [row["text"] for row in splits.validation] == [row["text"] for row in ROWS[:4]]
+    assert len(list(splits.train)) == 36
+
+
+def test_rows_that_were_prepared_before_come_from_the_cache_until_anything_changes(tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    first = prepare_text(file).rows.cache_files[0]["filename"]
+    assert prepare_text(file).rows.cache_files[0]["filename"] == first
+    assert prepare_text(file, max_length=5).rows.cache_files[0]["filename"] != first
+    write_rows(file, [*ROWS[:-1], {"text": "changed"}])
+    assert prepare_text(file).rows.cache_files[0]["filename"] != first
+
+
+def test_bad_rows_can_be_skipped_up_to_a_share_and_are_counted(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"text": ""}])
+    assert prepare_text(file, bad_rows="skip").dropped == {"bad row: column `text` is empty": 1}
+    file.write_bytes(file.read_bytes().replace(b"number 3,", b"\xff") + b'{"text": 5}\n{"te')
+    assert sum(prepare_text(file, bad_rows="skip", max_bad_rows=0.2).dropped.values()) == 4
+    with pytest.raises(InputError, match="4 of 43 rows are bad, more than --max_bad_rows 0.01"):
+        prepare_text(file, bad_rows="skip", max_bad_rows=0.01)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "rows.jsonl is empty"),
+        (b'{"text": "a"}\n{"text": \n', "rows.jsonl, row 2: no JSON"),
+        (b'{"text": "a"}\n{"text": "\xff\xfe"}\n', "rows.jsonl, row 2: not UTF-8 at byte"),
+        (b'{"text": "a"}\n{"text": 5}\n', "row 2: column `text` is int, before it was str"),
+        (b'{"text": "a"}\n{"text": null}\n', "row 2: column `text` is missing, not text .--bad_rows skip"),
+        (b'{"foo": "a"}\n', "the columns foo make no known format"),
+    ],
+    ids=["empty", "half JSON", "UTF-8", "types", "null", "columns"],
+)
+def test_a_bad_file_is_refused_with_the_row_and_the_reason(content, message, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prepare_text(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("missing.jsonl", {}, "no such file or folder: missing.jsonl"),
+        ("rows.txt", {}, "ends in '.txt'; known are .jsonl"),
+        ("rows.jsonl", {"split": "big"}, "--split: 'big' is not in rows.jsonl; found train"),
+        (".", {"subset": "data/none"}, "--subset: . has no folder 'data/none'"),
+        ("rows.jsonl", {"validation_split_percentage": 0}, "--validation_split_percentage: got 0"),
+    ],
+)
+def test_what_cannot_be_found_is_named_with_its_flag(name, arguments, message, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(InputError, match=message):
+        load(name, **arguments)
+
+
+def test_a_name_on_the_hub_that_cannot_be_reached_says_so(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="--dataset_name: someone/something is neither a file, nor a folder"):
+        load("someone/something")
+
+
+def test_preparing_in_several_processes_gives_the_same_rows(tmp_path):
+    rows = [{"text": f"Hello {number} " + json.dumps(number)} for number in range(3000)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    parallel, single = prepare_text(file, num_workers=2).rows, prepare_text(file, num_workers=1, max_length=101).rows
+    assert parallel["input_ids"] == single["input_ids"]

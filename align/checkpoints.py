@@ -1,0 +1,249 @@
+"""Checkpoints as files: where each tensor lies, from headers alone, and folders that appear whole or not at all."""
+
+import ctypes
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.errors import InputError
+
+ITEM_SIZES = {  # bytes of one element, by safetensors' names
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+RENAME_EXCHANGE, AT_FDCWD = 2, -100  # linux/fs.h, fcntl.h
+
+
+class NotStreamableError(Exception):
+    """The message says what in a checkpoint or an adapter needs the whole model in memory."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A row-major tensor of `dtype` (safetensors' name) whose bytes start at `offset` in `path`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in `folder`: its files by name, and in each the tensors in the order of their bytes."""
+
+    folder: Path
+    files: dict[str, list[StoredTensor]]
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
+
+
+def find_folder(name: str, flag: str, *patterns: str) -> Path:
+    """`name` where it is a folder, else the files with these patterns of that hub repository, or of its cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise InputError(f"{flag}: {name} is a file; give a folder or a hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+    except (OSError, ValueError) as error:  # what huggingface_hub raises for names, access, network and cache
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{flag}: {name} is neither a folder nor to be had from the hub ({reason})") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): copy or download it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__} where a JSON object is expected")
+    return content
+
+
+def read_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors of a `.safetensors` or `.bin` file in the order of their bytes, without reading those bytes."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: copy or download it again")
+    try:
+        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return sorted(tensors, key=lambda tensor: tensor.offset)
+
+
+def _read_safetensors(path: Path) -> list[StoredTensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        start = 8 + header_size
+        if not 2 <= header_size <= size - 8:
+            raise InputError(f"{path} is damaged (header of {header_size} bytes in a file of {size}): copy it again")
+        header = file.read(header_size)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = [
+            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        ]
+        ends = [start + entry["data_offsets"][1] for entry in entries.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise InputError(f"{path} is damaged (its header is not one of safetensors): copy it again") from None
+    for tensor, end in zip(tensors, ends, strict=True):
+        if tensor.dtype not in ITEM_SIZES:
+            raise InputError(f"{path}: {tensor.name} has dtype {tensor.dtype}, known are {', '.join(ITEM_SIZES)}")
+        if tensor.offset + tensor.nbytes != end:
+            raise InputError(f"{path} is damaged ({tensor.name} does not fit its place): copy it again")
+    if max(ends, default=start) != size:
+        raise InputError(
+            f"{path} is truncated or damaged ({size} bytes, not {max(ends, default=start)}): copy it again"
+        )
+    return tensors
+
+
+def _read_torch_file(path: Path) -> list[StoredTensor]:
+    if not zipfile.is_zipfile(path):
+        if path.read_bytes()[:2] == b"\x80\x02":
+            raise NotStreamableError(f"{path.name} has the format of torch before 1.6")
+        raise InputError(f"{path} is truncated or not a file that torch.save wrote: copy it again")
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode  # torch's documented way to read offsets only
+
+    dtypes = {
+        **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+        **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+        torch.bool: "BOOL",
+    }
+    try:
+        with FakeTensorMode():
+            state = torch.load(path, weights_only=True)
+    except Exception as error:  # torch.load has no error class of its own
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): copy it again") from None
+    tensors = []
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or not value.is_contiguous():
+            raise NotStreamableError(f"{name} in {path.name} is not a plain, contiguous tensor")
+        offset = value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.itemsize
+        tensors.append(StoredTensor(name, dtypes[value.dtype], tuple(value.shape), path, offset))
+    return tensors
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The model weights in `folder`, in transformers' order of preference; InputError where they are not whole."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).exists():
+            return Checkpoint(folder, {stem: read_tensors(folder / stem)})
+        index = folder / f"{stem}.index.json"
+        if not index.exists():
+            continue
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise InputError(f'{index} has no "weight_map": copy or download it again')
+        missing = sorted({file for file in places.values() if not (folder / file).is_file()})
+        if missing:
+            raise InputError(f"{index} names {missing[0]}, which is not there: copy or download it again")
+        checkpoint = Checkpoint(folder, {file: read_tensors(folder / file) for file in sorted(set(places.values()))})
+        held = {file: {tensor.name for tensor in tensors} for file, tensors in checkpoint.files.items()}
+        for name, file in places.items():
+            if name not in held[file]:
+                raise InputError(f"{index} looks for {name} in {file}, which does not hold it: copy both again")
+        return checkpoint
+    hint = "an adapter, merge that one first" if (folder / "adapter_config.json").exists() else "a model"
+    raise InputError(f"{folder} has no model.safetensors or pytorch_model.bin, whole or with an index: is it {hint}?")
+
+
+@contextmanager
+def replace_folder(output: Path, flag: str) -> Iterator[Path]:
+    """
+    Gives a hidden folder beside `output` to fill. When the block ends well, it is flushed to disk and takes the place
+    of `output` in one rename; when it fails, it vanishes. What a killed run has left is cleared at the next start.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    previous = output.with_name(f".{output.name}.previous")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{flag}: cannot write beside {output} ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise InputError(
+            f"{flag}: another run is writing {output} right now; wait for it, or name another folder"
+        ) from None
+    try:
+        _clear(partial)
+        if previous.exists() and not output.exists():
+            previous.rename(output)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        _exchange(partial, output, previous)
+        flush(output.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a failed run's folder, or the one that was replaced
+        if output.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def flush(path: Path) -> None:
+    """Returns once the file's content, or the folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(partial: Path, output: Path, previous: Path) -> None:
+    if not output.exists():
+        partial.rename(output)
+        return
+    try:
+        swap_folders(partial, output)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        # NFS and the like cannot swap: a kill between these two lines leaves `previous`, restored at the next start.
+        output.rename(previous)
+        partial.rename(output)
+
+
+def swap_folders(first: Path, second: Path) -> None:
+    """Exchanges two folders in one step, which neither os.rename nor os.replace can do."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(first))

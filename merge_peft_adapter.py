@@ -1,0 +1,228 @@
+"""Merges a LoRA adapter into its base model, shard by shard: a 70B model needs no more memory than a small one.
+
+python merge_peft_adapter.py --adapter_model_name sft --output_name sft/final_merged_checkpoint
+"""
+
+import argparse
+import errno
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from align.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json, replace_folder
+from align.errors import InputError, run_script
+from align.merging import MergePlan, merge_through_peft, open_adapter, plan_merge, verify_files, write_files
+
+logger = logging.getLogger("merge_peft_adapter")
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours and safetensors' names
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
+TOKENIZER_FILES += ("chat_template*", "spiece.model", "sentencepiece*.model", "tokenization_*.py")
+MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py")
+MODEL_FILES += ("LICENSE*", "NOTICE*", "USE_POLICY*")
+RECORD = "merge_info.json"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--adapter_model_name", required=True, help="adapter: a folder or a hub name")
+    parser.add_argument("--base_model_name", help="base model: a folder or a hub name (default: the adapter's own)")
+    parser.add_argument("--output_name", required=True, help="folder for the merged model")
+    parser.add_argument("--dtype", choices=DTYPES, help="number format of the merged model (default: the base's)")
+    flag = {"type": parse_boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    parser.add_argument("--overwrite", default=False, **flag, help="replace the model in --output_name")
+    parser.add_argument(
+        "--verify", default=True, **flag, help="check the written files before they appear (default: True)"
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--num_workers", type=int, default=min(cores, 4), help="threads (default: one a core, at most 4)"
+    )
+    parser.add_argument("--push_to_hub", metavar="NAME", help="upload the merged model to this hub repository")
+    return parser.parse_args(argv)
+
+
+def parse_boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; give True or False")
+    return text.lower() == "true"
+
+
+def find_base(named: str | None, adapter: str, recorded: str | None) -> tuple[str, Path]:
+    """The base model's name and folder: the one on the command line, else the one that the adapter was trained on."""
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES, RECORD, "*.index.json")
+    name = named or recorded
+    if not name:
+        raise InputError(f"--base_model_name: missing, and {adapter}/adapter_config.json names no base; give one")
+    flag = (
+        "--base_model_name" if named else f"--base_model_name: not given, and the one in {adapter}/adapter_config.json"
+    )
+    folder = find_folder(name, flag, *patterns, "model*.safetensors")
+    if not (Path(name).is_dir() or any(folder.glob("model*.safetensors"))):
+        folder = find_folder(name, flag, *patterns, "pytorch_model*.bin")
+    if named and recorded and named != recorded and Path(named).resolve() != Path(recorded).resolve():
+        logger.warning("Warning: the adapter was trained on %s, not on --base_model_name %s.", recorded, named)
+    return name, folder
+
+
+def check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None:
+    for flag, folder in inputs.items():
+        if folder.resolve() == output.resolve() or output.resolve() in folder.resolve().parents:
+            raise InputError(f"--output_name: {output} is or holds {flag} {folder}; name another folder")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output_name: {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise InputError(f"--output_name: {output} exists; add --overwrite to replace it, or name another folder")
+        if not (output / "config.json").exists():
+            raise InputError(
+                f"--output_name: {output} does not hold a model, so it is not replaced; name another folder"
+            )
+
+
+def check_disk(output: Path, needed: int) -> None:
+    parent = next(folder for folder in output.resolve().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(
+            f"--output_name: {parent} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB"
+        )
+
+
+def check_login(repository: str) -> None:
+    """Fails before the merge, not after it, where there is no hub to push to."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except OSError as error:
+        raise InputError(f"--push_to_hub: {repository}: {str(error).strip().splitlines()[0]}") from None
+
+
+def record_merge(base_name: str, base: Path, adapter_name: str, adapter: Path) -> list[dict]:
+    """What the base's own record says, and this merge; warns when the same adapter is in the base already."""
+    merges = read_json(base / RECORD)["merges"] if (base / RECORD).exists() else []
+    sha256 = hashlib.sha256()
+    with next(adapter.glob("adapter_model.*")).open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    digest = sha256.hexdigest()
+    if any(merge["adapter_sha256"] == digest for merge in merges):
+        logger.warning("Warning: %s already holds this adapter; merging it again applies it twice.", base_name)
+    return [*merges, {"base_model": base_name, "adapter": adapter_name, "adapter_sha256": digest}]
+
+
+def write_companions(folder: Path, base: Path, adapter: Path, config: dict | None, merges: list[dict]) -> None:
+    """Everything but the weights: configuration, tokenizer (the adapter's, where it has one), lineage, model card."""
+    tokenizer = adapter if (adapter / "tokenizer_config.json").exists() else base
+    for source, patterns in ((base, MODEL_FILES), (tokenizer, TOKENIZER_FILES)):
+        for path in source.iterdir():
+            belongs = any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+            if belongs and path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+    if config is not None and config != read_json(folder / "config.json"):
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / RECORD).write_text(json.dumps({"merges": merges}, indent=2) + "\n")
+    root = merges[0]["base_model"]
+    steps = "".join(f"{n}. {m['adapter']} (sha256 {m['adapter_sha256'][:16]})\n" for n, m in enumerate(merges, 1))
+    link = f"base_model: {root}\n" if root.count("/") == 1 and not Path(root).exists() else ""
+    (folder / "README.md").write_text(
+        f"---\n{link}library_name: transformers\ntags:\n- lora\n- merged\n---\n\n"
+        f"# {Path(merges[-1]['adapter']).name}, merged\n\n"
+        f"Base model: {root}\n\nAdapters merged into it, in order:\n\n{steps}"
+    )
+
+
+def warn_of_missing_rows(folder: Path, rows: int | None) -> None:
+    tokens = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}) if rows else {}
+    beyond = [token["content"] for number, token in tokens.items() if int(number) >= rows]
+    if beyond:
+        logger.warning("Warning: the tokenizer has tokens that the model's %d embeddings lack: %s.", rows, beyond)
+
+
+def write_weights(plan: MergePlan, folder: Path, workers: int, verify: bool) -> None:
+    logger.info("Merging %d of %d tensors with %d workers", plan.changed, sum(map(len, plan.files.values())), workers)
+    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as progress:
+        write_files(plan, folder, workers, verify, progress.update)
+    if verify:
+        verify_files(plan, open_checkpoint(folder))
+
+
+def push(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(folder_path=folder, repo_id=repository)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--push_to_hub: {folder} is complete, but {repository} did not take it ({reason})") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start = time.monotonic()
+
+    # Check
+    if args.num_workers < 1:
+        raise InputError(f"--num_workers: got {args.num_workers}; give 1 or more")
+    adapter = find_folder(args.adapter_model_name, "--adapter_model_name", "adapter_*", *TOKENIZER_FILES)
+    if not (adapter / "adapter_config.json").exists():
+        raise InputError(
+            f"--adapter_model_name: {adapter} has no adapter_config.json; give the folder that sft.py wrote"
+        )
+    adapter_config = read_json(adapter / "adapter_config.json")
+    base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
+    output = Path(args.output_name)
+    check_output(output, args.overwrite, {"--base_model_name": base, "--adapter_model_name": adapter})
+    if args.push_to_hub:
+        check_login(args.push_to_hub)
+
+    # Plan
+    base_config = read_json(base / "config.json")
+    dtype = DTYPES.get(args.dtype)
+    try:
+        plan = plan_merge(open_checkpoint(base), base_config, open_adapter(adapter, adapter_config), dtype)
+    except NotStreamableError as reason:
+        plan = None
+        logger.info("Merging through PEFT, with the whole model in memory: %s", reason)
+    needed = plan.nbytes if plan else sum(path.stat().st_size for path in base.glob("*model*"))
+    check_disk(output, needed)
+    merges = record_merge(base_name, base, args.adapter_model_name, adapter)
+
+    # Write
+    try:
+        with replace_folder(output, "--output_name") as folder:
+            if plan:
+                write_weights(plan, folder, args.num_workers, args.verify)
+            else:
+                merge_through_peft(base, adapter, adapter_config, folder, dtype)
+            write_companions(folder, base, adapter, plan and plan.config, merges)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"--output_name: the disk of {output} is full ({error.strerror}); nothing was left there"
+        ) from None
+    seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    logger.info("Wrote %s: %.2f GB in %.1f s, peak memory %.0f MiB", output, needed / 1e9, seconds, peak)
+    if args.push_to_hub:
+        push(output, args.push_to_hub)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,10 +1,16 @@
 """python -m pytest tests/test_attention.py"""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,6 +158,31 @@ def test_the_probe_notices_an_option_that_drops_the_mask():
     result = probe(make_model("llama"), HPU, use_flash_attention=True, flash_attention_causal_mask=True)
     assert result.causal
     assert not result.packable
+
+
+def test_the_probe_accepts_an_adapter_and_flash_attention():
+    model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert probe_packing(model, 512, HPU, use_flash_attention=True, flash_attention_recompute=True)
+
+
+def test_the_probe_gathers_what_zero3_has_partitioned():
+    """In a process of its own, as DeepSpeed stays initialised."""
+    code = """
+import deepspeed, habana_frameworks.torch.distributed.hccl
+from test_attention import HPU, make_model, probe_packing
+deepspeed.init_distributed("hccl", rank=0, world_size=1)
+for model_type in ("mixtral", "gpt2"):
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 1, "zero_optimization": {"stage": 3}}):
+        model = make_model(model_type)
+    print(model_type, probe_packing(model, 512, HPU), sum(weight.numel() for weight in model.parameters()))
+"""
+    here = Path(__file__).parent
+    environment = {"PYTHONPATH": f"{here}:{here.parent}", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert "mixtral True 0\n" in result.stdout
+    assert "gpt2 True 0\n" in result.stdout
 
 
 def test_rows_longer_than_a_window_that_nobody_tried_are_not_packed(caplog):

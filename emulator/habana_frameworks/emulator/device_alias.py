@@ -8,6 +8,7 @@ threads. Storages stay CPU storages, so saved files load in a torch that has nev
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
+
+from habana_frameworks.emulator import metrics_file
 
 HPU = torch.device("hpu", 0)
 LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
@@ -29,6 +32,7 @@ def use() -> None:
     global in_use
     if not in_use:
         in_use = True
+        metrics_file.start()
         if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
             print("Emulating Gaudi on the CPU: speed and memory say nothing about a real card.", file=sys.stderr)
 
@@ -37,10 +41,10 @@ def host(device: Any) -> Any:
     """`cpu` for any hpu device, anything else unchanged."""
     if isinstance(device, torch.device):
         is_hpu = device.type == "hpu"
-    elif isinstance(device, int):  # a bare index means the accelerator; safetensors asks so
-        is_hpu = True
+    elif isinstance(device, str):
+        is_hpu = device.partition(":")[0] == "hpu"
     else:
-        is_hpu = isinstance(device, str) and device.partition(":")[0] == "hpu"
+        is_hpu = type(device) is int  # a bare index means the accelerator; safetensors asks so
     if not is_hpu:
         return device
     use()
@@ -59,12 +63,12 @@ def with_host_device(function: Callable) -> Callable:
     return wrapper
 
 
-def with_host_first(function: Callable) -> Callable:
-    """`function`, whose first argument may name an hpu."""
+def with_cpu_autocast(function: Callable) -> Callable:
+    """`function`, whose first argument is a device type: asking about hpu's autocast is no use of the device."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        return function(*(host(argument) for argument in args[:1]), *args[1:], **kwargs)
+        return function(*("cpu" if argument == "hpu" else argument for argument in args), **kwargs)
 
     return wrapper
 
@@ -76,10 +80,11 @@ def install() -> None:
             if getattr(module, factory.__name__, None) is factory:
                 _replace(module, factory.__name__, with_host_device)
     for name in AUTOCAST_FUNCTIONS:
-        _replace(torch, name, with_host_first)
+        _replace(torch, name, with_cpu_autocast)
     DeviceContext.__init__ = _with_host_context(DeviceContext.__init__)
     torch.Generator = _generator_type(torch.Generator)
     _alias_tensor_methods()
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # on a card it is, and right
     # Files that were written on a Gaudi name hpu as the place of their storages.
     torch.serialization.register_package(0, lambda storage: None, _restore)
 
@@ -138,4 +143,4 @@ def _alias_tensor_methods() -> None:
 
 
 def _restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
-    return storage if host(location) == "cpu" != location else None
+    return storage if host(location) != location else None

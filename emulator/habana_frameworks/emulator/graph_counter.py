@@ -13,13 +13,13 @@ asked for, and bound to the calling thread.
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HOST_READS = ("cpu", "numpy", "tolist")
+HOST_READS = ("cpu", "numpy", "to", "tolist")  # of `to` only to("cpu")
 
 
 def signature(value: Any) -> Hashable:
@@ -95,7 +95,7 @@ def count_graphs() -> Iterator[GraphCounter]:
     global _active
     if _active:
         raise RuntimeError("graphs are being counted already")
-    originals = {name: getattr(torch.Tensor, name) for name in (*HOST_READS, "to")}
+    originals = {name: getattr(torch.Tensor, name) for name in HOST_READS}
     for name in originals:
         setattr(torch.Tensor, name, _ending_graph(name, originals[name]))
     _active = GraphCounter()
@@ -109,10 +109,11 @@ def count_graphs() -> Iterator[GraphCounter]:
             setattr(torch.Tensor, name, original)
 
 
-def _ending_graph(name: str, read):
+def _ending_graph(name: str, read: Callable) -> Callable:
     @functools.wraps(read)
     def wrapper(tensor, *args, **kwargs):
-        if name in HOST_READS or any(str(argument) == "cpu" for argument in (*args[:1], kwargs.get("device"))):
+        target = kwargs.get("device", args[0] if args else None)
+        if name != "to" or (isinstance(target, (str, torch.device)) and str(target) == "cpu"):
             end_lazy_graph()
         return read(tensor, *args, **kwargs)
 

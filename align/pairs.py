@@ -1,0 +1,336 @@
+"""Preference pairs as rows of few static shapes: the prompt once, both answers behind it, several pairs to a row.
+
+A row is filled from both ends: all but the last token of each prompt from the left, the answers from the right. Each
+answer is headed by the prompt's last token, so that every token that is predicted stands in the row's last columns and
+only those go through the head. A pair of a prompt of p tokens and answers of c and r takes p - 1 + c + r columns, where
+two rows of their own take 2p + c + r. Everything here is numpy: see align/packing.py.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PretrainedConfig
+
+from align.errors import InputError
+from align.packing import IGNORED, GroupedSampler, choose_buckets
+from align.reference import Stored
+
+logger = logging.getLogger(__name__)
+
+IDS = pyarrow.list_(pyarrow.int32())
+COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+NONE = -1  # the index of a place that no pair takes
+WORTHWHILE = 0.85  # share of useful columns from which on no further shape is added
+WEIGHTS = (0, 0.5, 1, 2)  # of a scored column beside any column, tried for rows of the same size
+SAMPLED = 100_000  # pairs that a layout is chosen on
+
+
+class Shape(NamedTuple):
+    """Of a row: its columns, and how many of the last ones go through the head."""
+
+    columns: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which pairs stand in each row, `[rows, pairs_per_row]` (`NONE` where none does), and the number of its shape."""
+
+    members: np.ndarray
+    groups: np.ndarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How all pairs of a run are laid out. Without `shared`, chosen and rejected are padded rows of their own."""
+
+    shared: bool
+    pairs_per_row: int
+    shapes: tuple[Shape, ...]
+    rows: Mapping[str, Rows]  # by split
+
+
+def collect(rows: Dataset | IterableDataset, limit: int) -> Dataset:
+    """A stream's first `limit` pairs (all, where it is not positive), in memory: their lengths decide the layout."""
+    if isinstance(rows, Dataset):
+        return rows
+    parts = (rows.take(limit) if limit > 0 else rows).select_columns(list(COLUMNS)).iter(batch_size=1000)
+    tables = [pyarrow.table({name: pyarrow.array(part[name], IDS) for name in COLUMNS}) for part in parts]
+    if not tables:
+        raise InputError("--dataset_name: no pair of the stream can be used")
+    table = pyarrow.concat_tables(tables)
+    content = hashlib.sha256()
+    for column in table.columns:
+        for chunk in column.chunks:
+            content.update(chunk.flatten().to_numpy().tobytes() + chunk.value_lengths().to_numpy().tobytes())
+    return Dataset(table, fingerprint=content.hexdigest()[:32])
+
+
+def as_samples(pairs: Dataset | IterableDataset) -> Dataset:
+    """Each pair as two samples, chosen and rejected, with labels on the answers."""
+    samples = [
+        {"input_ids": pair[COLUMNS[0]] + answer, "labels": [IGNORED] * len(pair[COLUMNS[0]]) + answer}
+        for pair in pairs
+        for answer in (pair[COLUMNS[1]], pair[COLUMNS[2]])
+    ]
+    return Dataset.from_list(samples)
+
+
+def measure(pairs: Dataset) -> np.ndarray:
+    """Tokens of each prompt, chosen and rejected answer, `[pairs, 3]`."""
+    parts = pairs.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=10_000)
+    return np.concatenate([np.stack([pc.list_value_length(part[name]) for name in COLUMNS], axis=1) for part in parts])
+
+
+def column_cost(config: PretrainedConfig) -> Callable[[int, int], float]:
+    """What a row of a shape costs in multiply-adds, about: layers and attention for its columns, the head for some."""
+    config = config.get_text_config()
+    width, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+
+    def cost(columns: int, scored: int) -> float:
+        return layers * columns * (12 * width**2 + 2 * columns * width) + scored * vocabulary * width
+
+    return cost
+
+
+def share_rows(
+    lengths: Mapping[str, np.ndarray],
+    pairs_per_step: int,
+    most_columns: int,
+    num_shapes: int,
+    cost: Callable[[int, int], float],
+    seed: int = 0,
+) -> Layout:
+    """Puts the same number of pairs into every row, long ones with short ones, so that all rows are about as long.
+
+    That number divides `pairs_per_step`, what one device computes for a step, and its rows fit `most_columns`. Of those
+    it needs the fewest shapes, at most `num_shapes`, then costs least. `lengths` are `measure`d, by split; the first
+    split decides.
+    """
+    first = next(iter(lengths.values()))
+    sample = first[:: math.ceil(len(first) / SAMPLED)]
+    plans = []
+    for number in (number for number in range(1, pairs_per_step + 1) if pairs_per_step % number == 0):
+        for weight in WEIGHTS if number > 1 else (0,):
+            sizes = _sizes(sample, _balance(sample, number, weight, seed))
+            shapes = _choose_shapes(sizes, num_shapes)
+            if number == 1 or shapes[-1].columns <= most_columns:
+                total = sum(cost(*shapes[group]) for group in _assign(sizes, shapes))
+                plans.append((len(shapes), total / (number * len(sizes)), number, weight))
+    *_, number, weight = min(plans)
+    members = {name: _balance(split, number, weight, seed) for name, split in lengths.items()}
+    sizes = {name: _sizes(split, members[name]) for name, split in lengths.items()}
+    shapes = _choose_shapes(np.concatenate(list(sizes.values())), num_shapes)
+    rows = {name: Rows(members[name], _assign(sizes[name], shapes)) for name in lengths}
+    return Layout(True, number, tuple(shapes), rows)
+
+
+def separate_rows(lengths: Mapping[str, np.ndarray], num_shapes: int, longest: int) -> Layout:
+    """Gives each answer a row of its own behind its prompt, padded to one of at most `num_shapes` lengths."""
+    widths = {name: split[:, 0] + split[:, 1:].max(axis=1) for name, split in lengths.items()}
+    buckets = choose_buckets(np.concatenate(list(widths.values())), num_shapes, longest)
+    rows = {
+        name: Rows(np.arange(len(width))[:, None], np.searchsorted(buckets, width)) for name, width in widths.items()
+    }
+    return Layout(False, 1, tuple(Shape(bucket, bucket) for bucket in buckets), rows)
+
+
+def log_layout(layout: Layout, lengths: Mapping[str, np.ndarray]) -> None:
+    """What is computed for one pair, and how much of it is useful."""
+    for name, rows in layout.rows.items():
+        pairs = (rows.members != NONE).sum()
+        needed = lengths[name].sum() - pairs + (0 if layout.shared else (lengths[name][:, 0] + 1).sum())
+        computed = np.array([shape.columns for shape in layout.shapes])[rows.groups].sum() * (2 - layout.shared)
+        logger.info(
+            f"{name}: {computed / pairs:.0f} computed tokens a pair, {needed / computed:.1%} of them useful; "
+            f"{layout.pairs_per_row} pair(s) to a row" + (", the prompt once" if layout.shared else " and answer")
+        )
+    logger.info(f"shapes: {', '.join(f'{shape.columns} columns, {shape.scored} scored' for shape in layout.shapes)}")
+
+
+def _balance(lengths: np.ndarray, number: int, weight: float, seed: int) -> np.ndarray:
+    """`number` pairs to each row, `[rows, number]`, of about the same size: columns + `weight` * scored columns.
+
+    Longest first; in each round the shortest row so far gets the longest pair that is left.
+    """
+    sizes = lengths.sum(axis=1) - 1 + weight * lengths[:, 1:].sum(axis=1)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    order = np.append(order, np.full(-len(order) % number, NONE)).reshape(number, -1)
+    sizes = np.append(sizes, 0)  # of NONE
+    members = order[:1]
+    for longest_first in order[1:]:
+        shortest_first = np.argsort(sizes[members].sum(axis=0), kind="stable")
+        taken = np.empty_like(longest_first)
+        taken[shortest_first] = longest_first
+        members = np.append(members, taken[None], axis=0)
+    return members.T
+
+
+def _sizes(lengths: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Columns and scored columns of each row, `[rows, 2]`."""
+    scored = lengths[:, 1:].sum(axis=1)
+    sizes = np.stack([lengths[:, 0] - 1 + scored, scored], axis=1)
+    return np.append(sizes, [[0, 0]], axis=0)[members].sum(axis=1)
+
+
+def _choose_shapes(sizes: np.ndarray, num_shapes: int, multiple_of: int = 8) -> list[Shape]:
+    """As few as are worthwhile for rows of these `_sizes`."""
+    columns, longest = sizes[:, 0], _round_up(sizes[:, 0].max(), multiple_of)
+    for number in range(1, num_shapes + 1):
+        buckets = choose_buckets(columns, number, longest, multiple_of)
+        groups = np.searchsorted(buckets, columns)
+        if columns.sum() >= WORTHWHILE * np.array(buckets)[groups].sum():
+            break
+    scored = [_round_up(sizes[groups == group, 1].max(), multiple_of) for group in range(len(buckets))]
+    return [Shape(*shape) for shape in zip(buckets, np.maximum.accumulate(scored).tolist(), strict=True)]
+
+
+def _assign(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
+    return np.searchsorted([shape.columns for shape in shapes], sizes[:, 0])
+
+
+def _round_up(number: int, multiple_of: int) -> int:
+    return -(-int(number) // multiple_of) * multiple_of
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Pairs as the collator takes them, with the reference's log-probs where they are `stored`."""
+
+    def __init__(self, pairs: Dataset, rows: Rows, stored: Stored | None = None):
+        self.pairs = pairs.select_columns(list(COLUMNS)).with_format("numpy")
+        self.rows = rows
+        self.stored = stored
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitems__(self, indices: list[int]) -> list[dict | None]:
+        taken = [index for index in indices if index != NONE]
+        columns = self.pairs[taken] if taken else {name: [] for name in COLUMNS}
+        pairs = iter(zip(taken, *(columns[name] for name in COLUMNS), strict=True))
+        return [self._read(*next(pairs)) if index != NONE else None for index in indices]
+
+    def _read(self, index: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> dict:
+        pair = {"index": index, "prompt": prompt, "answers": (chosen, rejected)}
+        known = self.stored is not None and self.stored.values is not None
+        return {**pair, "reference": self.stored.values[index]} if known else pair
+
+
+class PairSampler(torch.utils.data.Sampler):
+    """Every pair once an epoch, row by row, filled up with `NONE` to whole batches on all ranks.
+
+    `rows_per_batch` counts the rows of all ranks. Nothing is repeated at the end of an epoch: evaluations are exact.
+    """
+
+    def __init__(self, rows: Rows, rows_per_batch: int, seed: int = 0, shuffle: bool = True):
+        self.members = rows.members
+        self.order = GroupedSampler(rows.groups, rows_per_batch, seed, shuffle)
+        self.missing = -len(rows.members) % rows_per_batch
+
+    def __len__(self) -> int:
+        return (len(self.members) + self.missing) * self.members.shape[1]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.members[list(self.order)].ravel().tolist()
+        yield from [NONE] * (self.missing * self.members.shape[1])
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pairs, `pairs_per_row` to a row, to one batch of the smallest shape that holds them.
+
+    Beside what the model takes: `targets` and `slots` of the scored columns (the token to predict, and 2 * pair, + 1
+    for the rejected answer; 2 * pairs where nothing is scored), and by pair `answer_lengths` (0 where there is none),
+    `indices` and, where stored, `reference`.
+    """
+
+    layout: Layout
+    pad_token_id: int
+
+    def __call__(self, pairs: list[dict | None]) -> dict[str, torch.Tensor]:
+        fill = self._fill_shared if self.layout.shared else self._fill_separate
+        batch = fill(pairs)
+        empty = {"index": NONE, "answers": ((), ()), "reference": np.zeros(2, np.float32)}
+        known = [pair or empty for pair in pairs]
+        batch["answer_lengths"] = np.array([[len(answer) for answer in pair["answers"]] for pair in known])
+        batch["indices"] = np.array([pair["index"] for pair in known])
+        if all("reference" in pair for pair in known):
+            batch["reference"] = np.stack([pair["reference"] for pair in known])
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def _fill_shared(self, pairs: list[dict | None]) -> dict[str, np.ndarray]:
+        """`segment_ids` number the pairs of a row from 1; `branch_ids` are 0 for a prompt, 1 chosen, 2 rejected."""
+        number = self.layout.pairs_per_row
+        rows = [pairs[start : start + number] for start in range(0, len(pairs), number)]
+        shape = self._choose_shape(max(sum(map(_columns, row)) for row in rows))
+        batch = self._empty(len(rows), shape, len(pairs))
+        for name in ("position_ids", "segment_ids", "branch_ids"):
+            batch[name] = np.zeros((len(rows), shape.columns), np.int64)
+
+        def put(row: int, start: int, tokens: np.ndarray, position: int, segment: int, branch: int) -> slice:
+            columns = slice(start, start + len(tokens))
+            batch["input_ids"][row, columns] = tokens
+            batch["position_ids"][row, columns] = np.arange(position, position + len(tokens))
+            batch["segment_ids"][row, columns], batch["branch_ids"][row, columns] = segment, branch
+            return columns
+
+        for row, members in enumerate(rows):
+            left, right = 0, shape.columns
+            for place, pair in enumerate(members):
+                if pair is None:
+                    continue
+                prompt, last = pair["prompt"][:-1], pair["prompt"][-1:]
+                left = put(row, left, prompt, 0, place + 1, 0).stop
+                for branch, answer in enumerate(pair["answers"]):
+                    right -= len(answer)
+                    put(row, right, np.append(last, answer[:-1]), len(prompt), place + 1, branch + 1)
+                    self._score(batch, row, right, answer, 2 * (row * number + place) + branch)
+        return batch
+
+    def _fill_separate(self, pairs: list[dict | None]) -> dict[str, np.ndarray]:
+        shape = self._choose_shape(max(len(pair["prompt"]) + max(map(len, pair["answers"])) for pair in pairs if pair))
+        batch = self._empty(2 * len(pairs), shape, len(pairs))
+        batch["attention_mask"] = np.zeros_like(batch["input_ids"])
+        for place, pair in enumerate(pairs):
+            for branch, answer in enumerate(pair["answers"] if pair else ()):
+                row, start = 2 * place + branch, len(pair["prompt"])
+                tokens = np.append(pair["prompt"], answer)
+                batch["input_ids"][row, : len(tokens)] = tokens
+                batch["attention_mask"][row, : len(tokens)] = 1
+                self._score(batch, row, start - 1, answer, row)
+        batch["attention_mask"][:, 0] = 1  # a row without a pair must not be without a key
+        return batch
+
+    def _choose_shape(self, columns: int) -> Shape:
+        return next(shape for shape in self.layout.shapes if shape.columns >= columns)
+
+    def _empty(self, rows: int, shape: Shape, pairs: int) -> dict[str, np.ndarray]:
+        return {
+            "input_ids": np.full((rows, shape.columns), self.pad_token_id),
+            "targets": np.zeros((rows, shape.scored), np.int64),
+            "slots": np.full((rows, shape.scored), 2 * pairs),
+        }
+
+    @staticmethod
+    def _score(batch: dict[str, np.ndarray], row: int, column: int, answer: np.ndarray, slot: int) -> None:
+        """The tokens from `column` on predict `answer`."""
+        start = column - batch["input_ids"].shape[1] + batch["targets"].shape[1]
+        batch["targets"][row, start : start + len(answer)] = answer
+        batch["slots"][row, start : start + len(answer)] = slot
+
+
+def _columns(pair: dict | None) -> int:
+    return len(pair["prompt"]) - 1 + sum(map(len, pair["answers"])) if pair else 0

@@ -1,0 +1,371 @@
+"""Preference tuning (DPO and its relatives) on rows that pairs share, with one model as policy and reference."""
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from optimum.habana import GaudiConfig, GaudiTrainer
+from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.dpo_config import FDivergenceConstants, FDivergenceType
+from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
+
+from align.attention import segment_mask
+from align.errors import InputError
+from align.pairs import Layout, PairCollator, PairDataset, PairSampler
+from align.reference import Stored, store
+
+logger = logging.getLogger(__name__)
+
+SMOOTHED = ("sigmoid", "robust", "exo_pair")  # the losses that --label_smoothing has an effect on
+DIVERGING = (*SMOOTHED, "hinge", "ipo")  # the losses that --f_divergence_type has an effect on
+LOSSES = (*DIVERGING, "sppo_hard", "nca_pair")
+MIXING = ("aot", "aot_pair", "bco_pair")
+SAMPLED_TOKENS = 128  # of each answer that is shown
+SLACK = 1.125  # a micro-batch may be this much larger than the padded pairs that it replaces
+
+
+def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig) -> None:
+    sizes = [each.get_text_config().vocab_size for each in (config, ref_config)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"--ref_model: its vocabulary has {sizes[1]} tokens, the model's has {sizes[0]}")
+
+
+def needs_copy(args: GaudiDPOConfig, trains_adapter: bool, ref_model: str | None, stored: Mapping[str, Stored]) -> bool:
+    """Whether the reference is a model of its own: named, or trained away from without stored log-probs."""
+    if args.reference_free or (stored and all(split.values is not None for split in stored.values())):
+        return False
+    return ref_model is not None or (args.do_train and not trains_adapter and not args.precompute_ref_log_probs)
+
+
+def most_columns(args: GaudiDPOConfig, batch_size: int) -> int:
+    """Columns that a micro-batch may have: as many as `batch_size` pairs padded to --max_length, and an eighth more."""
+    return int(SLACK * batch_size * 2 * args.max_length)
+
+
+def fit_batches(args: GaudiDPOConfig, layout: Layout) -> GaudiDPOConfig:
+    """A copy of `args` that cuts the same pairs of a step into micro-batches of whole rows, of about the same size."""
+    if not layout.shared:
+        return args
+    number, longest = layout.pairs_per_row, layout.shapes[-1].columns
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps // number
+    fitting = most_columns(args, args.per_device_train_batch_size) // longest
+    rows_at_once = max(count for count in range(1, rows + 1) if rows % count == 0 and count <= max(1, fitting))
+    eval_rows_at_once = max(1, most_columns(args, args.per_device_eval_batch_size) // longest)
+    try:
+        return dataclasses.replace(
+            args,
+            per_device_train_batch_size=rows_at_once * number,
+            gradient_accumulation_steps=rows // rows_at_once,
+            per_device_eval_batch_size=eval_rows_at_once * number,
+        )
+    except ValueError as error:  # transformers compares them with DeepSpeed's configuration
+        raise InputError(
+            f'--deepspeed: set train_micro_batch_size_per_gpu and gradient_accumulation_steps to "auto" in '
+            f"{args.deepspeed}: rows hold {number} pairs each"
+        ) from error
+
+
+class ScoreTokens(torch.autograd.Function):
+    """Log-probs of `targets` and means of the logits, `[rows, columns]`, from logits `[rows, columns, vocabulary]`.
+
+    In float32 for a block of columns at a time, keeping nothing for the gradient but the logits as they are, where
+    log_softmax keeps a float32 copy of them all.
+    """
+
+    BLOCK = 128  # columns
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normalizers, means = [], []
+        for block in logits.split(ScoreTokens.BLOCK, dim=1):
+            block = block.float()
+            normalizers.append(block.logsumexp(-1))
+            means.append(block.mean(-1))
+        normalizers, means = torch.cat(normalizers, 1), torch.cat(means, 1)
+        ctx.save_for_backward(logits, targets, normalizers)
+        ctx.mark_non_differentiable(means)
+        return logits.gather(-1, targets[..., None])[..., 0].float() - normalizers, means
+
+    @staticmethod
+    def backward(ctx, slopes: torch.Tensor, _) -> tuple[torch.Tensor, None]:
+        blocks = []
+        tensors = (tensor.split(ScoreTokens.BLOCK, dim=1) for tensor in (*ctx.saved_tensors, slopes))
+        for logits, targets, normalizers, slope in zip(*tensors, strict=True):
+            change = (logits.float() - normalizers[..., None]).exp_().mul_(-slope[..., None])
+            change.scatter_add_(-1, targets[..., None], slope[..., None])
+            blocks.append(change.to(logits.dtype))
+        return torch.cat(blocks, 1), None
+
+
+def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Adds up the values `[rows, columns]` of each answer, `[pairs, 2]`; slot 2 * pairs collects what has none."""
+    sums = values.new_zeros(2 * pairs + 1)
+    return sums.index_add(0, slots.flatten(), values.flatten())[:-1].view(pairs, 2)
+
+
+class PreferenceTrainer(GaudiDPOTrainer):
+    """GaudiDPOTrainer's losses on `PairDataset`s; the base under a LoRA adapter is the reference.
+
+    Loss, gradient and metrics are means over the pairs of a whole step (rpo_alpha's: over its chosen tokens), however
+    it was cut into micro-batches and ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        ref_model: PreTrainedModel | None,
+        args: GaudiDPOConfig,
+        gaudi_config: GaudiConfig,
+        layout: Layout,
+        pairs: Mapping[str, PairDataset],
+        tokenizer: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None = None,
+    ):
+        # optimum-habana 1.21.2's own __init__ tokenizes the data, copies every model that has no adapter, and refuses
+        # stored log-probs under ZeRO-3. What its methods read is set here instead.
+        if peft_config is not None:
+            if args.gradient_checkpointing:
+                model.enable_input_require_grads()
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            for each in filter(None, (model, ref_model)):
+                disable_dropout_in_model(each)
+        self.beta, self.label_smoothing, self.loss_type = args.beta, args.label_smoothing, args.loss_type
+        self.reference_free, self.rpo_alpha = args.reference_free, args.rpo_alpha
+        self.f_divergence_type = FDivergenceType(args.f_divergence_type).value
+        self.f_divergence_params = {FDivergenceConstants.ALPHA_DIVERGENCE_COEF_KEY: args.f_alpha_divergence_coef}
+        self.precompute_ref_log_probs = self.generate_during_eval = False  # in its ways
+        self.is_peft_model = isinstance(model, PeftModel)
+        self.pairs_per_row = layout.pairs_per_row
+        self.totals: dict[str, torch.Tensor] = {}
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        GaudiTrainer.__init__(
+            self,
+            model=model,
+            args=args,
+            gaudi_config=gaudi_config,
+            data_collator=PairCollator(layout, pad_token_id),
+            train_dataset=pairs.get("train"),
+            eval_dataset=pairs.get("validation"),
+            processing_class=tokenizer,
+        )
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by what get_batch_samples_transformers counts
+        forward = inspect.signature(model.get_base_model().forward if self.is_peft_model else model.forward)
+        self.keeps_logits = "logits_to_keep" in forward.parameters
+        self.ref_model = ref_model and self._prepare_reference(ref_model)
+        if args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+
+    def _prepare_reference(self, ref_model: PreTrainedModel) -> torch.nn.Module:
+        if self.is_deepspeed_enabled:
+            return self._prepare_deepspeed(ref_model)
+        ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+        if self.args.use_lazy_mode and self.args.use_hpu_graphs_for_inference:
+            from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+
+            ref_model = wrap_in_hpu_graph(ref_model)
+        return ref_model
+
+    # Batches
+
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> PairSampler:
+        rows_per_batch = self._train_batch_size // self.pairs_per_row * self.args.world_size
+        return PairSampler((train_dataset or self.train_dataset).rows, rows_per_batch, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: PairDataset) -> PairSampler:
+        rows_per_batch = self.args.eval_batch_size // self.pairs_per_row * self.args.world_size
+        return PairSampler(eval_dataset.rows, rows_per_batch, shuffle=False)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator
+
+    def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
+        """A step's micro-batches, and the divisors of its loss: its pairs and chosen tokens, averaged over ranks."""
+        batches, _ = super().get_batch_samples_transformers(epoch_iterator, num_batches, device)
+        chosen = torch.cat([batch["answer_lengths"][:, 0] for batch in batches]).to(device)
+        counts = torch.stack([(chosen > 0).sum(), chosen.sum()]).float()
+        return batches, self.accelerator.reduce(counts, "mean")
+
+    def _prepare_inputs(self, inputs: Mapping) -> dict:
+        """On the device: what the model takes apart from what its logits are scored with."""
+        inputs = dict(super()._prepare_inputs(inputs))
+        scoring = ("targets", "slots", "answer_lengths", "indices", "reference")
+        prepared = {name: inputs.pop(name) for name in scoring if name in inputs}
+        if "segment_ids" in inputs:
+            ids = inputs.pop("segment_ids"), inputs["position_ids"], inputs.pop("branch_ids")
+            inputs["attention_mask"] = segment_mask(self.model, *ids)
+        if self.keeps_logits:
+            inputs["logits_to_keep"] = prepared["targets"].shape[1]
+        return {**prepared, "model_inputs": {**inputs, "use_cache": False}}
+
+    # Log-probs
+
+    def _score(self, model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob of each answer and the sum of its tokens' mean logits, `[pairs, 2]` each (chosen, rejected)."""
+        targets, slots, pairs = inputs["targets"], inputs["slots"], len(inputs["answer_lengths"])
+        logits = model(**inputs["model_inputs"]).logits[:, -targets.shape[1] :]
+        return tuple(sum_by_slot(values, slots, pairs) for values in ScoreTokens.apply(logits, targets))
+
+    @torch.no_grad()
+    def _score_reference(self, inputs: dict) -> torch.Tensor:
+        if self.reference_free:
+            return torch.zeros_like(inputs["answer_lengths"], dtype=torch.float32)
+        if "reference" in inputs:
+            return inputs["reference"]
+        if self.ref_model is not None:
+            return self._score(self.ref_model, inputs)[0]
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_peft_model:
+            return self._score(model, inputs)[0]
+        # An HPU graph of the PEFT model would be replayed with its adapter: the base's own forward is in none. Only
+        # DeepSpeed, which knows no such graphs in training, must see a pass enter by its module.
+        with model.disable_adapter():
+            return self._score(model if self.is_deepspeed_enabled else model.get_base_model(), inputs)[0]
+
+    # Loss and metrics
+
+    def _total(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+        """Sums over the pairs of a micro-batch of whatever is averaged later, and the number of pairs and tokens."""
+        reference = self._score_reference(inputs)  # first: the policy's activations need not be there yet
+        policy, logits = self._score(model, inputs)
+        lengths = inputs["answer_lengths"]
+        nll, present, tokens = -policy[:, 0], lengths[:, 0] > 0, lengths.clamp(min=1)
+        if self.loss_type == "ipo":
+            policy, reference = policy / tokens, reference / tokens
+        losses, chosen, rejected = self.dpo_loss(*policy.T, *reference.T)
+        logps, logits = policy.detach().T, (logits / tokens).T
+        values = {
+            "loss": losses,
+            "nll_loss": nll,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": logps[0],
+            "logps/rejected": logps[1],
+            "logits/chosen": logits[0],
+            "logits/rejected": logits[1],
+        }
+        totals = {name: torch.where(present, value, 0).sum() for name, value in values.items()}
+        return {**totals, "pairs": present.sum(), "tokens": lengths[:, 0].sum()}
+
+    def _loss(self, totals: Mapping, pairs, tokens):
+        """Adds rpo_alpha times the chosen answers' negative log-likelihood to the preference loss (arXiv:2404.19733).
+
+        trl 0.9.6 multiplies the preference loss instead.
+        """
+        loss = totals["loss"] / pairs
+        return loss if self.rpo_alpha is None else loss + self.rpo_alpha * totals["nll_loss"] / tokens
+
+    def _remember(self, kind: str, totals: dict[str, torch.Tensor]) -> None:
+        """Adds up on the device: nothing is read back before it is logged."""
+        self.totals.setdefault(kind, dict.fromkeys(totals, 0))
+        self.totals[kind] = {name: self.totals[kind][name] + total.detach() for name, total in totals.items()}
+
+    def _average(self, kind: str) -> dict[str, float]:
+        """Means over all pairs that any rank has computed since the last call."""
+        totals = self.totals.pop(kind)
+        sums = self.accelerator.reduce(torch.stack([total.float() for total in totals.values()]), "sum").tolist()
+        totals = dict(zip(totals, sums, strict=True))
+        pairs, tokens = totals.pop("pairs"), totals.pop("tokens")
+        means = {name: total / (tokens if name == "nll_loss" else pairs) for name, total in totals.items()}
+        return {**means, "loss": self._loss(totals, pairs, tokens)}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        totals = self._total(model, inputs)
+        self._remember("train", totals)
+        loss = self._loss(totals, *num_items_in_batch)
+        return (loss, totals) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            totals = self._total(model, inputs)
+        self._remember("eval", totals)
+        return self._loss(totals, totals["pairs"], totals["tokens"]), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._average("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**self._average("train"), **logs}
+        GaudiTrainer.log(self, logs, start_time)
+
+    def last_logged(self) -> dict[str, float]:
+        """The last training metrics that were logged, as `train_rewards/margins` and so on."""
+        entry = next((entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry), {})
+        return {f"train_{name}": value for name, value in entry.items() if "/" in name}
+
+    # Before and after training
+
+    def store_reference(self) -> None:
+        """Computes the log-probs that --precompute_ref_log_probs asks for and are not stored yet."""
+        for pairs in filter(None, (self.train_dataset, self.eval_dataset)):
+            if pairs.stored is not None and pairs.stored.values is None:
+                store(pairs.stored, self._compute_reference(pairs), write=self.args.local_process_index == 0)
+
+    @torch.no_grad()
+    def _compute_reference(self, pairs: PairDataset) -> np.ndarray:
+        """The reference's log-probs of all answers, `[pairs, 2]`; the ranks share the work and each gets the result."""
+        loader = self._get_dataloader(pairs, "Reference", self.args.eval_batch_size, self._get_eval_sampler)
+        scores = torch.zeros(len(pairs) + 1, 2)  # the last one is where NONE points to
+        was_training = self.model.training
+        self.model.eval()
+        for batch in tqdm(loader, desc="Reference log-probs", disable=not self.is_world_process_zero()):
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                scores[inputs["indices"].cpu()] = self._score_reference(inputs).float().cpu()
+        self.model.train(was_training)
+        return self.accelerator.reduce(scores[:-1].to(self.args.device), "sum").cpu().numpy()
+
+    @torch.no_grad()
+    def show_answers(self, when: str, number: int) -> None:
+        """Prints greedy answers to the first `number` held-out prompts. Under ZeRO-3 every rank generates them."""
+        if not number:
+            return
+        tokenizer, model = self.processing_class, self.accelerator.unwrap_model(self.model)
+        prompts = self.eval_dataset.pairs[:number]["prompt_input_ids"]
+        width = max(map(len, prompts))
+        pad_token_id = self.data_collator.pad_token_id
+        ids = np.stack([np.pad(ids, (width - len(ids), 0), constant_values=pad_token_id) for ids in prompts])
+        mask = np.stack([np.pad(np.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            output = model.generate(
+                input_ids=torch.from_numpy(ids).to(self.args.device),
+                attention_mask=torch.from_numpy(mask).to(self.args.device),
+                max_new_tokens=min(SAMPLED_TOKENS, self.args.max_length - self.args.max_prompt_length),
+                do_sample=False,
+                pad_token_id=pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                lazy_mode=self.args.use_lazy_mode,
+                ignore_eos=False,
+            )
+        model.train(was_training)
+        if self.is_world_process_zero():
+            for prompt, answer in zip(prompts, output[:, width:].tolist(), strict=True):
+                said = tokenizer.decode(answer, skip_special_tokens=True).strip()
+                print(f"\n[{when}] {tokenizer.decode(prompt, skip_special_tokens=True).strip()}\n{said}")
+
+
+class BeforeTraining(TrainerCallback):
+    """What needs the model as training has prepared it (under DeepSpeed: its engine), but before the first step."""
+
+    def __init__(self, trainer: PreferenceTrainer, sample_prompts: int):
+        self.trainer, self.sample_prompts = trainer, sample_prompts
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.trainer.store_reference()
+        self.trainer.show_answers("before", self.sample_prompts)

@@ -1,0 +1,230 @@
+"""Preference tuning (DPO) of a causal language model on Gaudi: LoRA by default, all weights with --use_peft False.
+
+One card:     python dpo.py --model_name_or_path MODEL --dataset_name PAIRS --output_dir dpo
+Eight cards:  python gaudi_spawn.py --world_size 8 --use_deepspeed dpo.py \\
+                  --deepspeed configs/llama2_ds_zero3_config.json ... (the same flags)
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+
+from optimum.habana.trl import GaudiDPOConfig
+from optimum.habana.utils import set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from align import data, modeling, pairs, preference, reference, training
+from align.attention import probe_packing
+from align.errors import InputError, run_script
+from align.tokenization import SampleTokenizer, tokenize_pairs
+
+RECIPE = {
+    "dataset_name": "lvwerra/stack-exchange-paired",
+    "max_eval_samples": 1000,
+    "truncation": "keep_end",
+    "output_dir": "./results",
+    "do_train": True,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "max_steps": 1000,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 100,
+    "weight_decay": 0.05,
+    "optim": "paged_adamw_32bit",
+    "max_prompt_length": 512,
+    "max_length": 1024,
+    "bf16": True,
+    "seed": 0,
+    "remove_unused_columns": False,
+}
+CURVES = {
+    "Loss": ["loss"],
+    "Rewards": ["rewards/chosen", "rewards/rejected", "rewards/margins"],
+    "Chosen above rejected": ["rewards/accuracies"],
+    "Log-probs": ["logps/chosen", "logps/rejected"],
+}
+# Flags of GaudiDPOConfig that other flags or the trainer take over
+INSTEAD = {
+    "truncation_mode": "use --truncation",
+    "dataset_num_proc": "use --num_workers",
+    "generate_during_eval": "use --sample_prompts",
+    "force_use_ref_model": "--ref_model is enough",
+    "model_init_kwargs": "use the flags of the model",
+    "ref_model_init_kwargs": "the reference is loaded as the model is",
+    "model_adapter_name": "the adapter is a new one",
+    "ref_adapter_name": "the reference is the model without its adapter, or --ref_model",
+    "max_target_length": "use --max_length",
+    "is_encoder_decoder": "only decoders are trained",
+    "label_pad_token_id": "padding has no labels",
+    "padding_value": "padding is never seen",
+}
+
+
+@dataclass
+class PreferenceArguments:
+    """How the preferences are learnt. --beta, --loss_type, --max_length and others are optimum-habana's.
+
+    --per_device_train_batch_size counts pairs: a step takes that many x --gradient_accumulation_steps x ranks. How they
+    are cut into micro-batches changes neither loss nor gradient, so they are cut into rows of few shapes, as many at
+    once as fit into the tokens of that many padded pairs.
+    """
+
+    ref_model: str | None = field(
+        default=None,
+        metadata={"help": "Reference model: a folder or a hub name (default: --model_name_or_path as it was)."},
+    )
+    ref_log_probs_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for what --precompute_ref_log_probs stores (default: in the data sets' cache)."},
+    )
+    num_buckets: int = field(default=8, metadata={"help": "The most lengths of rows; fewer are used where they do."})
+    skip_probe: bool = field(
+        default=False, metadata={"help": "Do not check the loaded model for causality and packing before training."}
+    )
+    sample_prompts: int = field(
+        default=0, metadata={"help": "Show answers to this many held-out prompts, before and after training."}
+    )
+
+
+def check_preference_arguments(
+    args: GaudiDPOConfig, preference_args: PreferenceArguments, lora_args: modeling.LoraArguments
+) -> None:
+    """Flags that contradict each other, or would have no effect."""
+    defaults = {each.name: each.default for each in fields(GaudiDPOConfig)}
+    for name, instead in INSTEAD.items():
+        if getattr(args, name) != defaults[name]:
+            raise InputError(f"--{name} has no effect here; {instead}")
+    if not 0 < args.max_prompt_length < args.max_length:
+        raise InputError(
+            f"--max_prompt_length {args.max_prompt_length}: must be from 1 to less than --max_length {args.max_length}"
+        )
+    if args.beta <= 0:
+        raise InputError(f"--beta: got {args.beta:g}; give more than 0")
+    if args.loss_type in preference.MIXING:
+        raise InputError(
+            f"--loss_type {args.loss_type} compares the pairs of one micro-batch, so that its gradient would depend on "
+            f"how a step is cut; choose from {', '.join(preference.LOSSES)}"
+        )
+    if not 0 <= args.label_smoothing < 0.5:
+        raise InputError(f"--label_smoothing: got {args.label_smoothing:g}; give 0 or more, less than 0.5")
+    if args.label_smoothing and args.loss_type not in preference.SMOOTHED:
+        raise InputError(f"--label_smoothing has no effect on --loss_type {args.loss_type}")
+    if args.f_divergence_type != defaults["f_divergence_type"] and args.loss_type not in preference.DIVERGING:
+        raise InputError(f"--f_divergence_type has no effect on --loss_type {args.loss_type}")
+    if args.flash_attention_causal_mask:
+        raise InputError("--flash_attention_causal_mask drops the mask that keeps two answers to one prompt apart")
+    if args.reference_free and (preference_args.ref_model or args.precompute_ref_log_probs or args.sync_ref_model):
+        raise InputError("--reference_free: contradicts --ref_model, --precompute_ref_log_probs and --sync_ref_model")
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise InputError(
+            "--sync_ref_model changes the reference, so --precompute_ref_log_probs cannot store its log-probs"
+        )
+    if args.sync_ref_model and (lora_args.use_peft or is_deepspeed_zero3_enabled()):
+        raise InputError("--sync_ref_model needs a copy of a fully trained model: --use_peft False, and no ZeRO-3")
+    if preference_args.num_buckets < 1:
+        raise InputError(f"--num_buckets: got {preference_args.num_buckets}; give 1 or more")
+    if preference_args.sample_prompts and not args.do_eval:
+        raise InputError("--sample_prompts takes held-out prompts: add --do_eval")
+
+
+def main() -> None:
+    model_args, lora_args, data_args, preference_args, args = training.parse_arguments(
+        (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, PreferenceArguments, GaudiDPOConfig),
+        __doc__,
+        RECIPE,
+    )
+    training.start_logging(args)
+    checkpoint = training.check_training_arguments(args)
+    check_preference_arguments(args, preference_args, lora_args)
+    set_seed(args.seed)
+
+    # Model, as far as it can be checked without its weights
+    config = modeling.load_config(model_args)
+    tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
+    modeling.check_vocabulary(tokenizer, config)
+    peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
+    ref_args = replace(model_args, model_name_or_path=preference_args.ref_model or model_args.model_name_or_path)
+    ref_config = modeling.load_config(ref_args)
+    preference.check_same_vocabulary(config, ref_config)
+
+    # Data
+    samples = SampleTokenizer(tokenizer)
+    limits = {"max_prompt_length": args.max_prompt_length, "max_length": args.max_length}
+    tokenize = partial(tokenize_pairs, tokenizer=samples, truncation=data_args.truncation, **limits)
+    splits = data.load_splits(
+        data_args, args.do_train, args.do_eval, args.max_steps > 0, args.seed, "data/rl", model_args.token
+    )
+    key = f"dpo {samples.fingerprint} {limits} {data_args.truncation}"
+    with args.main_process_first():
+        prepared = {
+            name: data.prepare(rows, data_args, tokenize, key, preference=True)
+            for name, rows in vars(splits).items()
+            if rows is not None
+        }
+    for name, part in prepared.items():
+        data.report(name, part)
+    if data_args.show_examples:
+        some = next(iter(prepared.values())).rows.take(data_args.show_examples)
+        data.show_examples(pairs.as_samples(some), tokenizer, 2 * data_args.show_examples)
+        return
+    per_device = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = {
+        name: pairs.collect(part.rows, per_device * args.world_size * args.max_steps) for name, part in prepared.items()
+    }
+    stored = {}
+    if args.precompute_ref_log_probs:
+        about = (reference.identify_model(ref_args.model_name_or_path, ref_config), model_args, args.bf16)
+        stored = reference.find(preference_args.ref_log_probs_dir, rows, *about)
+
+    # Model
+    model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
+    packable = preference_args.skip_probe or probe_packing(
+        model, 2 * args.max_length, args.device, **training.attention_inputs(model)
+    )
+    ref_model = None
+    if preference.needs_copy(args, peft_config is not None, preference_args.ref_model, stored):
+        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=True)
+
+    # Trainer
+    lengths = {name: pairs.measure(split) for name, split in rows.items()}
+    if packable:
+        most = preference.most_columns(args, args.per_device_train_batch_size)
+        cost = pairs.column_cost(config)
+        layout = pairs.share_rows(lengths, per_device, most, preference_args.num_buckets, cost, args.seed)
+    else:
+        layout = pairs.separate_rows(lengths, preference_args.num_buckets, args.max_length)
+    pairs.log_layout(layout, lengths)
+    args = preference.fit_batches(args, layout)
+    trainer = preference.PreferenceTrainer(
+        model=model,
+        ref_model=ref_model,
+        args=args,
+        gaudi_config=training.gaudi_config(args),
+        layout=layout,
+        pairs={name: pairs.PairDataset(split, layout.rows[name], stored.get(name)) for name, split in rows.items()},
+        tokenizer=tokenizer,
+        peft_config=peft_config,
+    )
+
+    # Train
+    if args.do_train:
+        trainer.add_callback(preference.BeforeTraining(trainer, preference_args.sample_prompts))
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        training.save_results(trainer, "train", {**result.metrics, **trainer.last_logged()})
+        training.plot_curves(trainer, CURVES)
+
+    # Evaluate
+    if args.do_eval:
+        training.save_results(trainer, "eval", trainer.evaluate())
+    trainer.show_answers("after", preference_args.sample_prompts)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,151 @@
+"""Preference losses on shared rows against plain trl and transformers. Run: pytest tests/test_preference.py"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from optimum.habana.trl import GaudiDPOConfig
+from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny import save_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from align import pairs, preference, training
+from align.attention import choose_attn_implementation
+
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2")
+LOSSES = {
+    "sigmoid": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "exo": {"loss_type": "exo_pair", "label_smoothing": 0.1},
+    "hinge": {"loss_type": "hinge", "beta": 0.5},
+    "ipo": {"loss_type": "ipo"},
+    "sppo": {"loss_type": "sppo_hard"},
+    "nca": {"loss_type": "nca_pair"},
+    "rpo": {"rpo_alpha": 1.0},  # trl 0.9.6 multiplies the other term by it
+    "js": {"f_divergence_type": "js_divergence"},
+    "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+}
+
+
+def lora():
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def make_pairs(number: int, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+    lengths = [(rng.randint(1, 20), rng.randint(1, 12), rng.randint(1, 12)) for _ in range(number)]
+    names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+    return [
+        {name: [rng.randrange(4, 500) for _ in range(n)] for name, n in zip(names, each, strict=True)}
+        for each in lengths
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model of each family, with a random adapter."""
+    made = {}
+    for family in FAMILIES:
+        made[family] = save_model(tmp_path_factory.mktemp(family), family)
+        torch.manual_seed(1)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(made[family]), lora())
+        model.save_pretrained(made[family] / "adapter")
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(folders, tmp_path_factory):
+    """Loss, metrics and gradients of 8 pairs from plain trl: by family for the sigmoid loss, by loss for Llama."""
+    cases = {family: (family, {}) for family in FAMILIES} | {name: ("llama", flags) for name, flags in LOSSES.items()}
+    folder = tmp_path_factory.mktemp("plain")
+    described = [
+        {"name": name, "model": str(folders[family]), "config": flags, "pairs": make_pairs(8)}
+        for name, (family, flags) in cases.items()
+    ]
+    (folder / "cases.json").write_text(json.dumps(described))
+    script = [sys.executable, Path(__file__).parent / "plain_trl.py", folder]
+    subprocess.run(script, check=True, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
+    return {name: load_file(folder / f"{name}.safetensors") for name in cases}
+
+
+@pytest.fixture
+def make_trainer(folders, tmp_path):
+    def make_trainer(family="llama", number=8, shared=True, batch=8, adapter=True, stored=None, **flags):
+        flags = {"max_length": 40, "max_prompt_length": 20, "num_train_epochs": 1, **flags}
+        args = GaudiDPOConfig(
+            str(tmp_path),
+            use_habana=True,
+            use_lazy_mode=True,
+            report_to="none",
+            per_device_train_batch_size=batch,
+            **flags,
+        )
+        config = AutoConfig.from_pretrained(folders[family])
+        model = AutoModelForCausalLM.from_pretrained(
+            folders[family], attn_implementation=choose_attn_implementation(config)
+        )
+        rows = Dataset.from_list(make_pairs(number))
+        lengths = {"train": pairs.measure(rows)}
+        if shared:
+            per_device = batch * args.gradient_accumulation_steps
+            most = preference.most_columns(args, batch)
+            layout = pairs.share_rows(lengths, per_device, most, 4, pairs.column_cost(config))
+        else:
+            layout = pairs.separate_rows(lengths, 1, args.max_length)
+        trainer = preference.PreferenceTrainer(
+            model=model,
+            ref_model=None,
+            args=preference.fit_batches(args, layout),
+            gaudi_config=training.gaudi_config(args),
+            layout=layout,
+            pairs={"train": pairs.PairDataset(rows, layout.rows["train"], stored)},
+            tokenizer=AutoTokenizer.from_pretrained(folders[family]),
+            peft_config=lora(),
+        )
+        if adapter:
+            set_peft_model_state_dict(trainer.model, load_peft_weights(folders[family] / "adapter"))
+        return trainer
+
+    return make_trainer
+
+
+def compute_step(trainer) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first step, without the update."""
+    loader = iter(trainer.get_train_dataloader())
+    steps = trainer.args.gradient_accumulation_steps
+    batches, counts = trainer.get_batch_samples_transformers(loader, steps, trainer.args.device)
+    loss = sum(trainer.training_step(trainer.model, batch, counts) for batch in batches)
+    return loss.item(), {name: each.grad for name, each in trainer.model.named_parameters() if each.grad is not None}
+
+
+def assert_equal(trainer, expected):
+    loss, gradients = compute_step(trainer)
+    assert loss == pytest.approx(expected["loss"].item(), rel=1e-6, abs=1e-5)
+    metrics = trainer._average("train")
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected"):
+        assert metrics[name] == pytest.approx(expected[name].item(), rel=1e-5, abs=1e-5)
+    for name, gradient in gradients.items():
+        plain_name = name.replace("base_model.model.base_model", "base_model")
+        torch.testing.assert_close(gradient.cpu(), expected[plain_name], atol=1e-5, rtol=1e-4)
+    assert len(gradients) == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_rows_equal_plain_trl(family, make_trainer, plain):
+    trainer = make_trainer(family)
+
+    assert trainer.pairs_per_row > 1
+    assert_equal(trainer, plain[family])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_equals_plain_trl(loss, make_trainer, plain):
+    assert_equal(make_trainer(**LOSSES[loss]), plain[loss])

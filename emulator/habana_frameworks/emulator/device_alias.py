@@ -84,9 +84,16 @@ def install() -> None:
     DeviceContext.__init__ = _with_host_context(DeviceContext.__init__)
     torch.Generator = _generator_type(torch.Generator)
     _alias_tensor_methods()
+    os.register_at_fork(after_in_child=_leave)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # on a card it is, and right
     # Files that were written on a Gaudi name hpu as the place of their storages.
     torch.serialization.register_package(0, lambda storage: None, _restore)
+
+
+def _leave() -> None:
+    """A forked process, such as a DataLoader's worker, is on the CPU: it could not share a card either."""
+    global in_use
+    in_use = False
 
 
 def _replace(module: ModuleType, name: str, wrap: Callable[[Callable], Callable]) -> None:

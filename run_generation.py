@@ -169,6 +169,8 @@ def check_arguments(
         raise InputError(f"--bucket_size: got {gaudi.bucket_size}; give a number of tokens, or -1 for none")
     if gaudi.limit_hpu_graphs and not gaudi.use_hpu_graphs:
         raise InputError("--limit_hpu_graphs: there are no graphs to limit; add --use_hpu_graphs")
+    if decoding.num_beams > 1 and (gaudi.reuse_cache or gaudi.bucket_size > 0):
+        raise InputError("--num_beams: beams are searched on growing shapes, without --reuse_cache and --bucket_size")
     if gaudi.reuse_cache and not gaudi.use_kv_cache:
         raise InputError("--reuse_cache: contradicts --use_kv_cache False; leave one of them out")
     if gaudi.reuse_cache and gaudi.bucket_size > 0:
@@ -242,7 +244,8 @@ def make_generation_config(
         "eos_token_id": sorted(end_tokens),
         "pad_token_id": next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
         "ignore_eos": True,  # EndWatch looks for them
-        "static_shapes": model.config.model_type in MODELS_OPTIMIZED_WITH_STATIC_SHAPES,
+        # Its beam search on static shapes knows one end token and puts any finished beam first (utils.py:3175).
+        "static_shapes": decoding.num_beams == 1 and model.config.model_type in MODELS_OPTIMIZED_WITH_STATIC_SHAPES,
         "use_cache": gaudi.use_kv_cache,
         "reuse_cache": gaudi.reuse_cache,
         "bucket_size": gaudi.bucket_size,

@@ -4,7 +4,9 @@ Heavy packages are imported where they are used: imports are most of the time to
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
+import io
 import json
 import sys
 import time
@@ -200,13 +202,26 @@ def adapt_transformers() -> None:
     for name in ("optimum.habana", "optimum.habana.transformers"):
         if name not in sys.modules:
             _defer_package(name)
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for text; the modules print which kernels they found
+    with contextlib.redirect_stdout(io.StringIO()):  # the modules print which kernels they found
+        from optimum.habana.utils import environment, feature_detection_utils
+
+        # What its own look at the plugin's version finds, without starting pip for it (utils/environment.py:20).
+        build = importlib.metadata.version("habana-torch-plugin")
+        feature_detection_utils.environment = environment.get_environment(build=build)
         import transformers.generation
         from optimum.habana.transformers.generation import GaudiGenerationMixin
         from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
-        if transformers.generation.GenerationMixin.generate is not GaudiGenerationMixin.generate:
+        mixin = transformers.generation.GenerationMixin
+        if mixin.generate is not GaudiGenerationMixin.generate:
             adapt_transformers_to_gaudi()
+            # Its beam search calls this (generation/utils.py:191), which transformers 4.55 has dropped from most models.
+            mixin._reorder_cache = staticmethod(_reorder_cache)
+
+
+def _reorder_cache(cache: Any, beams: "torch.LongTensor") -> tuple[tuple["torch.Tensor", ...], ...]:
+    """Keys and values `[beams, ...]` of every layer, in the order of the chosen beams."""
+    return tuple(tuple(states.index_select(0, beams) for states in layer) for layer in cache)
 
 
 def _defer_package(name: str) -> None:

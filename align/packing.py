@@ -187,7 +187,7 @@ def _grouped_order(groups: np.ndarray, batch_size: int, rng: np.random.Generator
         batches.append(members[:full].reshape(-1, batch_size))
         left = members[full:]
     batches = np.concatenate(batches)
-    if rng is not None:
+    if rng is not None and groups.any():  # one group is shuffled already, however it is cut
         rng.shuffle(batches)
     return np.concatenate([batches.ravel(), left])
 

@@ -63,9 +63,12 @@ def check_training_arguments(args) -> str | None:
                 "with it, --overwrite_output_dir to replace it, or name another folder"
             )
         return None
-    checkpoint = get_last_checkpoint(str(output)) if wanted in ("True", "true") and output.is_dir() else wanted
+    if wanted in ("True", "true"):
+        checkpoint, place = get_last_checkpoint(str(output)) if output.is_dir() else None, output
+    else:
+        checkpoint = place = wanted
     if checkpoint is None or not Path(checkpoint).is_dir():
-        raise InputError(f"--resume_from_checkpoint: no checkpoint at {output if checkpoint is None else checkpoint}")
+        raise InputError(f"--resume_from_checkpoint: no checkpoint at {place}")
     return checkpoint
 
 

@@ -1,0 +1,222 @@
+"""sft.py on the real GaudiSFTTrainer. Run: pytest tests/test_sft.py"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_rows
+from tiny import save_model
+
+from align.errors import InputError
+
+FLAGS = [
+    "--max_seq_length",
+    "128",
+    "--max_steps",
+    "3",
+    "--logging_steps",
+    "1",
+    "--learning_rate",
+    "1e-3",
+    "--disable_tqdm",
+    "True",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    number = random.Random(0).randint
+    rows = [
+        {"question": f"What is two and {i}?", "response_j": "It is four. " * number(1, 6), "response_k": "No."}
+        for i in range(120)
+    ]
+    return write_rows(tmp_path_factory.mktemp("data") / "questions.jsonl", rows)
+
+
+@pytest.fixture
+def sft(run, model, questions):
+    def sft(*arguments, output="out"):
+        run("sft.py", "--model_name_or_path", model, "--dataset_name", questions, "--output_dir", output, *arguments)
+        return json.loads(Path(output, "all_results.json").read_text())
+
+    return sft
+
+
+def losses(output="out"):
+    states = sorted(Path(output).glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    return [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "buckets"])
+def test_losses_equal_plain_transformers_on_each_sample_alone(sft, model, packing, monkeypatch):
+    from align.packing import BucketCollator, PackedCollator
+
+    seen = []
+    for kind in (PackedCollator, BucketCollator):
+        collate = kind.__call__
+        monkeypatch.setattr(
+            kind, "__call__", lambda self, rows, collate=collate: seen.append(rows) or collate(self, rows)
+        )
+    flags = ["--use_peft", "False", "--do_train", "--gradient_accumulation_steps", "2", "--packing", packing]
+    sft(*FLAGS, *flags, "--per_device_train_batch_size", "2", "--optim", "sgd", "--learning_rate", "0.5")
+
+    steps = [split_samples(seen[2 * step] + seen[2 * step + 1]) for step in range(3)]
+    Path("steps.json").write_text(json.dumps(steps))
+    reference = [sys.executable, Path(__file__).parent / "plain_reference.py", model, "steps.json"]
+    expected = json.loads(subprocess.run(reference, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    assert losses() == pytest.approx(expected, abs=2e-4)  # what the log rounds to, and little more
+
+
+def split_samples(rows):
+    """The samples in packed or plain rows, each on its own."""
+    samples = []
+    for row in rows:
+        segments = np.asarray(row.get("segment_ids", np.ones(len(row["input_ids"]))))
+        for segment in np.unique(segments):
+            samples.append(
+                {name: np.asarray(row[name])[segments == segment].tolist() for name in ("input_ids", "labels")}
+            )
+    return samples
+
+
+def test_a_run_leaves_adapter_tokenizer_results_and_curves(sft):
+    results = sft("--do_train", "--do_eval", "--bf16", *FLAGS)
+    files = {path.name for path in Path("out").iterdir()}
+    expected = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert expected | {"train_results.json", "eval_results.json", "all_results.json", "curves.png"} <= files
+    assert {"train_loss", "eval_loss", "perplexity"} <= results.keys()
+
+
+def test_gradients_do_not_depend_on_how_a_global_batch_is_cut(sft, monkeypatch):
+    from align.supervised import SupervisedTrainer
+
+    norms = {}
+    step = SupervisedTrainer.training_step
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        total = []
+        monkeypatch.setattr(
+            SupervisedTrainer,
+            "training_step",
+            lambda self, *args, total=total, **kwargs: total.append(step(self, *args, **kwargs)) or total[-1],
+        )
+        flags = f"--per_device_train_batch_size {batch_size} --gradient_accumulation_steps {accumulation} --max_steps 1"
+        sft("--do_train", "--lora_dropout", "0", *FLAGS, *flags.split(), output=f"out{batch_size}")
+        norms[batch_size] = float(sum(total))
+        assert losses(f"out{batch_size}")[0] == pytest.approx(norms[batch_size], abs=1e-4)
+    assert norms[4] == pytest.approx(norms[8], abs=1e-5)
+    assert norms[2] == pytest.approx(norms[8], abs=1e-5)
+
+
+def test_resuming_repeats_the_run_that_was_not_interrupted(sft):
+    flags = ["--do_train", *FLAGS, "--max_steps", "6", "--save_steps", "2", "--lora_dropout", "0"]
+    sft(*flags)
+    whole = torch.load("out/checkpoint-6/optimizer.pt", weights_only=True)
+    for folder in Path("out").glob("checkpoint-[56]"):
+        folder.rename("away-" + folder.name)
+    sft(*flags, "--resume_from_checkpoint", "True")
+    again = torch.load("out/checkpoint-6/optimizer.pt", weights_only=True)
+    for number, state in whole["state"].items():
+        torch.testing.assert_close(again["state"][number]["exp_avg"], state["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--use_peft False",
+        "--packing False --num_buckets 3",
+        "--packing False --pad_max True",
+        "--gradient_checkpointing",
+        "--use_hpu_graphs_for_inference --use_hpu_graphs_for_training",
+        "--streaming True --size_valid_set 20",
+        "--streaming True --size_valid_set 20 --packing False",
+        "--dataloader_num_workers 2",
+        "--use_flash_attention --attn_implementation gaudi_fused_sdpa --flash_attention_recompute",
+        "--max_steps -1 --num_train_epochs 1 --eval_strategy epoch --save_strategy epoch --pipelining_fwd_bwd",
+    ],
+)
+def test_every_way_to_train_lowers_the_loss(sft, flags):
+    results = sft("--do_train", "--do_eval", "--bf16", *FLAGS, *flags.split())
+    assert losses()[-1] < losses()[0]
+    assert results["eval_loss"] > 0
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_its_tokens_in_any_batches(sft):
+    flags = ["--do_eval", "--max_seq_length", "128", "--disable_tqdm", "True", "--per_device_eval_batch_size"]
+    packed = sft(*flags, "8", output="packed")["eval_loss"]
+    assert sft(*flags, "3", output="smaller")["eval_loss"] == pytest.approx(packed, abs=1e-5)
+    assert sft(*flags, "8", "--packing", "False", output="buckets")["eval_loss"] == pytest.approx(packed, abs=1e-5)
+
+
+def test_show_examples_prints_what_is_learnt_in_colour_and_stops(run, model, questions):
+    arguments = ["--model_name_or_path", model, "--dataset_name", questions, "--do_train", "--show_examples", "2"]
+    shown = run("sft.py", *arguments).out
+    assert "\033[90m" in shown
+    assert "\033[7;32m<|end|>" in shown
+    assert not Path("trainer_output").exists()
+
+
+def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkeypatch):
+    monkeypatch.setattr("align.training.start_logging", lambda args: None)
+    sft("--do_train", *FLAGS, "--lora_target_modules", "q_proj", "v_proj", "out_proj", "wte")
+    assert "--lora_target_modules: out_proj, wte match no module of this llama model" in caplog.text
+    assert set(json.loads(Path("out/adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--do_trian", "unknown argument '--do_trian'; did you mean --do_train?"),
+        ("--learning_rate fast", "argument --learning_rate.*: invalid float value: 'fast'"),
+        ("--output_dir out", "nothing to do: give --do_train, --do_eval or both"),
+        ("--do_train --model_name_or_path nowhere", "--model_name_or_path: no model at nowhere"),
+        ("--do_train --tokenizer_name_or_path nowhere", "--tokenizer_name_or_path: no tokenizer at nowhere"),
+        ("--do_train --deepspeed nowhere.json", "nowhere.json"),
+        ("--do_train --lora_target_modules wte", "none of wte is a module .* its linear modules are down_proj"),
+        ("--do_train --lora_target_modules (q", r"'\(q' is no regular expression"),
+        ("--do_train --lora_r 0", "--lora_r: got 0; the rank is 1 or more"),
+        ("--do_train --packing False --num_buckets 0", "--num_buckets: got 0; give 1 or more"),
+        ("--do_train --use_habana False", "cannot be used without `--use_habana`"),
+        ("--do_train --resume_from_checkpoint True", "--resume_from_checkpoint: no checkpoint at out"),
+        ("--do_train --output_dir file", "--output_dir: file is a file; name a folder"),
+        ("--do_train --output_dir held", r"--output_dir: held holds another run \(adapter_config.json\); add --resume"),
+        ("--do_train --flash_attention_causal_mask --attn_implementation gaudi_fused_sdpa", "add --packing False"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_flag(run, model, questions, flags, message):
+    Path("file").touch()
+    Path("held").mkdir()
+    Path("held/adapter_config.json").touch()
+    with pytest.raises(InputError, match=message) as error:
+        run("sft.py", "--model_name_or_path", model, "--dataset_name", questions, "--output_dir", "out", *flags.split())
+    assert "\n" not in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_an_input_error_ends_the_process_with_exit_code_2_and_one_line():
+    script = Path(__file__).parent.parent / "sft.py"
+    ended = subprocess.run([sys.executable, script, "--nonsense"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("sft.py: error: unknown argument '--nonsense'")
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused(run, tmp_path, questions):
+    mixtral = save_model(tmp_path / "mixtral", "mixtral")
+    flags = ["--do_train", "--bf16", "--attn_implementation", "sdpa", *FLAGS]
+    with pytest.raises(InputError, match="tokens of this mixtral model see later ones.*--attn_implementation eager"):
+        run("sft.py", "--model_name_or_path", mixtral, "--dataset_name", questions, "--output_dir", "out", *flags)
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused(run, tmp_path, questions):
+    small = save_model(tmp_path / "small", vocab_size=300)
+    with pytest.raises(InputError, match="its ids go up to .*, the model's embedding has 300 rows"):
+        run("sft.py", "--model_name_or_path", small, "--dataset_name", questions, "--do_train", "--output_dir", "out")

@@ -27,18 +27,16 @@ from align.generation import (
     adapt_transformers,
     decode_new,
     encode_prompts,
-    find_base_model,
+    find_model,
     find_stop_tokens,
-    load_config,
     load_model,
-    load_tokenizer,
     plan_batches,
     read_prompts,
 )
 
 if TYPE_CHECKING:
     from optimum.habana.transformers.generation import GaudiGenerationConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("run_generation")
 
@@ -48,12 +46,14 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model folder or hub name (default: the base that --peft_model names)."}
     )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer: a folder or hub name (default: the adapter's, else the model's)."}
+    )
     peft_model: str | None = field(
         default=None, metadata={"help": "Adapter folder or hub name, folded into the model in memory."}
     )
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 instead of float32."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a hub model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
 @dataclass
@@ -193,6 +193,21 @@ def load_prompts(arguments: PromptArguments, world_size: int) -> list[str]:
     )
 
 
+def load_config_and_tokenizer(
+    arguments: ModelArguments, folder: Path, adapter: Path | None
+) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
+    """An adapter's tokenizer comes before the model's, since it may have learnt new tokens."""
+    from align import modeling
+
+    own = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    source = modeling.ModelArguments(
+        model_name_or_path=str(folder),
+        tokenizer_name_or_path=arguments.tokenizer_name_or_path or str(adapter if own else folder),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    return modeling.load_config(source), modeling.load_tokenizer(source)
+
+
 def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     if arguments.output_dir is None:
         return None
@@ -294,22 +309,24 @@ def answer_all(
 
 
 def describe_speed(timings: list[Timing]) -> dict[str, float]:
-    """Tokens per second over all batches, of the new tokens alone and with the prompts'."""
+    """Means over batches in seconds, and tokens per second: of the answers alone, and of prompts and answers."""
     seconds = sum(timing.total for timing in timings)
     new_tokens = sum(timing.new_tokens for timing in timings)
     prompt_tokens = sum(timing.prompt_tokens for timing in timings)
+    later = [(timing.total - timing.first_token) / (timing.steps - 1) for timing in timings if timing.steps > 1]
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "seconds": round(seconds, 4),
-        "first_token_seconds": round(timings[0].first_token, 4),
+        "first_token_seconds": round(mean(timing.first_token for timing in timings), 5),
+        "later_token_seconds": round(mean(later), 5) if later else None,
         "tokens_per_second": round(new_tokens / seconds, 2),
         "tokens_per_second_with_prompt": round((new_tokens + prompt_tokens) / seconds, 2),
     }
 
 
-def measure(run: Callable[[], list[Timing]], warmup: int, n_iterations: int, max_new_tokens: int) -> dict[str, Any]:
-    """Speed of the timed runs, in ms and tokens per second; graphs that the warm-up compiled; memory in GB."""
+def measure(run: Callable[[], list[Timing]], warmup: int, n_iterations: int) -> dict[str, Any]:
+    """Speed of the timed runs, and what the warm-up needed: graphs that were compiled, memory."""
     from optimum.habana.utils import get_hpu_memory_stats
 
     from habana_frameworks.torch.hpu.metrics import metric_localcontext
@@ -318,19 +335,17 @@ def measure(run: Callable[[], list[Timing]], warmup: int, n_iterations: int, max
         for _ in range(warmup):
             run()
     timings = [timing for _ in range(n_iterations) for timing in run()]
-    later_tokens = [(t.total - t.first_token) / (max_new_tokens - 1) for t in timings] if max_new_tokens > 1 else []
-    return {
-        "first_token_ms": round(1000 * mean(timing.first_token for timing in timings), 2),
-        "later_token_ms": round(1000 * mean(later_tokens), 2) if later_tokens else None,
-        **describe_speed(timings),
+    memory = get_hpu_memory_stats()
+    return describe_speed(timings) | {
         "graphs": dict(compilation.stats())["TotalNumber"] if warmup else None,
-        **get_hpu_memory_stats(),
+        "memory_gb": memory["memory_allocated (GB)"],
+        "max_memory_gb": memory["max_memory_allocated (GB)"],
     }
 
 
-def print_table(speed: dict[str, Any]) -> None:
-    for name, value in speed.items():
-        print(f"{name:32}{value:>14}")
+def print_table(results: dict[str, Any]) -> None:
+    for name, value in results.items():
+        print(f"{name:30} {value}")
 
 
 def write_json(path: Path, content: dict | list[dict]) -> None:
@@ -353,11 +368,9 @@ def main(argv: list[str] | None = None) -> None:
     # Prompts
     prompts = load_prompts(prompt_args, world_size)
     output_dir = prepare_output_dir(output_args)
-    name = model_args.model_name_or_path or find_base_model(model_args.peft_model)
-    hub = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
-    model_config = load_config(name, **hub)
-    tokenizer = load_tokenizer(name, model_args.peft_model, **hub)
-    vocabulary_size = max(model_config.vocab_size, len(tokenizer) if model_args.peft_model else 0)
+    folder, adapter = find_model(model_args.model_name_or_path, model_args.peft_model)
+    model_config, tokenizer = load_config_and_tokenizer(model_args, folder, adapter)
+    vocabulary_size = max(model_config.vocab_size, len(tokenizer) if adapter else 0)
     room = getattr(model_config, "max_position_embeddings", sys.maxsize) - decoding_args.max_new_tokens
     encoded = encode_prompts(prompts, tokenizer, prompt_args.use_chat_template, vocabulary_size, room)
     stop_tokens = find_stop_tokens(decoding_args.stop_tokens, tokenizer)
@@ -365,10 +378,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     adapt_transformers()
-    from optimum.habana.utils import set_seed
-
     model = load_model(
-        name, model_args.peft_model, model_args.bf16, vocabulary_size, world_size, gaudi_args.use_hpu_graphs, **hub
+        folder,
+        adapter,
+        vocabulary_size,
+        model_args.bf16,
+        model_args.trust_remote_code,
+        world_size,
+        gaudi_args.use_hpu_graphs,
     )
     check_support(model, gaudi_args)
     config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, stop_tokens)
@@ -377,20 +394,28 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer,
         config,
         end_tokens=[] if output_args.benchmark else config.eos_token_id,
+        repetition_penalty=decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0,
         use_hpu_graphs=gaudi_args.use_hpu_graphs,
         rows=min(gaudi_args.batch_size, len(prompts)),
-        repetition_penalty=decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0,
     )
 
     # Generate
+    from optimum.habana.utils import set_seed  # quick only now
+
     set_seed(decoding_args.seed)
-    results = {"model_name_or_path": name, "prompts": len(prompts), "shapes": len({batch.width for batch in batches})}
+    results = {
+        "model": str(folder),
+        "cards": world_size,
+        "parameters_per_card": sum(parameter.numel() for parameter in model.parameters()),
+        "prompts": len(prompts),
+        "shapes": len({batch.width for batch in batches}),
+    }
     if output_args.benchmark:
         run = partial(answer_all, generator, prompts, encoded, batches)
-        speed = measure(lambda: run()[1], output_args.warmup, output_args.n_iterations, decoding_args.max_new_tokens)
+        results |= measure(lambda: run()[1], output_args.warmup, output_args.n_iterations)
         if rank == 0:
-            print_table(speed)
-            write_json(output_dir / "benchmark.json", results | speed)
+            print_table(results)
+            write_json(output_dir / "benchmark.json", results)
         return
     streams = sys.stdout.isatty() and generator.rows == 1 and config.num_beams == 1
     show = None if rank != 0 or output_dir is not None else "stream" if streams else "print"

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from align.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json
 from align.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from optimum.habana.transformers.generation import GaudiGenerationConfig
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MIN_WIDTH = 16  # tokens: the narrowest shape that prompts are padded to
 STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
@@ -215,7 +216,7 @@ def adapt_transformers() -> None:
         mixin = transformers.generation.GenerationMixin
         if mixin.generate is not GaudiGenerationMixin.generate:
             adapt_transformers_to_gaudi()
-            # Its beam search calls this (generation/utils.py:191), which transformers 4.55 has dropped from most models.
+            # Its beam search calls this (generation/utils.py:191), which most models of transformers 4.55 have lost.
             mixin._reorder_cache = staticmethod(_reorder_cache)
 
 
@@ -242,79 +243,34 @@ def _defer_package(name: str) -> None:
     setattr(sys.modules[parent], child, package)
 
 
-def find_base_model(peft_model: str) -> str:
-    """The model that an adapter says it was trained on."""
-    from peft import PeftConfig
+def find_model(model_name_or_path: str | None, peft_model: str | None) -> tuple[Path, Path | None]:
+    """Folders of the model and of the adapter, from the hub where they are not local; their weight files are whole.
 
-    try:
-        base = PeftConfig.from_pretrained(peft_model).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        raise InputError(f"--peft_model {peft_model}: holds no adapter: {_first_line(error)}") from error
-    if not base:
-        raise InputError(f"--peft_model {peft_model}: does not name its base; give --model_name_or_path")
-    return base
-
-
-def load_config(model_name_or_path: str, **hub: Any) -> "PretrainedConfig":
-    """The model's configuration, after a look at its weight files."""
-    from transformers import AutoConfig
-
-    folder = Path(model_name_or_path)
-    if not folder.is_dir() and (folder.exists() or model_name_or_path.startswith((".", "/", "~")) or folder.parts[2:]):
-        raise InputError(f"--model_name_or_path: {model_name_or_path} is no folder")
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path, **hub)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path {model_name_or_path}: holds no model: {_first_line(error)}") from error
-    check_weights(folder)
-    return config
-
-
-def load_tokenizer(model_name_or_path: str, peft_model: str | None, **hub: Any) -> "PreTrainedTokenizerBase":
-    """The adapter's tokenizer where it has one, since it may have learnt new tokens, else the model's."""
-    from transformers import AutoTokenizer
-
-    own = peft_model is not None and (Path(peft_model) / "tokenizer_config.json").is_file()
-    name = peft_model if own else model_name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name, **({} if own else hub))
-    except (OSError, ValueError) as error:
-        flag = "--peft_model" if own else "--model_name_or_path"
-        raise InputError(f"{flag} {name}: holds no tokenizer: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def check_weights(folder: Path) -> None:
-    """Finds what a load would stumble over after minutes: missing, truncated or garbled safetensors files."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        else:
-            files = set(folder.glob("model*.safetensors"))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model_name_or_path: {index} is no index of weights: {error!r}") from error
-    for file in sorted(files):
-        try:
-            with safe_open(file, framework="numpy"):
-                continue
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"--model_name_or_path: {file} cannot be read: {error}") from error
+    The model is the one that the adapter was trained on where none is named.
+    """
+    patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
+    adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin")
+    if adapter:
+        recorded = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        model_name_or_path = model_name_or_path or recorded
+    if not model_name_or_path:
+        raise InputError(f"--model_name_or_path: missing, and --peft_model {peft_model} names no base; give one")
+    folder = find_folder(model_name_or_path, "--model_name_or_path", *patterns)
+    if not any(folder.glob("*.safetensors")):
+        folder = find_folder(model_name_or_path, "--model_name_or_path", *patterns, "*.bin")
+    with contextlib.suppress(NotStreamableError):  # which torch can load all the same
+        open_checkpoint(folder)
+    return folder, adapter or None
 
 
 def load_model(
-    model_name_or_path: str,
-    peft_model: str | None,
-    bf16: bool,
+    folder: Path,
+    adapter: Path | None,
     vocabulary_size: int,
+    bf16: bool,
+    trust_remote_code: bool,
     world_size: int,
     use_hpu_graphs: bool,
-    **hub: Any,
 ) -> "PreTrainedModel":
     """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
 
@@ -328,35 +284,32 @@ def load_model(
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
         model = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, torch_dtype=dtype, attn_implementation="eager", **hub
+            folder, torch_dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--model_name_or_path {model_name_or_path}: cannot be loaded: {_first_line(error)}"
-        ) from error
-    if peft_model is not None:
+        raise InputError(f"--model_name_or_path: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if adapter is not None:
         if vocabulary_size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(vocabulary_size)
-        model = _fold_adapter(model, peft_model)
+        model = _fold_adapter(model, adapter)
     model = model.eval()
     model = _split(model, dtype, world_size) if world_size > 1 else model.to(torch.device("hpu"))
     return wrap_in_hpu_graph(model) if use_hpu_graphs else model
 
 
-def _fold_adapter(model: "PreTrainedModel", peft_model: str) -> "PreTrainedModel":
+def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     from peft import PeftConfig, get_peft_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     dtype = model.dtype
     try:
-        adapted = get_peft_model(model, PeftConfig.from_pretrained(peft_model), autocast_adapter_dtype=False)
-        loaded = set_peft_model_state_dict(adapted, load_peft_weights(peft_model, device="cpu"))
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
+        loaded = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"--peft_model {peft_model}: does not fit this model: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"--peft_model: {adapter} does not fit the model: {reason}") from error
     if loaded.unexpected_keys:
-        raise InputError(f"--peft_model {peft_model}: {loaded.unexpected_keys[0]} finds no place in this model")
+        raise InputError(f"--peft_model: {adapter} does not fit the model: it has no {loaded.unexpected_keys[0]}")
     return adapted.merge_and_unload().to(dtype)
 
 
@@ -383,12 +336,13 @@ def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds from the start of a batch to its first tokens and to its end; tokens of its prompts and new ones."""
+    """Of one batch: seconds to its first tokens and to its end, tokens of its prompts and of its answers, steps."""
 
     first_token: float
     total: float
     prompt_tokens: int
     new_tokens: int
+    steps: int
 
 
 class EndWatch:
@@ -498,8 +452,9 @@ class TextGenerator:
         texts = output.tolist()[: len(encoded)]
         end = time.perf_counter()
         new = [cut_after_end(ids[width : width + self.config.max_new_tokens], self.end_tokens) for ids in texts]
+        lengths = list(map(len, new))
         first_token = (watch.first_token_at or end) - start
-        return new, Timing(first_token, end - start, sum(map(len, encoded)), sum(map(len, new)))
+        return new, Timing(first_token, end - start, sum(map(len, encoded)), sum(lengths), max(lengths))
 
 
 def cut_after_end(tokens: list[int], end_tokens: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ class InputError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; an `InputError` becomes `script.py: error: ...`, told by rank 0 alone, and exit code 2."""
+    """Runs a script's `main`; an `InputError` becomes `script.py: error: ...`, told by rank 0 alone, and exit 2."""
     try:
         main()
     except InputError as error:

@@ -20,7 +20,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """`run("sft.py", "--flag", value, ...)` calls the script's `main` with that command line; returns what it printed."""
+    """`run("sft.py", "--flag", value, ...)` calls that script's `main` with this command line; returns its output."""
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])

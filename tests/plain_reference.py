@@ -6,6 +6,7 @@ samples as {"input_ids": [...], "labels": [...]}; the loss is the mean over all 
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,7 @@ LEARNING_RATE = 0.5
 
 
 def main() -> None:
-    folder, steps = sys.argv[1], json.load(open(sys.argv[2]))
+    folder, steps = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     losses = []

@@ -14,18 +14,7 @@ from tiny import save_model
 
 from align.errors import InputError
 
-FLAGS = [
-    "--max_seq_length",
-    "128",
-    "--max_steps",
-    "3",
-    "--logging_steps",
-    "1",
-    "--learning_rate",
-    "1e-3",
-    "--disable_tqdm",
-    "True",
-]
+FLAGS = "--max_seq_length 128 --max_steps 3 --logging_steps 1 --learning_rate 1e-3 --disable_tqdm True".split()
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,9 @@ class PreferenceArguments:
     )
 
 
+ARGUMENTS = (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, PreferenceArguments, GaudiDPOConfig)
+
+
 def check_preference_arguments(
     args: GaudiDPOConfig, preference_args: PreferenceArguments, lora_args: modeling.LoraArguments
 ) -> None:
@@ -134,11 +137,7 @@ def check_preference_arguments(
 
 
 def main() -> None:
-    model_args, lora_args, data_args, preference_args, args = training.parse_arguments(
-        (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, PreferenceArguments, GaudiDPOConfig),
-        __doc__,
-        RECIPE,
-    )
+    model_args, lora_args, data_args, preference_args, args = training.parse_arguments(ARGUMENTS, __doc__, RECIPE)
     training.start_logging(args)
     checkpoint = training.check_training_arguments(args)
     check_preference_arguments(args, preference_args, lora_args)

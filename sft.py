@@ -36,12 +36,11 @@ class BatchArguments:
     )
 
 
+ARGUMENTS = (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, BatchArguments, GaudiSFTConfig)
+
+
 def main() -> None:
-    model_args, lora_args, data_args, batch_args, args = training.parse_arguments(
-        (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, BatchArguments, GaudiSFTConfig),
-        __doc__,
-        RECIPE,
-    )
+    model_args, lora_args, data_args, batch_args, args = training.parse_arguments(ARGUMENTS, __doc__, RECIPE)
     training.start_logging(args)
     checkpoint = training.check_training_arguments(args)
     if batch_args.num_buckets < 1 and not (args.packing or args.pad_max):

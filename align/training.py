@@ -26,13 +26,16 @@ class ArgumentParser(HfArgumentParser):
         raise InputError(message)
 
 
-def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Mapping[str, Any]) -> tuple:
-    """One instance of each dataclass from the command line; an unknown flag is an error that suggests a known one.
-
-    `defaults` replace those of the dataclasses where the script's recipe differs from optimum-habana's.
-    """
+def make_parser(dataclasses: Sequence[type], description: str, defaults: Mapping[str, Any]) -> ArgumentParser:
+    """`defaults` replace those of the dataclasses where the script's recipe differs from optimum-habana's."""
     parser = ArgumentParser(dataclasses, description=description, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS, **defaults)
+    return parser
+
+
+def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Mapping[str, Any]) -> tuple:
+    """One instance of each dataclass from the command line; an unknown flag is an error that suggests a known one."""
+    parser = make_parser(dataclasses, description, defaults)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
@@ -116,7 +119,7 @@ class RightScale(Trainer):
     """
 
     def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
-        """Counts labels where optimum-habana 1.21.2 (:2813) concatenates them, and gives up on batches of two widths."""
+        """Adds the labels up; optimum-habana 1.21.2 (:2813) concatenates them and gives up on batches of two widths."""
         return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

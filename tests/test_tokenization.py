@@ -44,7 +44,9 @@ def test_a_chat_has_one_bos_and_teaches_every_turn_of_the_assistant_with_its_end
         set_chat_template(tokenizer, "plain")
     ids, learnt = encode(tokenizer, Sample([], (CHAT,)))
     turns = [tokenizer.decode(ids[run]).strip() for run in np.split(np.arange(len(ids)), _edges(learnt))[1::2]]
-    assert [turn.split(".")[0].startswith(said) for turn, said in zip(turns, ("It is four", "Hello there"), strict=True)]
+    assert [
+        turn.split(".")[0].startswith(said) for turn, said in zip(turns, ("It is four", "Hello there"), strict=True)
+    ]
     assert all(any(turn.endswith(token) for token in tokenizer.all_special_tokens) for turn in turns)
     assert ids[-1] == tokenizer.eos_token_id
     assert ids[-2] != tokenizer.eos_token_id

@@ -1,0 +1,296 @@
+"""What becomes of a computed token: packing and buckets against optimum-habana's own trainer, on the same samples.
+
+python benchmarks/data.py                          some ten minutes
+python benchmarks/data.py --samples 2000 --rounds 1
+
+Samples are synthetic, with log-normal lengths like those of chats (dolly) and of questions with an answer (stack
+exchange), and stop at 512 tokens; a batch has 8 rows. Rounds are interleaved, and the fastest counts: noise only slows.
+Graphs are those that the emulator counts in 40 steps; on a card each one is a compilation. Speed is this host's, not a
+card's. "possible" is the share of useful tokens that no packing can exceed: samples longer than half a row never meet.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import transformers
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
+from optimum.habana import GaudiConfig
+from optimum.habana.trl import GaudiSFTConfig, GaudiSFTTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+
+from align import data
+from align.supervised import SupervisedTrainer, make_batches
+from align.tokenization import SampleTokenizer, set_chat_template, tokenize_samples
+from habana_frameworks.emulator.graph_counter import count_graphs
+
+LONGEST, BATCH_SIZE, STEPS, COUNTED_STEPS, PROCESSES = 512, 8, 16, 40, 2
+OURS = {"packing": {"packing": True}, "buckets": {"packing": False}}
+UPSTREAM = {
+    "optimum-habana packing=True": {"packing": True},
+    "optimum-habana pad_max": {"packing": False, "pad_max": True},
+    "optimum-habana num_buckets=8": {"packing": False, "pad_max": False, "num_buckets": 8},
+}
+
+
+def draw_words(rng: np.random.Generator, words: list[str], median: float, sigma: float, number: int) -> list[str]:
+    """Texts with a log-normal number of words."""
+    lengths = np.maximum(rng.lognormal(np.log(median), sigma, number), 4).astype(int)
+    return [" ".join(text) for text in np.split(rng.choice(words, lengths.sum()), np.cumsum(lengths)[:-1])]
+
+
+def write_samples(folder: Path, number: int) -> tuple[dict[str, Path], list[str]]:
+    """A JSON file of messages and one of questions and answers; the words that they are made of."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(rng.choice(letters, size)) for size in rng.integers(3, 9, 300)]
+    draw = partial(draw_words, rng, words, number=number)
+    chat = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in zip(draw(40, 0.9), draw(95, 1.1), strict=True)
+    ]
+    pairs = [
+        {"question": question, "response_j": answer, "response_k": "no idea"}
+        for question, answer in zip(draw(190, 0.8), draw(170, 0.8), strict=True)
+    ]
+    files = {"chat": folder / "chat.jsonl", "question and answer": folder / "pairs.jsonl"}
+    for path, rows in zip(files.values(), (chat, pairs), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files, words
+
+
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" " + word for word in words], trainer)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    set_chat_template(made, "plain")
+    return made
+
+
+def add_text(row: dict, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """The text that upstream trains on, as its example makes it."""
+    if "messages" in row:
+        return {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)}
+    return {"text": f"Question: {row['question']}\n\nAnswer: {row['response_j']}"}
+
+
+def prepare(rows: Dataset, tokenizer: PreTrainedTokenizerFast, fingerprint: str) -> Dataset:
+    samples = SampleTokenizer(tokenizer)
+    tokenize = partial(tokenize_samples, tokenizer=samples, max_length=LONGEST, truncation="keep_start")
+    return data.prepare(rows, data.DataArguments(num_workers=PROCESSES), tokenize, fingerprint).rows
+
+
+def tokenize_alone(texts: Dataset, tokenizer: PreTrainedTokenizerFast, fingerprint: str) -> Dataset:
+    options = {"batched": True, "num_proc": PROCESSES, "new_fingerprint": fingerprint}
+    return texts.map(lambda batch: tokenizer(batch["text"]), **options)
+
+
+def measure_preparation(
+    rows: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerFast, rounds: int
+) -> dict[str, float]:
+    """Samples per second of our preparation and of `datasets.map` with the same tokenizer alone."""
+    speeds = {"ours": [], "tokenizer alone": []}
+    for turn in range(rounds):
+        for name, work, made_from in (("ours", prepare, rows), ("tokenizer alone", tokenize_alone, texts)):
+            start = time.perf_counter()
+            work(made_from, tokenizer, f"round{turn}")
+            speeds[name].append(len(rows) / (time.perf_counter() - start))
+    return {name: max(values) for name, values in speeds.items()}
+
+
+def count_tokens(batch: dict) -> tuple[int, int]:
+    """Tokens of samples, and computed ones."""
+    mask = batch.get("segment_ids", batch.get("attention_mask"))
+    return batch["input_ids"].numel() if mask is None else int((mask > 0).sum()), batch["input_ids"].numel()
+
+
+class Metered:
+    """Counts useful tokens and the time from the first step on, where that is asked for: reading them ends a graph."""
+
+    timed = False
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.timed:
+            self.start = self.start or time.perf_counter()
+            self.useful += count_tokens(inputs)[0]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def measure_speed(self) -> float:
+        """Useful tokens per second."""
+        self.timed, self.start, self.useful = True, None, 0
+        self.train()
+        return self.useful / (time.perf_counter() - self.start)
+
+    def count_batches(self, limit: int) -> tuple[float, int]:
+        """Share of useful tokens and number of shapes, over an epoch or `limit` batches of an endless one."""
+        tokens, shapes = Counter(), set()
+        for batch in islice(self.get_train_dataloader(), limit):
+            useful, computed = count_tokens(batch)
+            tokens.update(useful=useful, computed=computed)
+            shapes.add(tuple(batch["input_ids"].shape))
+        return tokens["useful"] / tokens["computed"], len(shapes)
+
+
+class MeteredSupervisedTrainer(Metered, SupervisedTrainer):
+    pass
+
+
+class MeteredGaudiSFTTrainer(Metered, GaudiSFTTrainer):
+    pass
+
+
+def make_trainer(
+    name: str, samples: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerFast, folder: str, steps: int
+) -> Metered:
+    transformers.set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LONGEST,
+    )
+    options = {"pad_max": False, **(OURS | UPSTREAM)[name]}
+    num_buckets = options.pop("num_buckets", -1)
+    args = GaudiSFTConfig(
+        output_dir=folder,
+        use_habana=True,
+        use_lazy_mode=True,
+        per_device_train_batch_size=BATCH_SIZE,
+        max_seq_length=LONGEST,
+        max_steps=steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataset_text_field="text",
+        remove_unused_columns=name in UPSTREAM,
+        **options,
+    )
+    gaudi_config = GaudiConfig(use_fused_adam=True, use_fused_clip_norm=True)
+    common = {"model": LlamaForCausalLM(config), "args": args, "gaudi_config": gaudi_config, "tokenizer": tokenizer}
+    if name in UPSTREAM:
+        trainer = MeteredGaudiSFTTrainer(train_dataset=texts, num_buckets=num_buckets, **common)
+    else:
+        batches = make_batches(samples, name, args, BATCH_SIZE, args.packing, 8, tokenizer.pad_token_id)
+        trainer = MeteredSupervisedTrainer(train=batches, validation=None, **common)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def compare(
+    samples: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerFast, rounds: int, folder: str
+) -> dict[str, dict[str, float]]:
+    make = partial(make_trainer, samples=samples, texts=texts, tokenizer=tokenizer, folder=folder)
+    trainers = {name: make(name, steps=STEPS) for name in OURS | UPSTREAM}
+    speeds = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            speeds[name].append(trainer.measure_speed())
+    results = {}
+    for name, trainer in trainers.items():
+        useful, shapes = trainer.count_batches(limit=len(samples))
+        counted = make(name, steps=COUNTED_STEPS)
+        with count_graphs() as graphs:
+            counted.train()
+        results[name] = {
+            "useful_share": useful,
+            "shapes": shapes,
+            "graphs": graphs.distinct,
+            "useful_tokens_per_second": max(speeds[name]),
+        }
+    return results
+
+
+def cut_share(lengths: np.ndarray) -> float:
+    """Share of the samples that end to end, with EOS between, lie across the border of two rows."""
+    ends = np.cumsum(lengths + 1) - 1
+    return float(np.mean((ends - lengths) // LONGEST != (ends - 1) // LONGEST))
+
+
+def find_possible_share(lengths: np.ndarray) -> float:
+    """The useful share of a packing with as few rows as there could be."""
+    rows = max(-(-lengths.sum() // LONGEST), np.sum(lengths > LONGEST / 2))
+    return float(lengths.sum() / (rows * LONGEST))
+
+
+def print_table(title: str, figures: dict) -> None:
+    """One line a way to train, with its speed relative to padding everything to the maximum."""
+    print(f"\n{title}: {figures['mean_length']:.0f} tokens on average, possible {figures['possible_share']:.1%}")
+    print(f"{'':30}{'useful':>8}{'shapes':>8}{'graphs':>8}{'useful tokens/s':>17}{'x pad_max':>11}")
+    slowest = figures["ways"]["optimum-habana pad_max"]["useful_tokens_per_second"]
+    for name, row in figures["ways"].items():
+        speed = row["useful_tokens_per_second"]
+        shape = f"{row['useful_share']:8.1%}{row['shapes']:8}{row['graphs']:8}"
+        print(f"{name:30}{shape}{speed:17,.0f}{speed / slowest:11.2f}")
+    cut = figures["samples_cut_by_upstream_packing"]
+    print(f"optimum-habana's packing cuts {cut:.0%} of the samples, and lets those in a row see each other.")
+
+
+def print_preparation(title: str, speeds: dict[str, float]) -> None:
+    ours, alone = speeds["ours"], speeds["tokenizer alone"]
+    print(f"{title}, prepared: {ours:,.0f} samples/s, {ours / alone:.2f} of datasets.map with the tokenizer alone")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=6000, help="samples in each data set")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the fastest counts")
+    parser.add_argument("--json", type=Path, default=ROOT / "runs/benchmarks/data.json", help="where the figures go")
+    options = parser.parse_args()
+    disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    report = {"preparation_samples_per_second": {}}
+    sets = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files, words = write_samples(Path(folder), options.samples)
+        tokenizer = make_tokenizer(words)
+        for title, path in files.items():
+            rows = load_dataset("json", data_files=str(path), split="train", cache_dir=folder)
+            texts = rows.map(add_text, fn_kwargs={"tokenizer": tokenizer}, remove_columns=rows.column_names)
+            sets[title] = prepare(rows, tokenizer, "samples"), texts
+            speeds = measure_preparation(rows, texts, tokenizer, options.rounds)
+            report["preparation_samples_per_second"][title] = speeds
+            print_preparation(title, speeds)
+        sets["both"] = tuple(map(concatenate_datasets, zip(*sets.values(), strict=True)))
+        for title, (samples, texts) in sets.items():
+            lengths = np.array(samples["length"])
+            report[title] = {
+                "mean_length": float(lengths.mean()),
+                "possible_share": find_possible_share(lengths),
+                "samples_cut_by_upstream_packing": cut_share(
+                    np.array([len(ids) for ids in tokenizer(texts["text"]).input_ids])
+                ),
+                "ways": compare(samples, texts, tokenizer, options.rounds, folder),
+            }
+            print_table(title, report[title])
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"\nfigures: {options.json}")
+
+
+if __name__ == "__main__":
+    main()

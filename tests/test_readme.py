@@ -1,0 +1,70 @@
+"""Every command in the README is understood by the script that it names. Run: pytest tests/test_readme.py"""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def parse(arguments: list[str], monkeypatch) -> None:
+    """Gives the arguments of `python script.py …` to that script's own parser."""
+    script, *flags = arguments
+    monkeypatch.setattr(sys, "argv", arguments)
+    module = importlib.import_module(script.removesuffix(".py"))
+    if script == "gaudi_spawn.py":
+        parse(module.parse_arguments().command, monkeypatch)
+    elif script in ("sft.py", "dpo.py"):
+        parser = module.training.make_parser(module.ARGUMENTS, module.__doc__, module.RECIPE)
+        parsed, unknown = parser.parse_known_args(flags)
+        assert unknown == []
+        assert parsed.deepspeed is None or (ROOT / parsed.deepspeed).is_file()
+    else:
+        module.parse_arguments(flags)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def test_a_command_is_understood_as_it_stands(command, monkeypatch):
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"[A-Z0-9_]+=\S*", words[0]):
+        words.pop(0)
+    if words[0] == "python":
+        parse(words[1:], monkeypatch)
+    elif words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    else:
+        assert words[0] in ("pip", "source", "cat", "mkdir"), f"nobody checks {words[0]}"
+
+
+def test_the_guide_has_all_its_recipes_here():
+    scripts = [word for command in COMMANDS for word in shlex.split(command) if re.fullmatch(r"\w+\.py", word)]
+    assert {"sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py", "gaudi_spawn.py"} <= set(scripts)
+    assert scripts.count("sft.py") >= 3
+
+
+def test_each_file_that_the_readme_names_is_there():
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    names = re.findall(r"(?:^| )(\w+(?:\.py|/))(?= |$)", re.sub(r"   .*", "", tree, flags=0), re.MULTILINE)
+    assert len(names) > 10
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "align" / name).exists(), name
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py", "gaudi_spawn.py"])
+def test_help_describes_every_flag(script, monkeypatch, capsys):
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert Path(script).stem.split("_")[0] in shown
+    assert "%(" not in shown

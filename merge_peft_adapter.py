@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from align.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json, replace_folder
 from align.errors import InputError, run_script
-from align.merging import MergePlan, merge_through_peft, open_adapter, plan_merge, verify_files, write_files
+from align.merge_plan import MergePlan, open_adapter, plan_merge
+from align.merging import check_finite, merge_through_peft, verify_files, write_files
 
 logger = logging.getLogger("merge_peft_adapter")
 
@@ -211,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
                 write_weights(plan, folder, args.num_workers, args.verify)
             else:
                 merge_through_peft(base, adapter, adapter_config, folder, dtype)
+                if args.verify:
+                    check_finite(open_checkpoint(folder))
             write_companions(folder, base, adapter, plan and plan.config, merges)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

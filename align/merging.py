@@ -1,465 +1,23 @@
 """
-Merges a LoRA adapter into its base model as what it is: a copy of the base's files with a few changed tensors.
+Writes a merged model as what it is: a copy of the base's files with a few changed tensors.
 
-Nothing but one chunk of one tensor per worker is ever in memory. Every chunk repeats the operations of PEFT 0.17's
-`merge_and_unload` on the CPU in the same order and precision, so that the result is the same to the last bit.
+Unchanged bytes are copied inside the kernel; of the others one chunk per worker is in memory at a time.
 """
 
 import errno
-import itertools
 import json
-import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from align.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, NotStreamableError, StoredTensor, flush, read_tensors
+from align.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, StoredTensor
 from align.errors import InputError
+from align.merge_plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
 
-if TYPE_CHECKING:
-    import torch  # imported by the functions that compute, so that wrong input is told before its two seconds
-
-CHUNK_ELEMENTS = 1 << 20  # a float32 chunk stays in a core's cache
-CHUNK_ROWS = 16  # below about four rows MKL multiplies matrices in another order, and the last bit differs
 COPY_BYTES = 64 << 20  # between two steps of the progress bar
-
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-ADAPTER_PART = re.compile(
-    r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-)
-TOKENS = ".token_adapter.trainable_tokens_delta"
-# Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
-BASE_WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.\w+$)")
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
-CLASSIFIERS = ("score", "classifier")
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
-HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights too
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """
-    A PEFT adapter on disk. `parts`: LoRA tensors by module and by the end of their name; `tokens`: retrained rows of
-    an embedding by module; `values`: whole new tensors by the name of what they replace; `base_values`: the
-    same, for what tied modules share.
-    """
-
-    folder: Path
-    config: dict
-    file: Path
-    parts: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
-    tokens: dict[str, StoredTensor] = field(default_factory=dict)
-    values: dict[str, StoredTensor] = field(default_factory=dict)
-    base_values: dict[str, StoredTensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LoraUpdate:
-    """
-    `W += scaling * B @ A` for a weight, `b += scaling * B` for a bias (`a` is None).
-
-    Shapes: `a` [rank, in], `b` [out, rank], the weight [out, in], `transposed` [in, out] (Conv1D, embeddings).
-    `magnitude` [out] makes it DoRA: the updated weight, scaled to that norm. `rounded`: PEFT rounds an embedding's
-    update to the weight's dtype before adding it.
-    """
-
-    b: StoredTensor
-    scaling: float
-    a: StoredTensor | None = None
-    magnitude: StoredTensor | None = None
-    transposed: bool = False
-    rounded: bool = False
-
-
-@dataclass(frozen=True)
-class MergedTensor:
-    """A tensor to write: `source` cast to `dtype`, rows replaced by `tokens` (numbers, values), then `update`."""
-
-    name: str
-    dtype: str
-    source: StoredTensor
-    tokens: tuple[tuple[int, ...], StoredTensor] | None = None
-    update: LoraUpdate | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
-
-    @property
-    def is_copy(self) -> bool:
-        return self.dtype == self.source.dtype and not self.tokens and not self.update
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """The files to write, each with its tensors in order, and the model's configuration."""
-
-    files: dict[str, list[MergedTensor]]
-    config: dict
-    changed: int = field(init=False)
-    nbytes: int = field(init=False)
-
-    def __post_init__(self):
-        tensors = [tensor for tensors in self.files.values() for tensor in tensors]
-        object.__setattr__(self, "changed", sum(not tensor.is_copy for tensor in tensors))
-        object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in tensors))
-
-
-# ---- plan: which tensor changes, and how
-
-
-def open_adapter(folder: Path, config: dict) -> Adapter:
-    """Sorts the tensors of the adapter in `folder`; raises NotStreamableError for what is not LoRA on plain layers."""
-    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILES[0])
-    tensors = read_tensors(file)
-    if config.get("layer_replication"):
-        raise InputError(f"{folder}: has layer_replication, whose layers share weights and so cannot be merged")
-    reasons = {
-        f"it is {config.get('peft_type')}, not LoRA": config.get("peft_type") != "LORA",
-        "it has target_parameters": config.get("target_parameters"),
-        f"init_lora_weights={config.get('init_lora_weights')}": config.get("init_lora_weights") not in HARMLESS_INITS,
-        "it was trained with Megatron": config.get("megatron_config"),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise NotStreamableError(reason)
-    adapter = Adapter(folder, config, file)
-    for tensor in tensors:
-        if 0 in tensor.shape:
-            raise InputError(
-                f"{file}: {tensor.name} is empty, as ZeRO-3 leaves what is saved without gathering: save it again"
-            )
-        name = tensor.name.removeprefix("base_model.model.")
-        if part := ADAPTER_PART.fullmatch(name.removesuffix(".weight") if "magnitude" in name else name):
-            adapter.parts.setdefault(part[1], {})[part[2]] = tensor
-        elif name.endswith(TOKENS):
-            adapter.tokens[name.removesuffix(TOKENS)] = tensor
-        elif BASE_WRAPPER.search(name):
-            adapter.base_values[BASE_WRAPPER.sub("", name)] = tensor
-        else:
-            adapter.values[name.replace(".modules_to_save.", ".")] = tensor
-    return adapter
-
-
-def plan_merge(base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None) -> MergePlan:
-    """
-    Lays out the merged model in the base's files; raises InputError for an adapter that does not fit.
-
-    `dtype` (safetensors' name) casts the base first, as loading it in that format would.
-    """
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise InputError(
-            f"--base_model_name: {base.folder} is quantised ({method}), and rounding the merged weights again would "
-            "lose most of the adapter; give the unquantised model"
-        )
-    return _Planner(base, dict(config), adapter, dtype).plan()
-
-
-class _Planner:
-    def __init__(self, base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None):
-        self.base, self.config, self.adapter, self.dtype = base, config, adapter, dtype
-        stored = base.tensors
-        prefix = self._missing_prefix(stored)
-        self.tensors = {prefix + name: self._as_is(prefix + name, tensor) for name, tensor in stored.items()}
-        self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}
-        self.embedding = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
-        self.head = "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"
-        self.float_dtype = dtype or next((t.dtype for t in stored.values() if t.dtype in FLOATS), "F32")
-
-    def plan(self) -> MergePlan:
-        vocabulary = self._rows(self.embedding)
-        for name, value in self.adapter.base_values.items():
-            self._replace(self.embedding if name == self.head and name not in self.tensors else name, value)
-        for module, rows in self.adapter.tokens.items():
-            self._retrain_tokens(module, rows)
-        if self.adapter.config.get("task_type") == "SEQ_CLS":
-            self._become_classifier()
-        else:
-            self._untie()
-        for name, value in self.adapter.values.items():
-            self._replace(name, value)
-        for module, parts in self.adapter.parts.items():
-            self._update(module, parts)
-        resized = self._rows(self.embedding)
-        if resized != vocabulary:
-            self.config["vocab_size"] = resized
-            if self._rows(self.head) == vocabulary:
-                raise InputError(
-                    f"{self.adapter.file}: resizes {self.embedding} from {vocabulary} to {resized} rows, but not "
-                    f"{self.head}: save the adapter with save_embedding_layers=True"
-                )
-        if self.dtype:
-            self.config["torch_dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.dtype]
-        new_names = {
-            file: file.replace("pytorch_model", "model").replace(".bin", ".safetensors") for file in self.base.files
-        }
-        files = {new: [] for new in new_names.values()}
-        for name, tensor in self.tensors.items():
-            files[new_names[self.file_of.get(name, list(new_names)[-1])]].append(tensor)
-        return MergePlan(files, self.config)
-
-    def _missing_prefix(self, stored: dict[str, StoredTensor]) -> str:
-        """`transformer.` where the checkpoint was saved from the bare GPT2Model, as gpt2 on the hub was."""
-        for module in self.adapter.parts:
-            if f"{module}.weight" not in stored and f"{module.partition('.')[2]}.weight" in stored:
-                return f"{module.partition('.')[0]}."
-        return ""
-
-    def _as_is(self, name: str, tensor: StoredTensor) -> MergedTensor:
-        dtype = self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
-        return MergedTensor(name, dtype, tensor)
-
-    def _rows(self, name: str | None) -> int | None:
-        return self.tensors[name].shape[0] if name in self.tensors else None
-
-    def _replace(self, name: str, value: StoredTensor) -> None:
-        """Takes `value` for the base's tensor; new ones and other numbers of rows only where training makes them."""
-        old = self.tensors.get(name)
-        saved = self.adapter.config.get("modules_to_save") or []
-        if old is None and not any(module in name.split(".") for module in saved):
-            raise self._homeless(value)
-        if old is not None and old.shape != value.shape:
-            resized = name in (self.embedding, self.head) or name.split(".")[0] in CLASSIFIERS
-            if not resized or old.shape[1:] != value.shape[1:]:
-                raise self._misfit(value, old)
-        self.tensors[name] = MergedTensor(name, old.dtype if old else self.float_dtype, value)
-
-    def _retrain_tokens(self, module: str, values: StoredTensor) -> None:
-        numbers = self.adapter.config.get("trainable_token_indices") or []
-        if isinstance(numbers, dict):
-            numbers = next((rows for name, rows in numbers.items() if f".{module}".endswith(f".{name}")), [])
-        old = self.tensors.get(f"{module}.weight")
-        if old is None:
-            raise self._homeless(values)
-        if values.shape != (len(numbers), *old.shape[1:]) or not all(0 <= row < old.shape[0] for row in numbers):
-            raise self._misfit(values, old)
-        self.tensors[old.name] = replace(old, tokens=(tuple(numbers), values))
-
-    def _become_classifier(self) -> None:
-        """A causal base that an adapter turned into a classifier loses its language head and tells its labels."""
-        values = {name: value for name, value in self.adapter.values.items() if name.split(".")[0] in CLASSIFIERS}
-        was = (self.config.get("architectures") or [""])[0]
-        if not was.endswith("ForSequenceClassification"):
-            if not values:
-                raise InputError(
-                    f"{self.adapter.file}: task_type is SEQ_CLS, but neither it nor the base has a score head"
-                )
-            name = re.sub("(ForCausalLM|LMHeadModel|Model)?$", "ForSequenceClassification", was, count=1)
-            self.config["architectures"] = [name]
-            self.tensors.pop(self.head, None)
-        for name, value in values.items():
-            self.tensors.setdefault(name, MergedTensor(name, self.float_dtype, value))
-            labels = [f"LABEL_{number}" for number in range(value.shape[0])]
-            if name.endswith(("score.weight", "classifier.weight")) and len(self.config.get("id2label", {})) != len(
-                labels
-            ):
-                self.config["id2label"] = {str(number): label for number, label in enumerate(labels)}
-                self.config["label2id"] = {label: number for number, label in enumerate(labels)}
-
-    def _untie(self) -> None:
-        """
-        Where head and embedding are one tensor and the adapter changes one of them, writes two. PEFT's own merge
-        changes both, and warns: its merged model is not the one that was trained.
-        """
-        both = (self.embedding, self.head)
-        values = [self.adapter.values.get(name) for name in both]
-        updated = any(str(name).removesuffix(".weight") in self.adapter.parts for name in both)
-        causal = re.search("ForCausalLM|LMHeadModel", str(self.config.get("architectures")))
-        if not (self.embedding and causal and (updated or any(values))):
-            return
-        tied = self.config.get("tie_word_embeddings") is True or self.head not in self.tensors
-        if tied and not updated and all(values) and _same_bytes(*values):
-            del self.adapter.values[self.head]
-            self.tensors.pop(self.head, None)
-            return
-        self.config["tie_word_embeddings"] = False
-        if tied:
-            self.file_of[self.head] = self.file_of[self.embedding]
-            self.tensors[self.head] = replace(self.tensors[self.embedding], name=self.head)
-
-    def _update(self, module: str, parts: dict[str, StoredTensor]) -> None:
-        embedding = "lora_embedding_A" in parts
-        first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        a, b = parts.get(first), parts.get(second)
-        if a is None or b is None:
-            only = next(iter(parts.values())).name
-            raise InputError(
-                f"{self.adapter.file}: {only} comes without its {first if a is None else second}: save again"
-            )
-        weight = self.tensors.get(f"{module}.weight")
-        if weight is None:
-            raise self._homeless(a)
-        if len(a.shape) > 2:
-            raise NotStreamableError(f"{module} is a convolution")
-        scaling = self._scaling(module, a, b)
-        shape = (b.shape[0], a.shape[1])
-        transposed = weight.shape != shape
-        if shape[0] == shape[1] and weight.shape == shape:
-            conv1d = self.config.get("model_type") in CONV1D_MODELS and module.split(".")[-1] in CONV1D_MODULES
-            transposed = embedding or conv1d
-        if weight.shape != (shape[::-1] if transposed else shape):
-            raise self._misfit(b if weight.shape[-1:] == a.shape[1:] else a, weight)
-        if weight.source.dtype not in FLOATS:
-            raise InputError(
-                f"{weight.source.path}: {weight.name} is {weight.source.dtype}: give the unquantised model"
-            )
-        magnitude = parts.get("lora_magnitude_vector")
-        if magnitude is not None and math.prod(magnitude.shape) != shape[0]:
-            raise self._misfit(magnitude, weight)
-        update = LoraUpdate(b, scaling, a, magnitude, transposed, rounded=embedding and magnitude is None)
-        self.tensors[weight.name] = replace(weight, update=update)
-        if "lora_B.bias" in parts:
-            bias = self.tensors.get(f"{module}.bias")
-            if bias is None or bias.shape != parts["lora_B.bias"].shape:
-                raise self._homeless(parts["lora_B.bias"])
-            self.tensors[bias.name] = replace(bias, update=LoraUpdate(parts["lora_B.bias"], scaling))
-
-    def _scaling(self, module: str, a: StoredTensor, b: StoredTensor) -> float:
-        """alpha / rank, by the patterns in the adapter's configuration, whose first match counts."""
-
-        def setting(default: str, patterns: str) -> float:
-            for pattern, value in (self.adapter.config.get(patterns) or {}).items():
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            return self.adapter.config[default]
-
-        rank, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
-        for tensor, found in ((a, a.shape[0]), (b, b.shape[1])):
-            if found != rank:
-                raise InputError(
-                    f"{self.adapter.file}: {tensor.name} has rank {found}, adapter_config.json says {rank}: "
-                    "these files are not of one adapter"
-                )
-        return alpha / (math.sqrt(rank) if self.adapter.config.get("use_rslora") else rank)
-
-    def _homeless(self, tensor: StoredTensor) -> InputError:
-        return InputError(
-            f"{self.adapter.file}: {tensor.name} finds no place in {self.base.folder} "
-            f"({self.config.get('model_type')}): the adapter is for another model or architecture"
-        )
-
-    def _misfit(self, tensor: StoredTensor, target: MergedTensor) -> InputError:
-        return InputError(
-            f"{self.adapter.file}: {tensor.name} {list(tensor.shape)} does not fit {target.name} {list(target.shape)} "
-            f"of {self.base.folder}: the adapter is for another model"
-        )
-
-
-def _same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with first.path.open("rb") as one, second.path.open("rb") as two:
-        one.seek(first.offset)
-        two.seek(second.offset)
-        sizes = itertools.chain(itertools.repeat(1 << 20, first.nbytes >> 20), [first.nbytes % (1 << 20)])
-        return all(one.read(size) == two.read(size) for size in sizes)
-
-
-# ---- compute: one chunk of one tensor
-
-
-class _Buffers(threading.local):
-    """Memory that a worker uses again for every chunk: fresh pages for each cost several times the arithmetic."""
-
-    def __init__(self):
-        self.tensors = {}
-
-    def __call__(self, use: str, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
-        import torch
-
-        size = math.prod(shape)
-        if (use, dtype) not in self.tensors or len(self.tensors[use, dtype]) < size:
-            self.tensors[use, dtype] = torch.empty(size, dtype=dtype)
-        return self.tensors[use, dtype][:size].view(shape)
-
-
-_buffers = _Buffers()
-
-
-def torch_dtype(name: str) -> "torch.dtype":
-    import torch
-
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
-
-
-def _read(tensor: StoredTensor, start: int, stop: int, use: str) -> "torch.Tensor":
-    """Elements `start` to `stop` of the flat tensor."""
-    import torch
-
-    out = _buffers(use, (stop - start,), torch_dtype(tensor.dtype))
-    memory = memoryview(out.view(torch.uint8).numpy())
-    size = ITEM_SIZES[tensor.dtype]
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.offset + start * size)
-        done = 0
-        while done < len(memory):
-            count = file.readinto(memory[done:])
-            if not count:
-                raise InputError(f"{tensor.path} ended inside {tensor.name}: did something else change it?")
-            done += count
-    return out
-
-
-def merged_chunks(tensor: MergedTensor) -> Iterator[tuple[int, "torch.Tensor"]]:
-    """The chunks of a float tensor in order: the first element's number, and the values, valid until the next one."""
-    import torch
-
-    dtype = torch_dtype(tensor.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    update, shape = tensor.update, tensor.shape
-    rows, columns = (shape[0], math.prod(shape[1:])) if update or tensor.tokens else (math.prod(shape), 1)
-    rows_each = max(CHUNK_ROWS, CHUNK_ELEMENTS // columns)
-    if update:
-        a, b, magnitude = (
-            part and _read(part, 0, math.prod(part.shape), "").to(wide, copy=True).view(part.shape)
-            for part in (update.a, update.b, update.magnitude)
-        )
-        if magnitude is not None and update.transposed:
-            rows_each = rows  # the norm runs over what is stored as columns
-    pieces = max(1, -(-rows // rows_each))
-    for start, stop in itertools.pairwise(piece * rows // pieces for piece in range(pieces + 1)):
-        stored = _read(tensor.source, start * columns, stop * columns, "stored").view(-1, columns)
-        weight = stored if stored.dtype == dtype else _buffers("weight", stored.shape, dtype).copy_(stored)
-        if tensor.tokens:
-            _replace_rows(weight, start, *tensor.tokens)
-        if update:
-            sum_ = weight if dtype == wide else _buffers("sum", weight.shape, wide).copy_(weight)
-            if a is None:
-                sum_ += (b[start:stop] * update.scaling).view(-1, 1)
-            else:
-                ba = (b, a[:, start:stop]) if update.transposed else (b[start:stop], a)
-                product = torch.mm(*ba, out=_buffers("product", (len(ba[0]), ba[1].shape[1]), wide)).mul_(
-                    update.scaling
-                )
-                product = product.T if update.transposed else product
-                sum_ += product.to(dtype) if update.rounded else product
-            if magnitude is not None:
-                oriented = sum_.T if update.transposed else sum_
-                factors = magnitude if update.transposed else magnitude[start:stop]
-                oriented *= (factors / torch.linalg.norm(oriented, dim=1)).view(-1, 1)
-            weight.copy_(sum_)
-        yield start * columns, weight.view(-1)
-
-
-def _replace_rows(weight: "torch.Tensor", start: int, rows: tuple[int, ...], values: StoredTensor) -> None:
-    columns = weight.shape[1]
-    for number, row in enumerate(rows):
-        if start <= row < start + len(weight):
-            weight[row - start] = _read(values, number * columns, (number + 1) * columns, "row").to(weight.dtype)
-
-
-# ---- write
 
 
 def write_files(plan: MergePlan, folder: Path, workers: int, check: bool, report: Callable[[int], None]) -> None:
@@ -468,23 +26,33 @@ def write_files(plan: MergePlan, folder: Path, workers: int, check: bool, report
 
     With `check` a NaN or an infinity among the changed values raises InputError.
     """
-    import torch
+    lock = threading.Lock()
 
-    torch.set_num_threads(1)  # the workers are the threads
+    def count(size: int) -> None:
+        with lock:
+            report(size)
+
     pool = ThreadPoolExecutor(workers)
-    for file, tensors in plan.files.items():
-        with (folder / file).open("wb", buffering=0) as out:
+    with ExitStack() as stack:
+        outs, copies, merges = [], [], []
+        for file, tensors in plan.files.items():
+            outs.append(stack.enter_context((folder / file).open("wb", buffering=0)))
             header = _header(tensors)
-            out.write(header)
-            jobs = [pool.submit(*job) for job in _jobs(tensors, len(header), out.fileno(), check, report)]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        pool.submit(flush, folder / file)  # while the next file is computed; publishing flushes again and tells errors
-    pool.shutdown()
+            outs[-1].write(header)
+            for tensor, offset, size in _runs(tensors, len(header)):
+                job = (tensor, offset, outs[-1].fileno())
+                copies.append((*job, size)) if tensor.is_copy else merges.append(job)
+        try:
+            jobs = [pool.submit(_copy, *job, count) for job in copies]
+            import torch  # takes two seconds, in which the kernel copies
+
+            torch.set_num_threads(1)  # the workers are the threads
+            jobs += [pool.submit(_merge, *job, check, count) for job in merges]
+            for job in as_completed(jobs):
+                job.result()
+            list(pool.map(os.fsync, outs))
+        finally:
+            pool.shutdown(cancel_futures=True)  # before the files are closed
     if list(plan.files) != ["model.safetensors"]:
         places = {tensor.name: file for file, tensors in plan.files.items() for tensor in tensors}
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(places.items()))}
@@ -503,67 +71,64 @@ def _header(tensors: list[MergedTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _jobs(tensors: list[MergedTensor], offset: int, out: int, check: bool, report: Callable[[int], None]) -> Iterator:
-    """Neighbours in the old file and in the new one are copied in one go; every other tensor is a job of its own."""
-    run = None  # path, offset in it, offset in the new file, bytes
+def _runs(tensors: list[MergedTensor], offset: int) -> Iterator[tuple[MergedTensor, int, int]]:
+    """
+    What one job writes: a first tensor, its offset in the new file, and a number of bytes. Unchanged tensors that are
+    neighbours in the old file too make one run; every other tensor is a run of its own.
+    """
+    first, begin = None, offset
     for tensor in tensors:
-        source = tensor.source
-        if not tensor.is_copy:
-            yield _write_merged, tensor, out, offset, check, report
-        elif run and (run[0], run[1] + run[3], run[2] + run[3]) == (source.path, source.offset, offset):
-            run[3] += tensor.nbytes
-        else:
-            if run:
-                yield _copy, *run, out, report
-            run = [source.path, source.offset, offset, tensor.nbytes]
+        distance = offset - begin
+        follows = (
+            first is not None
+            and first.is_copy
+            and tensor.is_copy
+            and (tensor.source.path, tensor.source.offset) == (first.source.path, first.source.offset + distance)
+        )
+        if not follows:
+            if first is not None:
+                yield first, begin, distance
+            first, begin = tensor, offset
         offset += tensor.nbytes
-    if run:
-        yield _copy, *run, out, report
+    if first is not None:
+        yield first, begin, offset - begin
 
 
-def _write_merged(tensor: MergedTensor, out: int, offset: int, check: bool, report: Callable[[int], None]) -> None:
-    import torch
+def _copy(tensor: MergedTensor, offset: int, out: int, size: int, count: Callable[[int], None]) -> None:
+    """Copies `size` bytes from where `tensor` lies in the base to `offset` in `out`, inside the kernel if it can."""
+    path, start = tensor.source.path, tensor.source.offset
+    with path.open("rb", buffering=0) as source:
+        done = 0
+        while done < size:
+            left = min(COPY_BYTES, size - done)
+            try:
+                copied = os.copy_file_range(source.fileno(), out, left, start + done, offset + done)
+            except OSError as error:  # between some file systems, and on some, the kernel does not copy
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                block = os.pread(source.fileno(), min(left, 1 << 20), start + done)
+                copied = _write(out, memoryview(block), offset + done)
+            if not copied:
+                raise InputError(f"{path} became shorter while it was copied: did something else change it?")
+            done += copied
+            count(copied)
+
+
+def _write(out: int, memory: memoryview, offset: int) -> int:
+    size = len(memory)
+    while memory:
+        written = os.pwrite(out, memory, offset)
+        memory, offset = memory[written:], offset + written
+    return size
+
+
+def _merge(tensor: MergedTensor, offset: int, out: int, check: bool, count: Callable[[int], None]) -> None:
+    from align.merge_arithmetic import all_finite, as_bytes, merged_chunks
 
     for start, values in merged_chunks(tensor):
-        if check and len(values) and not all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
-            cause = tensor.update.b.path if tensor.update else tensor.source.path
-            raise InputError(
-                f"{tensor.name} would hold NaN or infinity: did the run that wrote {cause} diverge? "
-                "--verify False writes it all the same"
-            )
-        memory = memoryview(values.view(torch.uint8).numpy())
-        _write(out, memory, offset + start * ITEM_SIZES[tensor.dtype])
-        report(len(memory))
-
-
-def _write(out: int, memory: memoryview, offset: int) -> None:
-    while memory:
-        count = os.pwrite(out, memory, offset)
-        memory, offset = memory[count:], offset + count
-
-
-def _copy(path: Path, source_offset: int, offset: int, size: int, out: int, report: Callable[[int], None]) -> None:
-    """Copies `size` bytes inside the kernel, or through memory where the file systems do not allow that."""
-    with path.open("rb", buffering=0) as source:
-        for done in range(0, size, COPY_BYTES):
-            left = min(COPY_BYTES, size - done)
-            while left:
-                position = min(done + COPY_BYTES, size) - left
-                try:
-                    count = os.copy_file_range(source.fileno(), out, left, source_offset + position, offset + position)
-                except OSError as error:
-                    if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                        raise
-                    block = os.pread(source.fileno(), min(left, 1 << 20), source_offset + position)
-                    _write(out, memoryview(block), offset + position)
-                    count = len(block)
-                if not count:
-                    raise InputError(f"{path} became shorter while it was copied: did something else change it?")
-                left -= count
-            report(min(COPY_BYTES, size - done))
-
-
-# ---- check
+        if check and not all_finite(values):
+            raise _not_finite(tensor.name, (tensor.update.b if tensor.update else tensor.source).path)
+        count(_write(out, as_bytes(values), offset + start * ITEM_SIZES[tensor.dtype]))
 
 
 def verify_files(plan: MergePlan, written: Checkpoint, samples: int = 16) -> None:
@@ -571,30 +136,45 @@ def verify_files(plan: MergePlan, written: Checkpoint, samples: int = 16) -> Non
     Reads back what was written: every tensor in its place, with its shape and dtype; the first chunk of some changed
     tensors computed again, the first and last bytes of some unchanged ones compared with the base.
     """
-    import torch
-
     found = written.tensors
-    for file, tensors in plan.files.items():
-        for tensor in tensors:
-            other = found.get(tensor.name)
-            if other is None or (other.dtype, other.shape, other.path.name) != (tensor.dtype, tensor.shape, file):
-                raise OSError(errno.EIO, f"{tensor.name} was not written as planned")
-    for changed in (True, False):
-        tensors = [tensor for tensors in plan.files.values() for tensor in tensors if tensor.is_copy != changed]
+    planned = {tensor.name: (tensor, file) for file, tensors in plan.files.items() for tensor in tensors}
+    for name, (tensor, file) in planned.items():
+        other = found.get(name)
+        if other is None or (other.dtype, other.shape, other.path.name) != (tensor.dtype, tensor.shape, file):
+            raise OSError(errno.EIO, f"{name} was not written as planned")
+    for kind in (True, False):
+        tensors = [tensor for tensor, _ in planned.values() if tensor.is_copy == kind]
         for tensor in tensors[:: max(1, len(tensors) // samples)]:
-            other = found[tensor.name]
-            if changed:
-                _, values = next(merged_chunks(tensor))
-                same = torch.equal(
-                    _read(other, 0, len(values), "check").view(torch.uint8), values.contiguous().view(torch.uint8)
-                )
-            else:
-                same = all(
-                    _bytes(tensor.source, end, 4096) == _bytes(other, end, 4096)
-                    for end in (0, max(0, other.nbytes - 4096))
-                )
-            if not same:
+            if not _reads_back(tensor, found[tensor.name]):
                 raise OSError(errno.EIO, f"{tensor.name} reads back other than it was written: is the disk failing?")
+
+
+def _reads_back(tensor: MergedTensor, written: StoredTensor) -> bool:
+    from align.merge_arithmetic import as_bytes, merged_chunks
+
+    if not tensor.is_copy:
+        _, values = next(merged_chunks(tensor))
+        expected = bytes(as_bytes(values))
+        return _bytes(written, 0, len(expected)) == expected
+    end = max(0, written.nbytes - 4096)
+    return all(_bytes(tensor.source, start, 4096) == _bytes(written, start, 4096) for start in (0, end))
+
+
+def check_finite(written: Checkpoint) -> None:
+    """The check of values for a model that was not written chunk by chunk."""
+    from align.merge_arithmetic import all_finite, merged_chunks
+
+    for name, tensor in written.tensors.items():
+        if tensor.dtype in FLOATS:
+            for _, values in merged_chunks(MergedTensor(name, tensor.dtype, tensor)):
+                if not all_finite(values):
+                    raise _not_finite(name, "the adapter")
+
+
+def _not_finite(name: str, cause: object) -> InputError:
+    return InputError(
+        f"{name} would hold NaN or infinity: did the run that wrote {cause} diverge? --verify False writes it all the same"
+    )
 
 
 def _bytes(tensor: StoredTensor, start: int, size: int) -> bytes:
@@ -603,17 +183,16 @@ def _bytes(tensor: StoredTensor, start: int, size: int) -> bytes:
         return file.read(min(size, tensor.nbytes - start))
 
 
-# ---- the way around
-
-
 def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dtype: str | None) -> None:
     """What cannot be streamed: PEFT merges the whole model in memory and transformers saves it into `folder`."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from align.merge_arithmetic import TORCH_DTYPES
+
     weights = load_peft_weights(str(adapter), device="cpu")
-    loading = {"torch_dtype": torch_dtype(dtype) if dtype else "auto"}
+    loading = {"torch_dtype": TORCH_DTYPES.get(dtype, "auto")}
     model_class = AutoModelForCausalLM
     if config.get("task_type") == "SEQ_CLS":
         model_class = AutoModelForSequenceClassification

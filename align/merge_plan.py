@@ -1,0 +1,346 @@
+"""
+Which tensors of a base model a LoRA adapter changes, and how: found from the files' headers, before anything is computed.
+"""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from align.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, NotStreamableError, StoredTensor, read_tensors
+from align.errors import InputError
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_PART = re.compile(
+    r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+)
+TOKENS = ".token_adapter.trainable_tokens_delta"
+# Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
+BASE_WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.\w+$)")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
+CLASSIFIERS = ("score", "classifier")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
+HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights too
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """
+    A PEFT adapter on disk. `parts`: LoRA tensors by module and by the end of their name; `tokens`: retrained rows of
+    an embedding by module; `values`: whole new tensors by the name of what they replace; `base_values`: the
+    same, for what tied modules share.
+    """
+
+    folder: Path
+    config: dict
+    file: Path
+    parts: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    tokens: dict[str, StoredTensor] = field(default_factory=dict)
+    values: dict[str, StoredTensor] = field(default_factory=dict)
+    base_values: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """
+    `W += scaling * B @ A` for a weight, `b += scaling * B` for a bias (`a` is None).
+
+    Shapes: `a` [rank, in], `b` [out, rank], the weight [out, in], `transposed` [in, out] (Conv1D, embeddings).
+    `magnitude` [out] makes it DoRA: the updated weight, scaled to that norm. `rounded`: PEFT rounds an embedding's
+    update to the weight's dtype before adding it.
+    """
+
+    b: StoredTensor
+    scaling: float
+    a: StoredTensor | None = None
+    magnitude: StoredTensor | None = None
+    transposed: bool = False
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A tensor to write: `source` cast to `dtype`, rows replaced by `tokens` (numbers, values), then `update`."""
+
+    name: str
+    dtype: str
+    source: StoredTensor
+    tokens: tuple[tuple[int, ...], StoredTensor] | None = None
+    update: LoraUpdate | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def is_copy(self) -> bool:
+        return self.dtype == self.source.dtype and not self.tokens and not self.update
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The files to write, each with its tensors in order, and the model's configuration."""
+
+    files: dict[str, list[MergedTensor]]
+    config: dict
+    changed: int = field(init=False)
+    nbytes: int = field(init=False)
+
+    def __post_init__(self):
+        tensors = [tensor for tensors in self.files.values() for tensor in tensors]
+        object.__setattr__(self, "changed", sum(not tensor.is_copy for tensor in tensors))
+        object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in tensors))
+
+
+def open_adapter(folder: Path, config: dict) -> Adapter:
+    """Sorts the tensors of the adapter in `folder`; raises NotStreamableError for what is not LoRA on plain layers."""
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILES[0])
+    tensors = read_tensors(file)
+    if config.get("layer_replication"):
+        raise InputError(f"{folder}: has layer_replication, whose layers share weights and so cannot be merged")
+    reasons = {
+        f"it is {config.get('peft_type')}, not LoRA": config.get("peft_type") != "LORA",
+        "it has target_parameters": config.get("target_parameters"),
+        f"init_lora_weights={config.get('init_lora_weights')}": config.get("init_lora_weights") not in HARMLESS_INITS,
+        "it was trained with Megatron": config.get("megatron_config"),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise NotStreamableError(reason)
+    adapter = Adapter(folder, config, file)
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            raise InputError(
+                f"{file}: {tensor.name} is empty, as ZeRO-3 leaves what is saved without gathering: save it again"
+            )
+        name = tensor.name.removeprefix("base_model.model.")
+        if part := ADAPTER_PART.fullmatch(name.removesuffix(".weight") if "magnitude" in name else name):
+            adapter.parts.setdefault(part[1], {})[part[2]] = tensor
+        elif name.endswith(TOKENS):
+            adapter.tokens[name.removesuffix(TOKENS)] = tensor
+        elif BASE_WRAPPER.search(name):
+            adapter.base_values[BASE_WRAPPER.sub("", name)] = tensor
+        else:
+            adapter.values[name.replace(".modules_to_save.", ".")] = tensor
+    return adapter
+
+
+def plan_merge(base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None) -> MergePlan:
+    """
+    Lays out the merged model in the base's files; raises InputError for an adapter that does not fit.
+
+    `dtype` (safetensors' name) casts the base first, as loading it in that format would.
+    """
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise InputError(
+            f"--base_model_name: {base.folder} is quantised ({method}), and rounding the merged weights again would "
+            "lose most of the adapter; give the unquantised model"
+        )
+    return _Planner(base, dict(config), adapter, dtype).plan()
+
+
+class _Planner:
+    def __init__(self, base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None):
+        self.base, self.config, self.adapter, self.dtype = base, config, adapter, dtype
+        stored = base.tensors
+        prefix = self._missing_prefix(stored)
+        self.tensors = {prefix + name: self._as_is(prefix + name, tensor) for name, tensor in stored.items()}
+        self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}
+        self.embedding = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
+        self.head = "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"
+        self.float_dtype = dtype or next((t.dtype for t in stored.values() if t.dtype in FLOATS), "F32")
+
+    def plan(self) -> MergePlan:
+        vocabulary = self._rows(self.embedding)
+        for name, value in self.adapter.base_values.items():
+            self._replace(self.embedding if name == self.head and name not in self.tensors else name, value)
+        for module, rows in self.adapter.tokens.items():
+            self._retrain_tokens(module, rows)
+        if self.adapter.config.get("task_type") == "SEQ_CLS":
+            self._become_classifier()
+        else:
+            self._untie()
+        for name, value in self.adapter.values.items():
+            self._replace(name, value)
+        for module, parts in self.adapter.parts.items():
+            self._update(module, parts)
+        resized = self._rows(self.embedding)
+        if resized != vocabulary:
+            self.config["vocab_size"] = resized
+            if self._rows(self.head) == vocabulary:
+                raise InputError(
+                    f"{self.adapter.file}: resizes {self.embedding} from {vocabulary} to {resized} rows, but not "
+                    f"{self.head}: save the adapter with save_embedding_layers=True"
+                )
+        if self.dtype:
+            self.config["torch_dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.dtype]
+        new_names = {
+            file: file.replace("pytorch_model", "model").replace(".bin", ".safetensors") for file in self.base.files
+        }
+        files = {new: [] for new in new_names.values()}
+        for name, tensor in self.tensors.items():
+            files[new_names[self.file_of.get(name, list(new_names)[-1])]].append(tensor)
+        return MergePlan(files, self.config)
+
+    def _missing_prefix(self, stored: dict[str, StoredTensor]) -> str:
+        """`transformer.` where the checkpoint was saved from the bare GPT2Model, as gpt2 on the hub was."""
+        for module in self.adapter.parts:
+            if f"{module}.weight" not in stored and f"{module.partition('.')[2]}.weight" in stored:
+                return f"{module.partition('.')[0]}."
+        return ""
+
+    def _as_is(self, name: str, tensor: StoredTensor) -> MergedTensor:
+        dtype = self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
+        return MergedTensor(name, dtype, tensor)
+
+    def _rows(self, name: str | None) -> int | None:
+        return self.tensors[name].shape[0] if name in self.tensors else None
+
+    def _replace(self, name: str, value: StoredTensor) -> None:
+        """Takes `value` for the base's tensor; new ones and other numbers of rows only where training makes them."""
+        old = self.tensors.get(name)
+        saved = self.adapter.config.get("modules_to_save") or []
+        if old is None and not any(module in name.split(".") for module in saved):
+            raise self._homeless(value)
+        if old is not None and old.shape != value.shape:
+            resized = name in (self.embedding, self.head) or name.split(".")[0] in CLASSIFIERS
+            if not resized or old.shape[1:] != value.shape[1:]:
+                raise self._misfit(value, old)
+        self.tensors[name] = MergedTensor(name, old.dtype if old else self.float_dtype, value)
+
+    def _retrain_tokens(self, module: str, values: StoredTensor) -> None:
+        numbers = self.adapter.config.get("trainable_token_indices") or []
+        if isinstance(numbers, dict):
+            numbers = next((rows for name, rows in numbers.items() if f".{module}".endswith(f".{name}")), [])
+        old = self.tensors.get(f"{module}.weight")
+        if old is None:
+            raise self._homeless(values)
+        if values.shape != (len(numbers), *old.shape[1:]) or not all(0 <= row < old.shape[0] for row in numbers):
+            raise self._misfit(values, old)
+        self.tensors[old.name] = replace(old, tokens=(tuple(numbers), values))
+
+    def _become_classifier(self) -> None:
+        """A causal base that an adapter turned into a classifier loses its language head and tells its labels."""
+        values = {name: value for name, value in self.adapter.values.items() if name.split(".")[0] in CLASSIFIERS}
+        was = (self.config.get("architectures") or [""])[0]
+        if not was.endswith("ForSequenceClassification"):
+            if not values:
+                raise InputError(
+                    f"{self.adapter.file}: task_type is SEQ_CLS, but neither it nor the base has a score head"
+                )
+            name = re.sub("(ForCausalLM|LMHeadModel|Model)?$", "ForSequenceClassification", was, count=1)
+            self.config["architectures"] = [name]
+            self.tensors.pop(self.head, None)
+        for name, value in values.items():
+            self.tensors.setdefault(name, MergedTensor(name, self.float_dtype, value))
+            labels = [f"LABEL_{number}" for number in range(value.shape[0])]
+            if name.endswith(("score.weight", "classifier.weight")) and len(self.config.get("id2label", {})) != len(
+                labels
+            ):
+                self.config["id2label"] = {str(number): label for number, label in enumerate(labels)}
+                self.config["label2id"] = {label: number for number, label in enumerate(labels)}
+
+    def _untie(self) -> None:
+        """
+        Where head and embedding are one tensor and the adapter changes one of them, writes two. PEFT's own merge
+        changes both, and warns: its merged model is not the one that was trained.
+        """
+        both = (self.embedding, self.head)
+        values = [self.adapter.values.get(name) for name in both]
+        updated = any(str(name).removesuffix(".weight") in self.adapter.parts for name in both)
+        causal = re.search("ForCausalLM|LMHeadModel", str(self.config.get("architectures")))
+        if not (self.embedding and causal and (updated or any(values))):
+            return
+        tied = self.config.get("tie_word_embeddings") is True or self.head not in self.tensors
+        if tied and not updated and all(values) and _same_bytes(*values):
+            del self.adapter.values[self.head]
+            self.tensors.pop(self.head, None)
+            return
+        self.config["tie_word_embeddings"] = False
+        if tied:
+            self.file_of[self.head] = self.file_of[self.embedding]
+            self.tensors[self.head] = replace(self.tensors[self.embedding], name=self.head)
+
+    def _update(self, module: str, parts: dict[str, StoredTensor]) -> None:
+        embedding = "lora_embedding_A" in parts
+        first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        a, b = parts.get(first), parts.get(second)
+        if a is None or b is None:
+            only = next(iter(parts.values())).name
+            raise InputError(
+                f"{self.adapter.file}: {only} comes without its {first if a is None else second}: save again"
+            )
+        weight = self.tensors.get(f"{module}.weight")
+        if weight is None:
+            raise self._homeless(a)
+        if len(a.shape) > 2:
+            raise NotStreamableError(f"{module} is a convolution")
+        scaling = self._scaling(module, a, b)
+        shape = (b.shape[0], a.shape[1])
+        transposed = weight.shape != shape
+        if shape[0] == shape[1] and weight.shape == shape:
+            conv1d = self.config.get("model_type") in CONV1D_MODELS and module.split(".")[-1] in CONV1D_MODULES
+            transposed = embedding or conv1d
+        if weight.shape != (shape[::-1] if transposed else shape):
+            raise self._misfit(b if weight.shape[-1:] == a.shape[1:] else a, weight)
+        if weight.source.dtype not in FLOATS:
+            raise InputError(
+                f"{weight.source.path}: {weight.name} is {weight.source.dtype}: give the unquantised model"
+            )
+        magnitude = parts.get("lora_magnitude_vector")
+        if magnitude is not None and math.prod(magnitude.shape) != shape[0]:
+            raise self._misfit(magnitude, weight)
+        update = LoraUpdate(b, scaling, a, magnitude, transposed, rounded=embedding and magnitude is None)
+        self.tensors[weight.name] = replace(weight, update=update)
+        if "lora_B.bias" in parts:
+            bias = self.tensors.get(f"{module}.bias")
+            if bias is None or bias.shape != parts["lora_B.bias"].shape:
+                raise self._homeless(parts["lora_B.bias"])
+            self.tensors[bias.name] = replace(bias, update=LoraUpdate(parts["lora_B.bias"], scaling))
+
+    def _scaling(self, module: str, a: StoredTensor, b: StoredTensor) -> float:
+        """alpha / rank, by the patterns in the adapter's configuration, whose first match counts."""
+
+        def setting(default: str, patterns: str) -> float:
+            for pattern, value in (self.adapter.config.get(patterns) or {}).items():
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            return self.adapter.config[default]
+
+        rank, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
+        for tensor, found in ((a, a.shape[0]), (b, b.shape[1])):
+            if found != rank:
+                raise InputError(
+                    f"{self.adapter.file}: {tensor.name} has rank {found}, adapter_config.json says {rank}: "
+                    "these files are not of one adapter"
+                )
+        return alpha / (math.sqrt(rank) if self.adapter.config.get("use_rslora") else rank)
+
+    def _homeless(self, tensor: StoredTensor) -> InputError:
+        return InputError(
+            f"{self.adapter.file}: {tensor.name} finds no place in {self.base.folder} "
+            f"({self.config.get('model_type')}): the adapter is for another model or architecture"
+        )
+
+    def _misfit(self, tensor: StoredTensor, target: MergedTensor) -> InputError:
+        return InputError(
+            f"{self.adapter.file}: {tensor.name} {list(tensor.shape)} does not fit {target.name} {list(target.shape)} "
+            f"of {self.base.folder}: the adapter is for another model"
+        )
+
+
+def _same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.path.open("rb") as one, second.path.open("rb") as two:
+        one.seek(first.offset)
+        two.seek(second.offset)
+        sizes = itertools.chain(itertools.repeat(1 << 20, first.nbytes >> 20), [first.nbytes % (1 << 20)])
+        return all(one.read(size) == two.read(size) for size in sizes)

@@ -7,6 +7,7 @@
 """
 
 import copy
+import gc
 import json
 import logging
 import os
@@ -27,8 +28,9 @@ from align.generation import (
     adapt_transformers,
     decode_new,
     encode_prompts,
-    find_model,
+    find_folders,
     find_stop_tokens,
+    load_config_and_tokenizer,
     load_model,
     plan_batches,
     read_prompts,
@@ -36,7 +38,7 @@ from align.generation import (
 
 if TYPE_CHECKING:
     from optimum.habana.transformers.generation import GaudiGenerationConfig
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("run_generation")
 
@@ -193,21 +195,6 @@ def load_prompts(arguments: PromptArguments, world_size: int) -> list[str]:
     )
 
 
-def load_config_and_tokenizer(
-    arguments: ModelArguments, folder: Path, adapter: Path | None
-) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
-    """An adapter's tokenizer comes before the model's, since it may have learnt new tokens."""
-    from align import modeling
-
-    own = adapter is not None and (adapter / "tokenizer_config.json").exists()
-    source = modeling.ModelArguments(
-        model_name_or_path=str(folder),
-        tokenizer_name_or_path=arguments.tokenizer_name_or_path or str(adapter if own else folder),
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    return modeling.load_config(source), modeling.load_tokenizer(source)
-
-
 def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     if arguments.output_dir is None:
         return None
@@ -357,19 +344,21 @@ def write_json(path: Path, content: dict | list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    # Read when torch loads the plugin: newer ones are eager unless told, and HPU graphs of several cards need both.
+    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
+    os.environ.setdefault("PT_HPU_ENABLE_LAZY_COLLECTIVES", "true")
     model_args, prompt_args, decoding_args, gaudi_args, output_args = parse_arguments(argv)
     check_arguments(model_args, decoding_args, gaudi_args, output_args)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
-    # Newer Gaudi software is eager unless told otherwise; the second lets HPU graphs hold collectives of several cards.
-    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
-    os.environ.setdefault("PT_HPU_ENABLE_LAZY_COLLECTIVES", "true")
 
     # Prompts
     prompts = load_prompts(prompt_args, world_size)
     output_dir = prepare_output_dir(output_args)
-    folder, adapter = find_model(model_args.model_name_or_path, model_args.peft_model)
-    model_config, tokenizer = load_config_and_tokenizer(model_args, folder, adapter)
+    folder, tokenizer_folder, adapter = find_folders(
+        model_args.model_name_or_path, model_args.tokenizer_name_or_path, model_args.peft_model
+    )
+    model_config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args.trust_remote_code)
     vocabulary_size = max(model_config.vocab_size, len(tokenizer) if adapter else 0)
     room = getattr(model_config, "max_position_embeddings", sys.maxsize) - decoding_args.max_new_tokens
     encoded = encode_prompts(prompts, tokenizer, prompt_args.use_chat_template, vocabulary_size, room)
@@ -400,6 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Generate
+    gc.freeze()
+    gc.enable()
     from optimum.habana.utils import set_seed  # quick only now
 
     set_seed(decoding_args.seed)
@@ -433,4 +424,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until the model is there: searching a million lasting objects for garbage is a fifth of the start
     run_script(main)

@@ -22,7 +22,7 @@ from align.errors import InputError
 if TYPE_CHECKING:
     import torch
     from optimum.habana.transformers.generation import GaudiGenerationConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MIN_WIDTH = 16  # tokens: the narrowest shape that prompts are padded to
 STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
@@ -243,10 +243,13 @@ def _defer_package(name: str) -> None:
     setattr(sys.modules[parent], child, package)
 
 
-def find_model(model_name_or_path: str | None, peft_model: str | None) -> tuple[Path, Path | None]:
-    """Folders of the model and of the adapter, from the hub where they are not local; their weight files are whole.
+def find_folders(
+    model_name_or_path: str | None, tokenizer_name_or_path: str | None, peft_model: str | None
+) -> tuple[Path, Path, Path | None]:
+    """Folders of model, tokenizer and adapter, from the hub where they are not local; the model's files are whole.
 
-    The model is the one that the adapter was trained on where none is named.
+    Where no model is named it is the one that the adapter was trained on; where no tokenizer is named it is the
+    adapter's, which may have learnt new tokens, else the model's.
     """
     patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
     adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin")
@@ -260,7 +263,27 @@ def find_model(model_name_or_path: str | None, peft_model: str | None) -> tuple[
         folder = find_folder(model_name_or_path, "--model_name_or_path", *patterns, "*.bin")
     with contextlib.suppress(NotStreamableError):  # which torch can load all the same
         open_checkpoint(folder)
-    return folder, adapter or None
+    if tokenizer_name_or_path:
+        tokenizer = find_folder(tokenizer_name_or_path, "--tokenizer_name_or_path", *patterns[:-1])
+    else:
+        tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").exists() else folder
+    return folder, tokenizer, adapter or None
+
+
+def load_config_and_tokenizer(
+    folder: Path, tokenizer_folder: Path, trust_remote_code: bool
+) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_name_or_path: no model in {folder}: {str(error).splitlines()[0]}") from error
+    try:
+        return config, AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--tokenizer_name_or_path: no tokenizer in {tokenizer_folder}: {reason}") from error
 
 
 def load_model(

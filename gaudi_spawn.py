@@ -10,16 +10,20 @@ import argparse
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from align.errors import InputError, run_script
-from align.launching import Run, check_script, choose_port, describe, exported_variables, read_hostfile
+from align.launching import Run, check_script, choose_port, describe, exported_variables, is_this_host, read_hostfile
 from align.supervision import Supervisor
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the flags")
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--world_size", type=int, help="number of cards; default 1, or all slots of the hostfile")
     parser.add_argument("--hostfile", help="file with a line `host slots=8` for each node")
     parser.add_argument("--use_deepspeed", action="store_true", help="let DeepSpeed's launcher start the ranks")
@@ -36,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
     # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
-    parser.add_argument("command", nargs=argparse.PARSER, metavar="script ...", help="the script and its arguments")
+    parser.add_argument("command", nargs=argparse.PARSER, metavar="script", help="the script and its arguments")
     return parser.parse_args()
 
 
@@ -58,6 +62,8 @@ def plan_run(args: argparse.Namespace) -> Run:
                 f"--world_size {args.world_size}, but --hostfile {args.hostfile} has {sum(nodes.values())} slots; "
                 "leave --world_size out or make them agree"
             )
+        if args.use_mpi:  # which gives this host the first ranks wherever it stands in the file
+            nodes = dict(sorted(nodes.items(), key=lambda node: not is_this_host(node[0])))
     check_script(args.command[0])
     return Run(
         engine="deepspeed" if args.use_deepspeed else "mpi" if args.use_mpi else "torch",
@@ -81,12 +87,12 @@ def become_script(run: Run) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to tidy up, no traceback to show, until ranks run
     args = parse_arguments()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ranks run there is nothing to tidy up, no traceback to show
     run = plan_run(args)
     if args.print_command:
         print(describe(run))
-    elif run.world_size == 1 and not run.over_ssh:
+    elif run.is_direct:
         become_script(run)
     else:
         port, cores_per_rank = run.inspect()

@@ -10,10 +10,12 @@ class InputError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; an `InputError` becomes `script.py: error: ...`, told by rank 0 alone, and exit 2."""
+    """Runs a script's `main`; an `InputError` becomes `script.py: error: ...` and exit code 2.
+
+    Every rank says so, as any of them may be the first to end; gaudi_spawn.py shows it once.
+    """
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ import glob
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -89,6 +90,13 @@ def read_hostfile(path: str) -> dict[str, int]:
     return hosts
 
 
+def is_this_host(host: str) -> bool:
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind((host, 0))
+        return True
+    return False
+
+
 def count_cards() -> int:
     """Gaudi cards that this process may use; the emulator has as many as HABANA_EMULATOR_DEVICES says (default 8)."""
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -122,18 +130,18 @@ def choose_port(wanted: int | None) -> int:
 
 def check_script(script: str) -> None:
     if not os.path.isfile(script):
-        raise InputError(f"script {script} is not there; it comes behind the launcher's flags, before its own")
+        raise InputError(f"there is no script {script}; its path comes after the launcher's own flags")
     if not os.access(script, os.R_OK):
         raise InputError(f"script {script} cannot be read; check its permissions")
 
 
-def inspect_node(engine: str, script: str, slots: int, master_port: int | None) -> dict[str, int]:
+def inspect_node(engine: str, script: str, slots: int, asked_by: str, master_port: int | None) -> dict[str, int]:
     """Looks for everything that ranks need on this node. Returns a free port and the cores for binding."""
     check_script(script)
     if not ENGINES[engine].is_installed():
         raise InputError(f"{ENGINES[engine].name} is not installed: {ENGINES[engine].package}")
     if (cards := count_cards()) < slots:
-        raise InputError(f"{slots} ranks need {slots} Gaudi cards, this host has {cards}; start fewer here")
+        raise InputError(f"{asked_by} is more than the {cards} Gaudi cards of this host")
     return {"port": choose_port(master_port), "cores": count_cores()}
 
 
@@ -199,6 +207,11 @@ class Run:
         return sum(self.nodes.values())
 
     @property
+    def is_direct(self) -> bool:
+        """One rank needs no engine."""
+        return self.world_size == 1 and not self.over_ssh
+
+    @property
     def starts_over_ssh(self) -> bool:
         """Open MPI reaches the other nodes itself."""
         return self.over_ssh and self.engine != "mpi"
@@ -210,7 +223,13 @@ class Run:
     def inspect(self) -> tuple[int, int]:
         """Checks every node before any rank starts. Returns the master port and the cores for each rank."""
         requests = {
-            host: {"engine": self.engine, "script": self.command[0], "slots": slots, "master_port": None}
+            host: {
+                "engine": self.engine,
+                "script": self.command[0],
+                "slots": slots,
+                "asked_by": f"slots={slots} in the hostfile" if self.over_ssh else f"--world_size {slots}",
+                "master_port": None,
+            }
             for host, slots in self.nodes.items()
         }
         first, *_ = requests
@@ -262,6 +281,7 @@ class Run:
             command += ["--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
         if os.geteuid() == 0:
             command += ["--allow-run-as-root"]
+        command += ["--mca", "odls_base_sigkill_timeout", str(math.ceil(self.grace_period + 10))]  # ours shall be first
         if self.over_ssh:
             command += ["--mca", "plm_rsh_agent", " ".join(SSH)]
             for name in [*self.exports, "GAUDI_SPAWN"]:
@@ -271,19 +291,17 @@ class Run:
 
 def describe(run: Run) -> str:
     """What would run and where."""
+    script = shlex.join([sys.executable, *([] if run.is_direct else ["-u"]), *run.command])
+    if run.is_direct:
+        return script
+    how = " over ssh" if run.starts_over_ssh else ""
     cores = count_cores() // max(run.nodes.values())
-    return "\n".join(
-        [
-            "variables that reach every rank:",
-            *(f"  {name}={'...' if SECRET.search(name) else shlex.quote(run.exports[name])}" for name in run.exports),
-            *(
-                f"on {host}{' over ssh' if run.starts_over_ssh else ''}:\n  {shlex.join(command)}"
-                for host, command in run.engine_commands(choose_port(run.master_port), cores).items()
-            ),
-            f"which starts {', '.join(f'{slots} ranks on {host}' for host, slots in run.nodes.items())} of:",
-            f"  {shlex.join([sys.executable, '-u', *run.command])}",
-        ]
-    )
+    lines = ["variables that reach every rank:"]
+    lines += [f"  {name}={'...' if SECRET.search(name) else shlex.quote(value)}" for name, value in run.exports.items()]
+    for host, command in run.engine_commands(choose_port(run.master_port), cores).items():
+        lines += [f"on {host}{how}:", f"  {shlex.join(command)}"]
+    lines += [f"ranks ({', '.join(f'{slots} on {host}' for host, slots in run.nodes.items())}), each:", f"  {script}"]
+    return "\n".join(lines)
 
 
 def address_for(hosts: list[str]) -> str:

@@ -14,7 +14,6 @@ A broken connection means that the launcher is gone: the script is killed. The e
 because failures are the launcher's to report, once. Only light imports: the user waits for them.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -27,22 +26,12 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
-from functools import partial
 
 # From such a line on, the script is probably ending in an error, which is told once, and for the first rank only.
 LAST_WORDS = re.compile(rb"Traceback \(most recent call last\)|^usage: |: error: |^terminate called |^Fatal Python")
 LAST_WORDS_DELAY = 10.0  # seconds an interpreter may take to end after its traceback
 LINE_DELAY = 1.0  # seconds the other lines of ranks above 0 are held back, in case they turn out to be their last ones
 TOLD_LINES = 40
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
-
-
-def die_with(parent: int) -> None:
-    """Makes the kernel kill this process when its parent ends, however that ends."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it already has
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def notice_lost_host(connection: socket.socket) -> None:
@@ -128,34 +117,75 @@ class Relay:
         return text.decode(errors="replace").splitlines()[-TOLD_LINES:]
 
 
+class Guard:
+    """A process that kills the script and its children once this process has ended, be it by SIGKILL."""
+
+    def __init__(self):
+        reading, self.pipe = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()  # out of the way of signals to the engine's process group
+            os.close(self.pipe)
+            with open(reading) as pipe:
+                group = pipe.read()  # ends when no process holds the other end any more
+            if group:
+                kill_group(int(group))
+            os._exit(0)
+        os.close(reading)
+
+    def watch(self, group: int) -> None:
+        os.write(self.pipe, str(group).encode())
+
+    def strike(self) -> None:
+        os.close(self.pipe)
+        os.waitpid(self.pid, 0)
+
+
+def kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def distributed_variables(work: dict) -> dict[str, str]:
+    """What torch, accelerate and DeepSpeed look for. Open MPI sets none of it, DeepSpeed all but one."""
+    mpi = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
+    if mpi["RANK"] is None:
+        return {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]} if "LOCAL_SIZE" in os.environ else {}
+    return {
+        "RANK": mpi["RANK"],
+        "WORLD_SIZE": mpi["SIZE"],
+        "LOCAL_RANK": mpi["LOCAL_RANK"],
+        "LOCAL_WORLD_SIZE": mpi["LOCAL_SIZE"],
+        "MASTER_ADDR": work["master_addr"],
+        "MASTER_PORT": str(work["master_port"]),
+    }
+
+
 class Script:
     """One rank of the user's script, leader of a process group of its own. Standard input is for rank 0 alone."""
 
-    def __init__(self, rank: int, command: list[str], directory: str, variables: dict[str, str], tag_output: bool):
-        tag = f"[rank {rank}] ".encode() if rank and tag_output else b""
+    def __init__(self, rank: int, work: dict, guard: Guard):
+        self.guard = guard
+        tag = f"[rank {rank}] ".encode() if rank and work["tag_output"] else b""
         self.process = subprocess.Popen(
-            [sys.executable, "-u", *command],
-            cwd=directory,
-            env=os.environ | variables,
+            [sys.executable, "-u", *work["command"]],
+            cwd=work["directory"],
+            env=os.environ | distributed_variables(work),
             stdin=None if rank == 0 else subprocess.DEVNULL,
             stdout=subprocess.PIPE if tag else None,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - this process has no threads
         )
+        guard.watch(self.process.pid)
         self.errors = Relay(self.process.stderr.fileno(), 2, tag, LINE_DELAY if rank else 0.0, LAST_WORDS)
         self.relays = [self.errors]
         if tag:
             self.relays.append(Relay(self.process.stdout.fileno(), 1, tag))
 
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
     def obey(self, messages: list[dict]) -> None:
         for message in messages:
             if message["signal"] == signal.SIGKILL:
-                self.kill()
+                kill_group(self.process.pid)
             else:
                 self.process.send_signal(message["signal"])
 
@@ -179,28 +209,14 @@ class Script:
 
         while self.process.poll() is None:
             relay_what_comes(within=0.1)
-        self.kill()  # what the script left behind, such as data loader workers
+        self.guard.strike()  # at what the script left behind, such as data loader workers
         while len(selector.get_map()) > 1 and relay_what_comes(within=0.0):
             pass
         return self.process.returncode
 
 
-def distributed_variables(work: dict) -> dict[str, str]:
-    """What torch, accelerate and DeepSpeed look for. Open MPI sets none of it, DeepSpeed all but one."""
-    mpi = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
-    if mpi["RANK"] is None:
-        return {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]} if "LOCAL_SIZE" in os.environ else {}
-    return {
-        "RANK": mpi["RANK"],
-        "WORLD_SIZE": mpi["SIZE"],
-        "LOCAL_RANK": mpi["LOCAL_RANK"],
-        "LOCAL_WORLD_SIZE": mpi["LOCAL_SIZE"],
-        "MASTER_ADDR": work["master_addr"],
-        "MASTER_PORT": str(work["master_port"]),
-    }
-
-
 def main() -> None:
+    guard = Guard()
     host, port, key = os.environ.pop("GAUDI_SPAWN").split(":")
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
     launcher = Launcher(host, port)
@@ -208,7 +224,6 @@ def main() -> None:
         signal.signal(number, lambda number, _: launcher.tell(signal=number))
     launcher.tell(key=key, rank=rank, host=socket.gethostname())
 
-    script = None
     try:
         messages = []
         while not messages:
@@ -216,13 +231,11 @@ def main() -> None:
         work = messages.pop(0).get("work")
         if work is None:  # the run was stopped before it began
             return
-        script = Script(rank, work["command"], work["directory"], distributed_variables(work), work["tag_output"])
+        script = Script(rank, work, guard)
         script.obey(messages)
         code = script.supervise(launcher)
     except EOFError:
-        if script:
-            script.kill()
-        sys.exit(1)
+        sys.exit("the launcher is gone")  # and the guard strikes
     lines = script.errors.last_lines() if code else []
     for relay in script.relays:
         if not (code and relay is script.errors):

@@ -1,5 +1,6 @@
 """The life and death of one run's ranks, from the engine's start to the exit code."""
 
+import ctypes
 import hmac
 import json
 import os
@@ -17,12 +18,23 @@ from contextlib import suppress
 from functools import partial
 
 from align.launching import ENGINES, Run, address_for, node_command
-from align.rank import die_with, notice_lost_host
+from align.rank import notice_lost_host
 
 FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
 ENGINE_GRACE = 5.0  # seconds that an engine has to end after its ranks
 # What an outer launcher said about its own ranks would mislead ours.
 STALE = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|MASTER_(ADDR|PORT)|OMPI_COMM_WORLD_\w+")
+
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends, however that ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it already has
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def say(text: str) -> None:
@@ -165,7 +177,7 @@ class Supervisor:
             say(f"{rank} is gone without a word: killed, or its host was lost")
             self.end(128 + signal.SIGKILL, signal.SIGTERM, FAILURE_GRACE)
         if not self.ranks:
-            self.steps.append((time.monotonic() + ENGINE_GRACE, self.kill_engines))
+            self.steps = [(time.monotonic() + ENGINE_GRACE, self.kill_engines)]
 
     def on_signal(self, number: int, rank: Rank | None = None) -> None:
         """`rank` when it was not this process that got the signal, but the rank, from its engine for example."""

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 IGNORED = -100  # the label that cross entropy leaves out
+NONE = -1  # the index of no row, to fill up a batch
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,16 @@ def _join(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> dic
     }
 
 
-class PackedDataset(torch.utils.data.Dataset):
-    """Rows of at most `row_length` tokens over a data set with `input_ids`, `labels` and `length`.
+class RowDataset(torch.utils.data.Dataset):
+    """Rows over a data set with `input_ids`, `labels` and `length`: packed, or without `row_length` one to a sample.
 
     A row is put together when it is asked for: nothing is written and nothing but the plan is kept in memory.
     """
 
-    def __init__(self, samples: Dataset, row_length: int, seed: int = 0):
+    def __init__(self, samples: Dataset, row_length: int | None = None, seed: int = 0):
         self.lengths = np.asarray(samples.with_format("numpy")["length"])
-        self.rows = best_fit_decreasing(self.lengths, row_length, seed)
+        single = Rows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
+        self.rows = best_fit_decreasing(self.lengths, row_length, seed) if row_length else single
         self.samples = samples.select_columns(["input_ids", "labels"]).with_format("arrow")
 
     def __len__(self) -> int:
@@ -120,8 +122,8 @@ class PackedDataset(torch.utils.data.Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, np.ndarray]]:
-        """Arrow gathers the samples of a whole batch at once, already end to end."""
-        members = [self.rows[row] for row in rows]
+        """Arrow gathers the samples of a whole batch at once, already end to end. `NONE` gives a row without tokens."""
+        members = [self.rows[row] if row != NONE else self.rows.members[:0] for row in rows]
         table: pyarrow.Table = self.samples[np.concatenate(members)]
         input_ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
         ends = np.cumsum([self.lengths[samples].sum() for samples in members])[:-1]
@@ -174,7 +176,7 @@ def choose_buckets(lengths: np.ndarray, num_buckets: int, longest: int, multiple
 
 
 def _grouped_order(groups: np.ndarray, batch_size: int, rng: np.random.Generator | None) -> np.ndarray:
-    """All samples, such that each `batch_size` in a row share a group, but for a last, partial batch.
+    """All samples, such that each `batch_size` in a row share a group; the last, partial batch is left short.
 
     What is left of a group joins the next one, whose bucket is longer. Without `rng` nothing is shuffled.
     """
@@ -193,11 +195,11 @@ def _grouped_order(groups: np.ndarray, batch_size: int, rng: np.random.Generator
 
 
 class GroupedSampler(torch.utils.data.Sampler):
-    """Every sample once an epoch, in an order that seed and epoch fix, in batches from one group.
+    """Every row once an epoch, in an order that seed and epoch fix, in batches from one group.
 
-    `groups` numbers each sample's bucket from short to long (all zeros for packed rows); `batch_size` counts the
-    samples of all ranks in a step, so that every rank computes the same shape (but where what is left of one bucket
-    joins the next). The partial batch comes last.
+    `groups` numbers each row's bucket from short to long (all zeros for packed rows); `batch_size` counts the rows of
+    all ranks in a step, so that every rank computes the same shape (but where what is left of one bucket joins the
+    next). The last batch is filled up with `NONE`: no rank is left without a batch, and no row is repeated.
     """
 
     def __init__(self, groups: np.ndarray, batch_size: int, seed: int = 0, shuffle: bool = True):
@@ -205,11 +207,12 @@ class GroupedSampler(torch.utils.data.Sampler):
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return -(-len(self.groups) // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
-        return iter(_grouped_order(self.groups, self.batch_size, rng).tolist())
+        yield from _grouped_order(self.groups, self.batch_size, rng).tolist()
+        yield from [NONE] * (len(self) - len(self.groups))
 
     def set_epoch(self, epoch: int) -> None:
         """Never backwards: on a resume accelerate 1.10.1 (`skip_first_batches`) starts a copied loader at epoch 0."""
@@ -254,7 +257,7 @@ def _stack(rows: Sequence[Sequence[int]], batch_size: int, width: int, padding: 
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Packed rows to a batch of one shape; a partial batch is filled up with rows that are all padding (segment 0).
+    """Packed rows to a batch of one shape; a stream's last batch is filled up with rows that are padding (segment 0).
 
     `paddings` names the columns and what pads each of them.
     """
@@ -277,7 +280,7 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class BucketCollator:
-    """Samples to a batch padded to the next bucket; a partial batch is filled up with rows that are all padding."""
+    """Samples to a batch padded to the next bucket; a stream's last batch is filled up with rows that are padding."""
 
     batch_size: int
     buckets: Sequence[int]
@@ -288,8 +291,9 @@ class BucketCollator:
         labels = [[IGNORED, *sample["labels"][1:]] for sample in samples]  # no token predicts the first
         longest = max(len(ids) for ids in input_ids)
         width = self.buckets[np.searchsorted(self.buckets, longest)]
+        seen = [[1] * max(1, len(ids)) for ids in input_ids]  # no row is left without a key
         return {
             "input_ids": _stack(input_ids, self.batch_size, width, self.pad_token_id),
-            "attention_mask": _stack([[1] * len(ids) for ids in input_ids], self.batch_size, width, 0),
+            "attention_mask": _stack(seen, self.batch_size, width, 0),
             "labels": _stack(labels, self.batch_size, width, IGNORED),
         }

@@ -21,14 +21,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
 from align.errors import InputError
-from align.packing import IGNORED, GroupedSampler, choose_buckets
+from align.packing import IGNORED, NONE, GroupedSampler, choose_buckets
 from align.reference import Stored
 
 logger = logging.getLogger(__name__)
 
 IDS = pyarrow.list_(pyarrow.int32())
 COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
-NONE = -1  # the index of a place that no pair takes
 WORTHWHILE = 0.85  # share of useful columns from which on no further shape is added
 WEIGHTS = (0, 0.5, 1, 2)  # of a scored column beside any column, tried for rows of the same size
 SAMPLED = 100_000  # pairs that a layout is chosen on
@@ -233,16 +232,15 @@ class PairSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, rows: Rows, rows_per_batch: int, seed: int = 0, shuffle: bool = True):
-        self.members = rows.members
+        empty = np.full_like(rows.members[:1], NONE)
+        self.members = np.append(rows.members, empty, axis=0)  # so that row NONE, the last, holds no pair
         self.order = GroupedSampler(rows.groups, rows_per_batch, seed, shuffle)
-        self.missing = -len(rows.members) % rows_per_batch
 
     def __len__(self) -> int:
-        return (len(self.members) + self.missing) * self.members.shape[1]
+        return len(self.order) * self.members.shape[1]
 
     def __iter__(self) -> Iterator[int]:
         yield from self.members[list(self.order)].ravel().tolist()
-        yield from [NONE] * (self.missing * self.members.shape[1])
 
     def set_epoch(self, epoch: int) -> None:
         self.order.set_epoch(epoch)

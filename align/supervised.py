@@ -16,7 +16,7 @@ from align.packing import (
     BucketCollator,
     GroupedSampler,
     PackedCollator,
-    PackedDataset,
+    RowDataset,
     batches_per_bucket,
     choose_buckets,
     group_stream,
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Batches:
     """Rows, what makes batches of them, and each row's group (its bucket), which a batch does not mix."""
 
-    rows: torch.utils.data.Dataset | Dataset | IterableDataset
+    rows: RowDataset | IterableDataset
     collator: PackedCollator | BucketCollator
     groups: np.ndarray | None
 
@@ -52,7 +52,7 @@ def make_batches(
     longest, seed, world_size = args.max_seq_length, args.seed, args.world_size
     stream = isinstance(samples, IterableDataset)
     if packing:
-        rows = pack_stream(samples, longest, seed=seed) if stream else PackedDataset(samples, longest, seed)
+        rows = pack_stream(samples, longest, seed=seed) if stream else RowDataset(samples, longest, seed)
         groups = None if stream else np.zeros(len(rows), np.int64)
         collator = PackedCollator.for_sft(batch_size, longest, pad_token_id)
         if not stream:
@@ -69,7 +69,7 @@ def make_batches(
     if stream:
         return Batches(group_stream(samples, buckets, batch_size * world_size, seed=seed), collator, None)
     _log_waste(name, int(lengths.sum()), batches_per_bucket(lengths, buckets, batch_size), batch_size)
-    return Batches(samples, collator, np.searchsorted(buckets, lengths))
+    return Batches(RowDataset(samples), collator, np.searchsorted(buckets, lengths))
 
 
 def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.attention import FAMILIES, choose_attn_implementation, find_visible, probe, probe_packing, segment_mask
 from align.errors import InputError
-from align.packing import IGNORED, PackedCollator, PackedDataset
+from align.packing import IGNORED, PackedCollator, RowDataset
 
 HPU = torch.device("hpu")
 SIZES = {
@@ -84,7 +84,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_samples_alone(model_ty
     (alone / trained).backward()
     expected = take_gradients(model)
 
-    rows = PackedDataset(Dataset.from_list(samples), 20)
+    rows = RowDataset(Dataset.from_list(samples), 20)
     batch = PackedCollator.for_sft(3, 20, pad_token_id=0)([rows[row] for row in range(len(rows))])
     mask = segment_mask(model, batch["segment_ids"].to(HPU), batch["position_ids"].to(HPU))
     inputs = {name: batch[name].to(HPU) for name in ("input_ids", "position_ids")}

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from align.packing import (
     IGNORED,
+    NONE,
     BucketCollator,
     GroupedSampler,
     PackedCollator,
-    PackedDataset,
+    RowDataset,
     batches_per_bucket,
     best_fit_decreasing,
     choose_buckets,
@@ -72,7 +73,7 @@ def count_rows_one_sample_at_a_time(lengths: list[int]) -> int:
 @quickly
 def test_packed_rows_hold_every_sample_once_and_whole(lengths, seed):
     samples = make_samples(lengths)
-    packed = PackedDataset(samples, ROW_LENGTH, seed)
+    packed = RowDataset(samples, ROW_LENGTH, seed)
     assert_rows_hold_the_samples(packed.__getitems__(list(range(len(packed)))), samples)
 
 
@@ -133,18 +134,19 @@ def test_a_batch_comes_from_one_bucket_and_every_sample_once(groups, batch_size,
     sampler.set_epoch(epoch)
     order = list(sampler)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    mixed = sum(len({groups[i] for i in batch}) > 1 for batch in batches)
-    assert sorted(order) == list(range(len(groups)))
+    mixed = sum(len({groups[i] for i in batch if i != NONE}) > 1 for batch in batches)
+    assert sorted(i for i in order if i != NONE) == list(range(len(groups)))
     assert order == list(sampler)
+    assert len(order) == len(sampler) == len(batches) * batch_size
     assert mixed < len(set(groups))  # only what was left of one bucket joins the next
-    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert NONE not in order[:-batch_size]
 
 
 def test_each_epoch_has_its_own_order_and_evaluation_none():
-    sampler, plain = GroupedSampler(np.zeros(50), 4), GroupedSampler(np.zeros(50), 4, shuffle=False)
+    sampler, plain = GroupedSampler(np.zeros(52), 4), GroupedSampler(np.zeros(52), 4, shuffle=False)
     first = list(sampler)
     sampler.set_epoch(1)
-    assert sorted(first) == sorted(sampler) == list(plain)
+    assert sorted(first) == sorted(sampler) == list(plain) == list(range(52))
     assert first != list(sampler) != list(plain)
 
 
@@ -174,10 +176,24 @@ def test_all_ranks_compute_the_same_shape_in_a_step():
     assert unequal < 4  # only where what was left of one bucket joined the next
 
 
+def test_two_ranks_share_an_epoch_without_repeating_a_row():
+    rows = RowDataset(make_samples([20] * 9), ROW_LENGTH)
+    sampler = GroupedSampler(np.zeros(9), 4, shuffle=False)
+    collator = PackedCollator.for_sft(2, ROW_LENGTH, pad_token_id=0)
+    seen, steps = [], []
+    for rank in range(2):
+        loader = DataLoader(rows, 2, sampler=sampler, collate_fn=collator)
+        batches = list(prepare_data_loader(loader, num_processes=2, process_index=rank))
+        seen += [token for batch in batches for token in batch["input_ids"][batch["segment_ids"] > 0].tolist()]
+        steps.append([tuple(batch["input_ids"].shape) for batch in batches])
+    assert sorted(seen) == list(range(1, 181))
+    assert steps == [[(2, ROW_LENGTH)] * 3] * 2
+
+
 @pytest.mark.parametrize("num_samples", [40, 43])
 def test_a_bucketed_epoch_computes_the_announced_shapes(num_samples):
     lengths = np.random.default_rng(num_samples).integers(1, ROW_LENGTH + 1, num_samples)
-    samples, buckets = make_samples(lengths.tolist()), choose_buckets(lengths, 3, ROW_LENGTH, 4)
+    samples, buckets = RowDataset(make_samples(lengths.tolist())), choose_buckets(lengths, 3, ROW_LENGTH, 4)
     loader = DataLoader(
         samples,
         4,
@@ -186,13 +202,13 @@ def test_a_bucketed_epoch_computes_the_announced_shapes(num_samples):
     )
     batches = list(loader)
     shapes = Counter(tuple(batch["input_ids"].shape) for batch in batches)
-    tokens = sorted(token for batch in batches for token in batch["input_ids"][batch["attention_mask"] == 1].tolist())
+    tokens = sorted(token for batch in batches for token in batch["input_ids"].flatten().tolist() if token)
     assert shapes == {(4, bucket): n for bucket, n in batches_per_bucket(lengths, buckets, 4).items()}
     assert tokens == list(range(1, lengths.sum() + 1))
 
 
 def test_a_partial_batch_keeps_its_shape_and_its_loss():
-    packed = PackedDataset(make_samples([20, 4, 9]), ROW_LENGTH)
+    packed = RowDataset(make_samples([20, 4, 9]), ROW_LENGTH)
     batch = PackedCollator.for_sft(4, ROW_LENGTH, pad_token_id=99)([packed[0], packed[1]])
     assert all(column.shape == (4, ROW_LENGTH) for column in batch.values())
     assert batch["input_ids"][2:].unique().tolist() == [99]
@@ -211,7 +227,7 @@ def test_a_stream_in_buckets_keeps_its_samples_and_groups_them():
 
 
 def test_packing_in_loader_workers_gives_the_same_batches():
-    packed = PackedDataset(make_samples([5, 9, 13, 20, 3, 7, 24, 1] * 4), ROW_LENGTH)
+    packed = RowDataset(make_samples([5, 9, 13, 20, 3, 7, 24, 1] * 4), ROW_LENGTH)
     collator = PackedCollator.for_sft(2, ROW_LENGTH, pad_token_id=0)
     here, there = (
         [batch["input_ids"].tolist() for batch in DataLoader(packed, 2, collate_fn=collator, num_workers=n)]

@@ -12,6 +12,8 @@ import logging
 import os
 import resource
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from align.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json, replace_folder
 from align.errors import InputError, run_script
-from align.merge_plan import MergePlan, open_adapter, plan_merge
+from align.merge_plan import MergePlan, find_adapter_file, open_adapter, plan_merge
 from align.merging import check_finite, merge_through_peft, verify_files, write_files
 
 logger = logging.getLogger("merge_peft_adapter")
@@ -45,13 +47,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the merged model (default: the base's)")
     flag = {"type": parse_boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     parser.add_argument("--overwrite", default=False, **flag, help="replace the model in --output_name")
-    parser.add_argument(
-        "--verify", default=True, **flag, help="check the written files before they appear (default: True)"
-    )
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--num_workers", type=int, default=min(cores, 4), help="threads (default: one a core, at most 4)"
-    )
+    parser.add_argument("--verify", default=True, **flag, help="check what is written (default: True)")
+    workers = min(4, len(os.sched_getaffinity(0)))
+    parser.add_argument("--num_workers", type=int, default=workers, help="threads (default: one a core, at most 4)")
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload the merged model to this hub repository")
     return parser.parse_args(argv)
 
@@ -68,9 +66,7 @@ def find_base(named: str | None, adapter: str, recorded: str | None) -> tuple[st
     name = named or recorded
     if not name:
         raise InputError(f"--base_model_name: missing, and {adapter}/adapter_config.json names no base; give one")
-    flag = (
-        "--base_model_name" if named else f"--base_model_name: not given, and the one in {adapter}/adapter_config.json"
-    )
+    flag = "--base_model_name" if named else f"--base_model_name: not given; that of {adapter}/adapter_config.json"
     folder = find_folder(name, flag, *patterns, "model*.safetensors")
     if not (Path(name).is_dir() or any(folder.glob("model*.safetensors"))):
         folder = find_folder(name, flag, *patterns, "pytorch_model*.bin")
@@ -89,9 +85,7 @@ def check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None
         if not overwrite:
             raise InputError(f"--output_name: {output} exists; add --overwrite to replace it, or name another folder")
         if not (output / "config.json").exists():
-            raise InputError(
-                f"--output_name: {output} does not hold a model, so it is not replaced; name another folder"
-            )
+            raise InputError(f"--output_name: {output} holds no model, so it stays; name another folder")
 
 
 def check_disk(output: Path, needed: int) -> None:
@@ -115,9 +109,9 @@ def check_login(repository: str) -> None:
 
 def record_merge(base_name: str, base: Path, adapter_name: str, adapter: Path) -> list[dict]:
     """What the base's own record says, and this merge; warns when the same adapter is in the base already."""
-    merges = read_json(base / RECORD)["merges"] if (base / RECORD).exists() else []
+    merges = read_json(base / RECORD).get("merges", []) if (base / RECORD).exists() else []
     sha256 = hashlib.sha256()
-    with next(adapter.glob("adapter_model.*")).open("rb") as file:
+    with find_adapter_file(adapter).open("rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
     digest = sha256.hexdigest()
@@ -147,11 +141,14 @@ def write_companions(folder: Path, base: Path, adapter: Path, config: dict | Non
     )
 
 
-def warn_of_missing_rows(folder: Path, rows: int | None) -> None:
-    tokens = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}) if rows else {}
-    beyond = [token["content"] for number, token in tokens.items() if int(number) >= rows]
+def compare_vocabularies(folder: Path, embedded: int) -> None:
+    if not (folder / "tokenizer_config.json").exists():
+        logger.warning("Warning: neither adapter nor base has a tokenizer, so the merged model has none.")
+        return
+    tokens = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    beyond = [token["content"] for number, token in tokens.items() if int(number) >= embedded]
     if beyond:
-        logger.warning("Warning: the tokenizer has tokens that the model's %d embeddings lack: %s.", rows, beyond)
+        logger.warning("Warning: the tokenizer has tokens beyond the model's %d: %s.", embedded, " ".join(beyond))
 
 
 def write_weights(plan: MergePlan, folder: Path, workers: int, verify: bool) -> None:
@@ -176,6 +173,7 @@ def push(folder: Path, repository: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which clears up, as any other ending does
     start = time.monotonic()
 
     # Check
@@ -183,9 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--num_workers: got {args.num_workers}; give 1 or more")
     adapter = find_folder(args.adapter_model_name, "--adapter_model_name", "adapter_*", *TOKENIZER_FILES)
     if not (adapter / "adapter_config.json").exists():
-        raise InputError(
-            f"--adapter_model_name: {adapter} has no adapter_config.json; give the folder that sft.py wrote"
-        )
+        raise InputError(f"--adapter_model_name: {adapter} has no adapter_config.json; give an adapter's folder")
     adapter_config = read_json(adapter / "adapter_config.json")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
     output = Path(args.output_name)
@@ -203,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("Merging through PEFT, with the whole model in memory: %s", reason)
     needed = plan.nbytes if plan else sum(path.stat().st_size for path in base.glob("*model*"))
     check_disk(output, needed)
+    if plan and plan.config.get("tie_word_embeddings") != base_config.get("tie_word_embeddings"):
+        logger.info("The adapter changes the head and not the embedding, or the reverse: they are untied")
     merges = record_merge(base_name, base, args.adapter_model_name, adapter)
 
     # Write
@@ -215,12 +213,12 @@ def main(argv: list[str] | None = None) -> None:
                 if args.verify:
                     check_finite(open_checkpoint(folder))
             write_companions(folder, base, adapter, plan and plan.config, merges)
+            if plan and plan.vocabulary:
+                compare_vocabularies(folder, plan.vocabulary)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise InputError(
-            f"--output_name: the disk of {output} is full ({error.strerror}); nothing was left there"
-        ) from None
+        raise InputError(f"--output_name: the disk of {output} is full ({error.strerror}); nothing is left") from None
     seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     logger.info("Wrote %s: %.2f GB in %.1f s, peak memory %.0f MiB", output, needed / 1e9, seconds, peak)
     if args.push_to_hub:

@@ -162,9 +162,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise InputError(f'{index} has no "weight_map": copy or download it again')
-        missing = sorted(
-            {file for file in places.values() if Path(file).name != file or not (folder / file).is_file()}
-        )
+        missing = sorted(set(places.values()) - {path.name for path in folder.iterdir() if path.is_file()})
         if missing:
             raise InputError(f"{index} names {missing[0]}, which is not there: copy or download it again")
         checkpoint = Checkpoint(folder, {file: read_tensors(folder / file) for file in sorted(set(places.values()))})

@@ -1,6 +1,6 @@
 """
-The merged values of one tensor, chunk by chunk. Each chunk repeats the operations of PEFT 0.17's `merge_and_unload` on the
-CPU, in its order and precision, so that the result is the same to the last bit.
+The merged values of one tensor, chunk by chunk. Each chunk repeats what PEFT 0.17's `merge_and_unload` does on a CPU,
+in its order and precision, so that the result is the same to the last bit.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from align.errors import InputError
 from align.merge_plan import LoraUpdate, MergedTensor
 
 CHUNK_ELEMENTS = 1 << 20  # in float32 a chunk stays in a core's cache
-CHUNK_ROWS = 16  # below about four rows MKL multiplies matrices in another order, and the last bit differs
+CHUNK_ROWS = 64  # for slices narrower than about twelve MKL adds in another order, and the last bit differs
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -1,6 +1,4 @@
-"""
-Which tensors of a base model a LoRA adapter changes, and how: found from the files' headers, before anything is computed.
-"""
+"""Which tensors of a base model a LoRA adapter changes, and how: found from headers, before anything is computed."""
 
 import itertools
 import math
@@ -85,10 +83,11 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The files to write, each with its tensors in order, and the model's configuration."""
+    """The files to write, each with its tensors in order, the model's configuration, and how many tokens it embeds."""
 
     files: dict[str, list[MergedTensor]]
     config: dict
+    vocabulary: int | None
     changed: int = field(init=False)
     nbytes: int = field(init=False)
 
@@ -98,17 +97,22 @@ class MergePlan:
         object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in tensors))
 
 
+def find_adapter_file(folder: Path) -> Path:
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILES[0])
+
+
 def open_adapter(folder: Path, config: dict) -> Adapter:
     """Sorts the tensors of the adapter in `folder`; raises NotStreamableError for what is not LoRA on plain layers."""
-    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILES[0])
+    file = find_adapter_file(folder)
     tensors = read_tensors(file)
     if config.get("layer_replication"):
         raise InputError(f"{folder}: has layer_replication, whose layers share weights and so cannot be merged")
     reasons = {
-        f"it is {config.get('peft_type')}, not LoRA": config.get("peft_type") != "LORA",
-        "it has target_parameters": config.get("target_parameters"),
-        f"init_lora_weights={config.get('init_lora_weights')}": config.get("init_lora_weights") not in HARMLESS_INITS,
-        "it was trained with Megatron": config.get("megatron_config"),
+        f"the adapter is {config.get('peft_type')}, not LoRA": config.get("peft_type") != "LORA",
+        "the adapter has target_parameters": config.get("target_parameters"),
+        f"init_lora_weights={config.get('init_lora_weights')} changes the base": config.get("init_lora_weights")
+        not in HARMLESS_INITS,
+        "the adapter was trained with Megatron": config.get("megatron_config"),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -181,13 +185,11 @@ class _Planner:
                 )
         if self.dtype:
             self.config["torch_dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.dtype]
-        new_names = {
-            file: file.replace("pytorch_model", "model").replace(".bin", ".safetensors") for file in self.base.files
-        }
-        files = {new: [] for new in new_names.values()}
+        files = {file: [] for file in self.base.files}
         for name, tensor in self.tensors.items():
-            files[new_names[self.file_of.get(name, list(new_names)[-1])]].append(tensor)
-        return MergePlan(files, self.config)
+            files[self.file_of.get(name, list(files)[-1])].append(tensor)
+        files = {_safetensors_name(file): tensors for file, tensors in files.items()}
+        return MergePlan(files, self.config, resized)
 
     def _missing_prefix(self, stored: dict[str, StoredTensor]) -> str:
         """`transformer.` where the checkpoint was saved from the bare GPT2Model, as gpt2 on the hub was."""
@@ -241,9 +243,8 @@ class _Planner:
         for name, value in values.items():
             self.tensors.setdefault(name, MergedTensor(name, self.float_dtype, value))
             labels = [f"LABEL_{number}" for number in range(value.shape[0])]
-            if name.endswith(("score.weight", "classifier.weight")) and len(self.config.get("id2label", {})) != len(
-                labels
-            ):
+            known = self.config.get("id2label", {})
+            if name.endswith(("score.weight", "classifier.weight")) and len(known) != len(labels):
                 self.config["id2label"] = {str(number): label for number, label in enumerate(labels)}
                 self.config["label2id"] = {label: number for number, label in enumerate(labels)}
 
@@ -255,7 +256,9 @@ class _Planner:
         both = (self.embedding, self.head)
         values = [self.adapter.values.get(name) for name in both]
         updated = any(str(name).removesuffix(".weight") in self.adapter.parts for name in both)
-        causal = re.search("ForCausalLM|LMHeadModel", str(self.config.get("architectures")))
+        causal = self.adapter.config.get("task_type") == "CAUSAL_LM" or re.search(
+            "ForCausalLM|LMHeadModel", str(self.config.get("architectures"))
+        )
         if not (self.embedding and causal and (updated or any(values))):
             return
         tied = self.config.get("tie_word_embeddings") is True or self.head not in self.tensors
@@ -334,6 +337,10 @@ class _Planner:
             f"{self.adapter.file}: {tensor.name} {list(tensor.shape)} does not fit {target.name} {list(target.shape)} "
             f"of {self.base.folder}: the adapter is for another model"
         )
+
+
+def _safetensors_name(file: str) -> str:
+    return file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
 def _same_bytes(first: StoredTensor, second: StoredTensor) -> bool:

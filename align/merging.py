@@ -172,9 +172,8 @@ def check_finite(written: Checkpoint) -> None:
 
 
 def _not_finite(name: str, cause: object) -> InputError:
-    return InputError(
-        f"{name} would hold NaN or infinity: did the run that wrote {cause} diverge? --verify False writes it all the same"
-    )
+    hint = "--verify False writes it all the same"
+    return InputError(f"{name} would hold NaN or infinity: did the run that wrote {cause} diverge? {hint}")
 
 
 def _bytes(tensor: StoredTensor, start: int, size: int) -> bytes:

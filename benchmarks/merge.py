@@ -149,9 +149,7 @@ def run(folder: Path, gigabytes: float, rounds: int, upstream: bool) -> list[dic
     for _ in range(rounds):
         for row, (way, adapter, output, command) in zip(rows, ways, strict=True):
             row["runs"].append(measure([str(part) for part in command], output))
-            print(
-                "  {:22} {:10} {:7.1f} s {:7.1f} s of CPU {:6.0f} MB".format(way, adapter, *row["runs"][-1].values())
-            )
+            print("  {:22} {:10} {:7.1f} s {:7.1f} s of CPU {:6.0f} MB".format(way, adapter, *row["runs"][-1].values()))
             if output == ours and upstream and (differing := count_differences(ours, theirs)):
                 sys.exit(f"{differing} elements differ between the two merges of {adapter}")
             for done in {copy, ours, theirs} - ({theirs} if output == theirs else set()):

@@ -1,0 +1,53 @@
+"""A rank of tests/test_emulator_training.py: hccl collectives, then three ZeRO-3 steps of a small model.
+
+Each rank prints one line of JSON. The global batch of 8 rows is cut into one part a rank, so that the weights must be
+those of a single process that sees all 8.
+"""
+
+import json
+
+import torch
+import torch.distributed as dist
+
+STEPS, ROWS = 3, 8
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+
+
+def loss_of(model, step: int, part: slice) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    inputs, targets = (torch.randn(ROWS, size, generator=generator)[part] for size in (8, 4))
+    return torch.nn.functional.mse_loss(model(inputs.to("hpu")), targets.to("hpu"))
+
+
+def main() -> None:
+    import deepspeed
+
+    deepspeed.init_distributed()  # picks hccl by itself
+    rank, world = dist.get_rank(), dist.get_world_size()
+    total = torch.tensor([rank + 1.0], device="hpu")
+    dist.all_reduce(total)
+    dist.barrier()
+
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // world,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    model = make_model()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    for step in range(STEPS):
+        engine.backward(loss_of(engine, step, slice(rank * ROWS // world, (rank + 1) * ROWS // world)))
+        engine.step()
+    held = [parameter.numel() for parameter in model.parameters()]
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        weights = [parameter.flatten().tolist() for parameter in model.parameters()]
+    facts = {"backend": dist.get_backend(), "total": total.item(), "held": held, "weights": weights}
+    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

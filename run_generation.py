@@ -226,39 +226,44 @@ def make_generation_config(
     tokenizer: "PreTrainedTokenizerBase",
     decoding: DecodingArguments,
     gaudi: GaudiArguments,
-    stop_tokens: set[int],
+    end_tokens: list[int],
 ) -> "GaudiGenerationConfig":
-    """The model's own generation config, with what the user asked for on top."""
+    """The model's own generation config, with what the user asked for on top; `model` gets it as its own."""
     from optimum.habana.transformers.generation import MODELS_OPTIMIZED_WITH_STATIC_SHAPES
 
     config = copy.deepcopy(model.generation_config)
-    own_end = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    end_tokens = stop_tokens.union(own_end, [tokenizer.eos_token_id]) - {None}
+    beams = decoding.num_beams > 1
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *end_tokens)  # masked, so any token will do
-    chosen = {
-        "max_new_tokens": decoding.max_new_tokens,
-        "do_sample": decoding.do_sample,
-        "temperature": decoding.temperature if decoding.do_sample else 1.0,
-        "top_k": decoding.top_k if decoding.do_sample else 50,
-        "top_p": decoding.top_p if decoding.do_sample else 1.0,
-        "num_beams": decoding.num_beams,
-        "repetition_penalty": 1.0,  # RepetitionPenalty does it
-        "eos_token_id": sorted(end_tokens),
-        "pad_token_id": next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
-        "ignore_eos": True,  # EndWatch looks for them
+    sampling = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    if decoding.do_sample:
+        sampling = {key: value for key in sampling if (value := getattr(decoding, key)) is not None}
+    config.update(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.num_beams,
+        do_sample=decoding.do_sample,
+        **sampling,
+        repetition_penalty=1.0,  # RepetitionPenalty does it
+        pad_token_id=next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
+        eos_token_id=end_tokens if beams else None,  # EndWatch looks for them
+        ignore_eos=True,
         # Its beam search on static shapes knows one end token and puts any finished beam first (utils.py:3175).
-        "static_shapes": decoding.num_beams == 1 and model.config.model_type in MODELS_OPTIMIZED_WITH_STATIC_SHAPES,
-        "use_cache": gaudi.use_kv_cache,
-        "reuse_cache": gaudi.reuse_cache,
-        "bucket_size": gaudi.bucket_size,
-        "limit_hpu_graphs": gaudi.limit_hpu_graphs,
-        "use_flash_attention": gaudi.use_flash_attention,
-        "flash_attention_recompute": gaudi.flash_attention_recompute,
-    }
-    for key, value in chosen.items():
-        if value is not None:
-            setattr(config, key, value)
+        static_shapes=not beams and model.config.model_type in MODELS_OPTIMIZED_WITH_STATIC_SHAPES,
+        use_cache=gaudi.use_kv_cache,
+        trim_logits=gaudi.use_kv_cache,  # the head sees the last position of a prompt alone
+        reuse_cache=gaudi.reuse_cache,
+        bucket_size=gaudi.bucket_size,
+        limit_hpu_graphs=gaudi.limit_hpu_graphs,
+        use_flash_attention=gaudi.use_flash_attention,
+        flash_attention_recompute=gaudi.flash_attention_recompute,
+    )
+    model.generation_config = config  # where generate() looks for tokens that its own config leaves out
     return config
+
+
+def find_end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stop_tokens: set[int]) -> list[int]:
+    """All tokens that end a text: the model's, the tokenizer's and the user's."""
+    own = model.generation_config.eos_token_id
+    return sorted(stop_tokens.union(own if isinstance(own, list) else [own], [tokenizer.eos_token_id]) - {None})
 
 
 def answer_all(
@@ -377,13 +382,15 @@ def main(argv: list[str] | None = None) -> None:
         gaudi_args.use_hpu_graphs,
     )
     check_support(model, gaudi_args)
-    config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, stop_tokens)
+    penalty = decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0
+    end_tokens = find_end_tokens(model, tokenizer, stop_tokens)
+    config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, end_tokens)
     generator = TextGenerator(
         model,
         tokenizer,
         config,
-        end_tokens=[] if output_args.benchmark else config.eos_token_id,
-        repetition_penalty=decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0,
+        end_tokens=[] if output_args.benchmark else end_tokens,
+        repetition_penalty=penalty,
         use_hpu_graphs=gaudi_args.use_hpu_graphs,
         rows=min(gaudi_args.batch_size, len(prompts)),
     )

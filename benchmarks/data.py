@@ -1,12 +1,13 @@
 """What becomes of a computed token: packing and buckets against optimum-habana's own trainer, on the same samples.
 
-python benchmarks/data.py                          some ten minutes
+python benchmarks/data.py                          some ten minutes on two quiet cores
 python benchmarks/data.py --samples 2000 --rounds 1
 
 Samples are synthetic, with log-normal lengths like those of chats (dolly) and of questions with an answer (stack
 exchange), and stop at 512 tokens; a batch has 8 rows. Rounds are interleaved, and the fastest counts: noise only slows.
 Graphs are those that the emulator counts in 40 steps; on a card each one is a compilation. Speed is this host's, not a
 card's. "possible" is the share of useful tokens that no packing can exceed: samples longer than half a row never meet.
+Both sets together are packed as well, but not trained on.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,14 +142,14 @@ class Metered:
         self.train()
         return self.useful / (time.perf_counter() - self.start)
 
-    def count_batches(self, limit: int) -> tuple[float, int]:
-        """Share of useful tokens and number of shapes, over an epoch or `limit` batches of an endless one."""
+    def count_batches(self) -> dict[str, float]:
+        """Share of useful tokens and number of shapes, over an epoch."""
         tokens, shapes = Counter(), set()
-        for batch in islice(self.get_train_dataloader(), limit):
+        for batch in self.get_train_dataloader():
             useful, computed = count_tokens(batch)
             tokens.update(useful=useful, computed=computed)
             shapes.add(tuple(batch["input_ids"].shape))
-        return tokens["useful"] / tokens["computed"], len(shapes)
+        return {"useful_share": tokens["useful"] / tokens["computed"], "shapes": len(shapes)}
 
 
 class MeteredSupervisedTrainer(Metered, SupervisedTrainer):
@@ -199,27 +200,21 @@ def make_trainer(
     return trainer
 
 
-def compare(
-    samples: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerFast, rounds: int, folder: str
-) -> dict[str, dict[str, float]]:
-    make = partial(make_trainer, samples=samples, texts=texts, tokenizer=tokenizer, folder=folder)
+def compare(make: Callable[..., Metered], rounds: int) -> dict[str, dict[str, float]]:
+    """For each way useful share and shapes; after some `rounds` of training also graphs and speed."""
     trainers = {name: make(name, steps=STEPS) for name in OURS | UPSTREAM}
+    results = {
+        name: dict(zip(("useful_share", "shapes"), trainers[name].count_batches(), strict=True)) for name in trainers
+    }
     speeds = {name: [] for name in trainers}
     for _ in range(rounds):
         for name, trainer in trainers.items():
             speeds[name].append(trainer.measure_speed())
-    results = {}
-    for name, trainer in trainers.items():
-        useful, shapes = trainer.count_batches(limit=len(samples))
+    for name in trainers if rounds else ():
         counted = make(name, steps=COUNTED_STEPS)
         with count_graphs() as graphs:
             counted.train()
-        results[name] = {
-            "useful_share": useful,
-            "shapes": shapes,
-            "graphs": graphs.distinct,
-            "useful_tokens_per_second": max(speeds[name]),
-        }
+        results[name] |= {"graphs": graphs.distinct, "useful_tokens_per_second": max(speeds[name])}
     return results
 
 
@@ -239,18 +234,25 @@ def print_table(title: str, figures: dict) -> None:
     """One line a way to train, with its speed relative to padding everything to the maximum."""
     print(f"\n{title}: {figures['mean_length']:.0f} tokens on average, possible {figures['possible_share']:.1%}")
     print(f"{'':30}{'useful':>8}{'shapes':>8}{'graphs':>8}{'useful tokens/s':>17}{'x pad_max':>11}")
-    slowest = figures["ways"]["optimum-habana pad_max"]["useful_tokens_per_second"]
+    slowest = figures["ways"]["optimum-habana pad_max"].get("useful_tokens_per_second")
     for name, row in figures["ways"].items():
-        speed = row["useful_tokens_per_second"]
-        shape = f"{row['useful_share']:8.1%}{row['shapes']:8}{row['graphs']:8}"
-        print(f"{name:30}{shape}{speed:17,.0f}{speed / slowest:11.2f}")
+        line = f"{name:30}{row['useful_share']:8.1%}{row['shapes']:8}"
+        if slowest:
+            speed = row["useful_tokens_per_second"]
+            line += f"{row['graphs']:8}{speed:17,.0f}{speed / slowest:11.2f}"
+        print(line)
     cut = figures["samples_cut_by_upstream_packing"]
-    print(f"optimum-habana's packing cuts {cut:.0%} of the samples, and lets those in a row see each other.")
+    print(
+        f"optimum-habana's packing cuts {cut:.0%} of the samples, and lets those in a row see each other.", flush=True
+    )
 
 
 def print_preparation(title: str, speeds: dict[str, float]) -> None:
     ours, alone = speeds["ours"], speeds["tokenizer alone"]
-    print(f"{title}, prepared: {ours:,.0f} samples/s, {ours / alone:.2f} of datasets.map with the tokenizer alone")
+    print(
+        f"{title}, prepared: {ours:,.0f} samples/s, {ours / alone:.2f} of datasets.map with the tokenizer alone",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -259,6 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the fastest counts")
     parser.add_argument("--json", type=Path, default=ROOT / "runs/benchmarks/data.json", help="where the figures go")
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     disable_progress_bars()
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
@@ -278,13 +281,13 @@ def main() -> None:
         sets["both"] = tuple(map(concatenate_datasets, zip(*sets.values(), strict=True)))
         for title, (samples, texts) in sets.items():
             lengths = np.array(samples["length"])
+            whole_lengths = np.array([len(ids) for ids in tokenizer(texts["text"]).input_ids])
+            make = partial(make_trainer, samples=samples, texts=texts, tokenizer=tokenizer, folder=folder)
             report[title] = {
                 "mean_length": float(lengths.mean()),
                 "possible_share": find_possible_share(lengths),
-                "samples_cut_by_upstream_packing": cut_share(
-                    np.array([len(ids) for ids in tokenizer(texts["text"]).input_ids])
-                ),
-                "ways": compare(samples, texts, tokenizer, options.rounds, folder),
+                "samples_cut_by_upstream_packing": cut_share(whole_lengths),
+                "ways": compare(make, options.rounds if title in files else 0),
             }
             print_table(title, report[title])
     options.json.parent.mkdir(parents=True, exist_ok=True)

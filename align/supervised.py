@@ -49,7 +49,7 @@ def make_batches(
 
     `batch_size` is one device's. With --pad_max every sample is padded to --max_seq_length.
     """
-    longest, seed, world_size = args.max_seq_length, args.seed, args.world_size
+    longest, seed = args.max_seq_length, args.seed
     stream = isinstance(samples, IterableDataset)
     if packing:
         rows = pack_stream(samples, longest, seed=seed) if stream else RowDataset(samples, longest, seed)
@@ -59,7 +59,7 @@ def make_batches(
             _log_waste(name, int(rows.lengths.sum()), {longest: -(-len(rows) // batch_size)}, batch_size)
         return Batches(rows, collator, groups)
     lengths = None if stream else np.asarray(samples.with_format("numpy")["length"])
-    if args.pad_max:
+    if args.pad_max or (stream and args.world_size > 1):  # of a stream accelerate joins all ranks' batches: one shape
         buckets = [longest]
     elif stream:  # nobody knows its lengths yet
         buckets = sorted({longest * number // num_buckets for number in range(1, num_buckets + 1)} - {0})
@@ -67,7 +67,7 @@ def make_batches(
         buckets = choose_buckets(lengths, num_buckets, longest)
     collator = BucketCollator(batch_size, buckets, pad_token_id)
     if stream:
-        return Batches(group_stream(samples, buckets, batch_size * world_size, seed=seed), collator, None)
+        return Batches(group_stream(samples, buckets, batch_size, seed=seed), collator, None)
     _log_waste(name, int(lengths.sum()), batches_per_bucket(lengths, buckets, batch_size), batch_size)
     return Batches(RowDataset(samples), collator, np.searchsorted(buckets, lengths))
 

@@ -200,6 +200,7 @@ def main() -> None:
         layout = pairs.separate_rows(lengths, preference_args.num_buckets, args.max_length)
     pairs.log_layout(layout, lengths)
     args = preference.fit_batches(args, layout)
+    set_seed(args.seed)  # a new adapter is the same however the model was loaded
     trainer = preference.PreferenceTrainer(
         model=model,
         ref_model=ref_model,

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 IDS = pyarrow.list_(pyarrow.int32())
 COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+EMPTY = np.empty(0, np.int64)
 WORTHWHILE = 0.85  # share of useful columns from which on no further shape is added
 WEIGHTS = (0, 0.5, 1, 2)  # of a scored column beside any column, tried for rows of the same size
 SAMPLED = 100_000  # pairs that a layout is chosen on
@@ -213,16 +214,17 @@ class PairDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitems__(self, indices: list[int]) -> list[dict | None]:
+    def __getitems__(self, indices: list[int]) -> list[dict]:
         taken = [index for index in indices if index != NONE]
         columns = self.pairs[taken] if taken else {name: [] for name in COLUMNS}
-        pairs = iter(zip(taken, *(columns[name] for name in COLUMNS), strict=True))
-        return [self._read(*next(pairs)) if index != NONE else None for index in indices]
+        pairs = zip(*(columns[name] for name in COLUMNS), strict=True)
+        return [self._describe(index, *(next(pairs) if index != NONE else (EMPTY, EMPTY, EMPTY))) for index in indices]
 
-    def _read(self, index: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> dict:
+    def _describe(self, index: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> dict:
         pair = {"index": index, "prompt": prompt, "answers": (chosen, rejected)}
-        known = self.stored is not None and self.stored.values is not None
-        return {**pair, "reference": self.stored.values[index]} if known else pair
+        if self.stored is not None and self.stored.values is not None:
+            pair["reference"] = self.stored.values[index] if index != NONE else np.zeros(2, np.float32)
+        return pair
 
 
 class PairSampler(torch.utils.data.Sampler):
@@ -258,18 +260,15 @@ class PairCollator:
     layout: Layout
     pad_token_id: int
 
-    def __call__(self, pairs: list[dict | None]) -> dict[str, torch.Tensor]:
-        fill = self._fill_shared if self.layout.shared else self._fill_separate
-        batch = fill(pairs)
-        empty = {"index": NONE, "answers": ((), ()), "reference": np.zeros(2, np.float32)}
-        known = [pair or empty for pair in pairs]
-        batch["answer_lengths"] = np.array([[len(answer) for answer in pair["answers"]] for pair in known])
-        batch["indices"] = np.array([pair["index"] for pair in known])
-        if all("reference" in pair for pair in known):
-            batch["reference"] = np.stack([pair["reference"] for pair in known])
+    def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self._fill_shared(pairs) if self.layout.shared else self._fill_separate(pairs)
+        batch["answer_lengths"] = np.array([[len(answer) for answer in pair["answers"]] for pair in pairs])
+        batch["indices"] = np.array([pair["index"] for pair in pairs])
+        if "reference" in pairs[0]:
+            batch["reference"] = np.stack([pair["reference"] for pair in pairs])
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
-    def _fill_shared(self, pairs: list[dict | None]) -> dict[str, np.ndarray]:
+    def _fill_shared(self, pairs: list[dict]) -> dict[str, np.ndarray]:
         """`segment_ids` number the pairs of a row from 1; `branch_ids` are 0 for a prompt, 1 chosen, 2 rejected."""
         number = self.layout.pairs_per_row
         rows = [pairs[start : start + number] for start in range(0, len(pairs), number)]
@@ -288,7 +287,7 @@ class PairCollator:
         for row, members in enumerate(rows):
             left, right = 0, shape.columns
             for place, pair in enumerate(members):
-                if pair is None:
+                if pair["index"] == NONE:
                     continue
                 prompt, last = pair["prompt"][:-1], pair["prompt"][-1:]
                 left = put(row, left, prompt, 0, place + 1, 0).stop
@@ -298,12 +297,12 @@ class PairCollator:
                     self._score(batch, row, right, answer, 2 * (row * number + place) + branch)
         return batch
 
-    def _fill_separate(self, pairs: list[dict | None]) -> dict[str, np.ndarray]:
-        shape = self._choose_shape(max(len(pair["prompt"]) + max(map(len, pair["answers"])) for pair in pairs if pair))
+    def _fill_separate(self, pairs: list[dict]) -> dict[str, np.ndarray]:
+        shape = self._choose_shape(max(len(pair["prompt"]) + max(map(len, pair["answers"])) for pair in pairs))
         batch = self._empty(2 * len(pairs), shape, len(pairs))
         batch["attention_mask"] = np.zeros_like(batch["input_ids"])
         for place, pair in enumerate(pairs):
-            for branch, answer in enumerate(pair["answers"] if pair else ()):
+            for branch, answer in enumerate(pair["answers"] if pair["index"] != NONE else ()):
                 row, start = 2 * place + branch, len(pair["prompt"])
                 tokens = np.append(pair["prompt"], answer)
                 batch["input_ids"][row, : len(tokens)] = tokens
@@ -330,5 +329,5 @@ class PairCollator:
         batch["slots"][row, start : start + len(answer)] = slot
 
 
-def _columns(pair: dict | None) -> int:
-    return len(pair["prompt"]) - 1 + sum(map(len, pair["answers"])) if pair else 0
+def _columns(pair: dict) -> int:
+    return max(len(pair["prompt"]) - 1, 0) + sum(map(len, pair["answers"]))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-import resource
+import re
 import shutil
 import signal
 import sys
@@ -19,7 +19,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from align.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json, replace_folder
+from align.checkpoints import (
+    NotStreamableError,
+    find_folder,
+    open_checkpoint,
+    read_json,
+    replace_folder,
+    restore_folder,
+)
 from align.errors import InputError, run_script
 from align.merge_plan import MergePlan, find_adapter_file, open_adapter, plan_merge
 from align.merging import check_finite, merge_through_peft, verify_files, write_files
@@ -184,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--adapter_model_name: {adapter} has no adapter_config.json; give an adapter's folder")
     adapter_config = read_json(adapter / "adapter_config.json")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
-    output = Path(args.output_name)
+    output = Path(os.path.abspath(args.output_name))
+    restore_folder(output)
     check_output(output, args.overwrite, {"--base_model_name": base, "--adapter_model_name": adapter})
     if args.push_to_hub:
         check_login(args.push_to_hub)
@@ -219,8 +227,9 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(f"--output_name: the disk of {output} is full ({error.strerror}); nothing is left") from None
-    seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    logger.info("Wrote %s: %.2f GB in %.1f s, peak memory %.0f MiB", output, needed / 1e9, seconds, peak)
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # getrusage counts the parent's too
+    seconds = time.monotonic() - start
+    logger.info("Wrote %s: %.2f GB in %.1f s, peak memory %d MB", output, needed / 1e9, seconds, int(peak[1]) / 976.6)
     if args.push_to_hub:
         push(output, args.push_to_hub)
 

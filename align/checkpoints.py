@@ -182,7 +182,7 @@ def replace_folder(output: Path, flag: str) -> Iterator[Path]:
     of `output` in one rename; when it fails, it vanishes. What a killed run has left is cleared at the next start.
     """
     partial = output.with_name(f".{output.name}.partial")
-    previous = output.with_name(f".{output.name}.previous")
+    previous = _previous(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
@@ -197,8 +197,6 @@ def replace_folder(output: Path, flag: str) -> Iterator[Path]:
         ) from None
     try:
         _clear(partial)
-        if previous.exists() and not output.exists():
-            previous.rename(output)
         yield partial
         for path in [*partial.rglob("*"), partial]:
             flush(path)
@@ -209,6 +207,16 @@ def replace_folder(output: Path, flag: str) -> Iterator[Path]:
         if output.exists():
             shutil.rmtree(previous, ignore_errors=True)
         os.close(lock)
+
+
+def restore_folder(output: Path) -> None:
+    """Puts the old `output` back where a kill came between the two renames of a file system that cannot swap."""
+    if _previous(output).exists() and not output.exists():
+        _previous(output).rename(output)
+
+
+def _previous(output: Path) -> Path:
+    return output.with_name(f".{output.name}.previous")
 
 
 def _clear(folder: Path) -> None:
@@ -234,7 +242,7 @@ def _exchange(partial: Path, output: Path, previous: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        # NFS and the like cannot swap: a kill between these two lines leaves `previous`, restored at the next start.
+        # NFS and the like cannot swap: a kill between these two lines leaves what `restore_folder` finds.
         output.rename(previous)
         partial.rename(output)
 

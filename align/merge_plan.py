@@ -107,11 +107,11 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
     tensors = read_tensors(file)
     if config.get("layer_replication"):
         raise InputError(f"{folder}: has layer_replication, whose layers share weights and so cannot be merged")
+    init = config.get("init_lora_weights")
     reasons = {
         f"the adapter is {config.get('peft_type')}, not LoRA": config.get("peft_type") != "LORA",
         "the adapter has target_parameters": config.get("target_parameters"),
-        f"init_lora_weights={config.get('init_lora_weights')} changes the base": config.get("init_lora_weights")
-        not in HARMLESS_INITS,
+        f"init_lora_weights={init} changes the base too": init not in HARMLESS_INITS,
         "the adapter was trained with Megatron": config.get("megatron_config"),
     }
     for reason, applies in reasons.items():

@@ -1,0 +1,415 @@
+"""python -m pytest tests/test_merge_failures.py
+
+Wrong input costs one clear line; a failure or a kill at any moment leaves the old output or the complete new one.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import align.checkpoints
+import align.merging
+import merge_peft_adapter
+from align.errors import InputError
+
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "vocab_size": 32}
+ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 2, "lora_alpha": 4}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+COMMAND = ["--adapter_model_name", "adapter", "--output_name", "merged"]
+
+
+def write_json(path, content):
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(json.dumps(content))
+
+
+def change_json(path, **changes):
+    write_json(path, {**json.loads(Path(path).read_text()), **changes})
+
+
+def change_tensors(path, **changes):
+    """`a__b=tensor` sets the tensor a.b, or drops it where the value is None."""
+    tensors = {**load_file(path), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def save_shards(folder, rows=8, layers=1, seed=0):
+    """A Llama-named base in two shards, of bf16 weights [rows, 8], and an adapter for its q_proj."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        f"model.layers.{layer}.self_attn.{name}.weight": torch.randn(rows, 8, generator=generator).bfloat16()
+        for layer in range(layers)
+        for name in ("q_proj", "v_proj")
+    }
+    embeddings = {name: torch.randn(32, 8).bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    write_json(folder / "base/config.json", CONFIG)
+    places = {}
+    for file, tensors in (("model-00001.safetensors", weights), ("model-00002.safetensors", embeddings)):
+        save_file(tensors, folder / "base" / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, file))
+    write_json(folder / "base/model.safetensors.index.json", {"weight_map": places})
+    adapter = {}
+    for layer in range(layers):
+        module = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        adapter[f"{module}.lora_A.weight"] = torch.randn(2, 8, generator=generator)
+        adapter[f"{module}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    write_json(folder / "adapter/adapter_config.json", ADAPTER)
+    save_file(adapter, folder / "adapter/adapter_model.safetensors")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    save_shards(tmp_path)
+    return tmp_path
+
+
+LORA = "base_model__model__" + Q_PROJ.replace(".", "__")
+ADAPTER_WEIGHTS, FIRST_SHARD = "adapter/adapter_model.safetensors", "base/model-00001.safetensors"
+
+
+def truncate(path):
+    os.truncate(path, Path(path).stat().st_size - 7)
+
+
+def overwrite_header(path):
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(b"garbage")
+
+
+BAD_INPUTS = {
+    "no adapter": (lambda: shutil.rmtree("adapter"), "--adapter_model_name: adapter is neither a folder nor"),
+    "adapter is a model": (lambda: os.remove("adapter/adapter_config.json"), "adapter has no adapter_config.json"),
+    "adapter without weights": (lambda: os.remove(ADAPTER_WEIGHTS), f"{ADAPTER_WEIGHTS} is missing"),
+    "adapter names no base": (
+        lambda: change_json("adapter/adapter_config.json", base_model_name_or_path=None),
+        "--base_model_name: missing, and adapter/adapter_config.json names no base",
+    ),
+    "adapter names a base that is not here": (
+        lambda: change_json("adapter/adapter_config.json", base_model_name_or_path="../elsewhere/base"),
+        "--base_model_name: not given; that of adapter/adapter_config.json: ../elsewhere/base is neither a folder nor",
+    ),
+    "half a JSON": (lambda: Path("base/config.json").write_text('{"a'), "base/config.json is not valid JSON"),
+    "no config": (lambda: os.remove("base/config.json"), "base/config.json cannot be read: No such file"),
+    "base is empty": (
+        lambda: [os.remove("base/model.safetensors.index.json"), os.remove(FIRST_SHARD)],
+        "base has no model.safetensors or pytorch_model.bin",
+    ),
+    "shard is missing": (lambda: os.remove(FIRST_SHARD), "names model-00001.safetensors, which is not there"),
+    "shard is truncated": (lambda: truncate(FIRST_SHARD), f"{FIRST_SHARD} is truncated or damaged"),
+    "shard has no header": (lambda: overwrite_header(FIRST_SHARD), f"{FIRST_SHARD} is damaged"),
+    "shard is empty": (lambda: Path(FIRST_SHARD).write_bytes(b""), f"{FIRST_SHARD} is damaged"),
+    "shard lacks a tensor": (
+        lambda: change_tensors(FIRST_SHARD, **{Q_PROJ.replace(".", "__") + "__weight": None}),
+        f"looks for {Q_PROJ}.weight in model-00001.safetensors, which does not hold it",
+    ),
+    "quantised base": (
+        lambda: change_json("base/config.json", quantization_config={"quant_method": "gptq"}),
+        "base is quantised (gptq)",
+    ),
+    "adapter is truncated": (lambda: truncate(ADAPTER_WEIGHTS), f"{ADAPTER_WEIGHTS} is truncated"),
+    "adapter of another architecture": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, base_model__model__transformer__h__0__lora_A__weight=torch.ones(2, 8)),
+        "comes without its lora_B.weight",
+    ),
+    "adapter tensor without a place": (
+        lambda: change_tensors(
+            ADAPTER_WEIGHTS,
+            base_model__model__h__lora_A__weight=torch.ones(2, 8),
+            base_model__model__h__lora_B__weight=torch.ones(8, 2),
+        ),
+        "base_model.model.h.lora_A.weight finds no place in base (llama)",
+    ),
+    "adapter of another size": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.ones(16, 2)}),
+        "lora_B.weight [16, 2] does not fit model.layers.0.self_attn.q_proj.weight [8, 8]",
+    ),
+    "adapter of another rank": (
+        lambda: change_json("adapter/adapter_config.json", r=4),
+        "lora_A.weight has rank 2, adapter_config.json says 4",
+    ),
+    "adapter of ZeRO-3 not gathered": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.ones(0)}),
+        "lora_B.weight is empty, as ZeRO-3 leaves",
+    ),
+    "adapter that diverged": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.full((8, 2), torch.nan)}),
+        f"{Q_PROJ}.weight would hold NaN or infinity",
+    ),
+    "replicated layers": (
+        lambda: change_json("adapter/adapter_config.json", layer_replication=[[0, 1]]),
+        "layer_replication",
+    ),
+    "output is a file": (lambda: Path("merged").write_text(""), "merged is a file; name a folder"),
+    "output exists": (lambda: write_json("merged/config.json", {}), "merged exists; add --overwrite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_wrong_input_is_one_clear_line_and_writes_nothing(case, inputs):
+    spoil, message = BAD_INPUTS[case]
+    spoil()
+    before = sorted(inputs.rglob("*"))
+
+    with pytest.raises(InputError) as error:
+        merge_peft_adapter.main(COMMAND)
+
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(inputs.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "merged"], "--output"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--verify", "maybe"], "give True or False"),
+        (["--num_workers", "0"], "--num_workers: got 0"),
+        (["--output_name", "base"], "base is or holds --base_model_name base"),
+        (["--output_name", "adapter"], "adapter is or holds --adapter_model_name adapter"),
+        (["--output_name", ".", "--overwrite"], " is or holds --base_model_name"),
+        (["--output_name", "photos", "--overwrite"], "photos holds no model, so it stays"),
+        (["--output_name", "base/config.json/merged"], "base/config.json/merged (Not a directory)"),
+        (["--base_model_name", "base/config.json"], "--base_model_name: base/config.json is a file"),
+        (["--push_to_hub", "me/model"], "--push_to_hub: me/model"),
+    ],
+)
+def test_wrong_flag_is_one_clear_line(arguments, message, inputs):
+    write_json("photos/holiday.json", {})
+
+    with pytest.raises(InputError) as error:
+        merge_peft_adapter.main([*COMMAND, *arguments])
+
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert Path("photos/holiday.json").exists()
+
+
+def test_command_line_ends_with_exit_code_2_and_one_line(inputs):
+    command = [sys.executable, ROOT / "merge_peft_adapter.py", "--adapter_model_name=nowhere", "--output_name=merged"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("merge_peft_adapter.py: error: --adapter_model_name: nowhere is neither a folder")
+    assert done.stderr.count("\n") == 1
+
+
+def test_verify_false_writes_values_that_are_not_finite(inputs):
+    change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.full((8, 2), torch.inf)})
+
+    merge_peft_adapter.main([*COMMAND, "--verify", "False"])
+
+    assert not load_file("merged/model-00001.safetensors")[f"{Q_PROJ}.weight"].isfinite().all()
+
+
+def test_verify_finds_what_a_disk_did_not_keep(inputs, monkeypatch):
+    monkeypatch.setattr(
+        align.merging, "_copy", lambda tensor, offset, out, size, count: os.pwrite(out, bytes(size), offset)
+    )
+
+    with pytest.raises(OSError, match="reads back other than it was written"):
+        merge_peft_adapter.main(COMMAND)
+
+    assert sorted(path.name for path in inputs.iterdir()) == ["adapter", "base"]
+
+
+def test_overwrite_replaces_the_whole_folder(inputs):
+    write_json("merged/config.json", {})
+    write_json("merged/stale.json", {})
+
+    merge_peft_adapter.main([*COMMAND, "--overwrite"])
+
+    assert not Path("merged/stale.json").exists()
+    assert json.loads(Path("merged/config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS])
+def test_file_systems_that_cannot_swap_folders_get_two_renames(number, inputs, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(align.checkpoints, "swap_folders", refuse)
+    write_json("merged/config.json", {})
+
+    merge_peft_adapter.main([*COMMAND, "--overwrite"])
+
+    assert json.loads(Path("merged/config.json").read_text()) == CONFIG
+    assert sorted(path.name for path in inputs.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_what_a_kill_between_two_renames_left_is_restored_or_cleared(inputs):
+    write_json(".merged.previous/config.json", {"the": "old model"})
+    write_json(".merged.partial/model-00001.safetensors", "half a shard")
+
+    with pytest.raises(InputError, match="exists; add --overwrite"):
+        merge_peft_adapter.main(COMMAND)
+    old = json.loads(Path("merged/config.json").read_text())
+    merge_peft_adapter.main([*COMMAND, "--overwrite"])
+
+    assert old == {"the": "old model"}
+    assert json.loads(Path("merged/config.json").read_text()) == CONFIG
+    assert sorted(path.name for path in inputs.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_disks_between_which_the_kernel_cannot_copy_are_copied_through_memory(inputs, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+
+    merge_peft_adapter.main(COMMAND)
+
+    base, merged = load_file("base/model-00002.safetensors"), load_file("merged/model-00002.safetensors")
+    assert all(torch.equal(base[name], merged[name]) for name in base)
+
+
+def test_second_merge_into_the_same_folder_is_refused_while_the_first_writes(inputs):
+    write_json("merged/config.json", {"the": "old model"})
+
+    with align.checkpoints.replace_folder(Path("merged"), "--output_name") as folder:
+        (folder / "config.json").write_text('{"the": "first one\'s"}')
+        with pytest.raises(InputError, match="another run is writing .*merged right now"):
+            merge_peft_adapter.main([*COMMAND, "--overwrite"])
+
+    assert "first one's" in Path("merged/config.json").read_text()
+
+
+def test_too_small_a_disk_is_told_before_anything_is_written(inputs, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 50))
+
+    with pytest.raises(InputError, match=r"0\.0 GB free, the merged model needs"):
+        merge_peft_adapter.main(COMMAND)
+
+    assert not Path("merged").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_disk_that_fills_up_during_the_merge_leaves_nothing(small_disk, tmp_path, monkeypatch):
+    save_shards(tmp_path, rows=100_000)
+    monkeypatch.setattr(merge_peft_adapter, "check_disk", lambda *_: None)  # as if someone else took the space
+
+    with pytest.raises(InputError, match=r"the disk of .* is full \(No space left on device\); nothing is left"):
+        merge_peft_adapter.main(["--adapter_model_name", "adapter", "--output_name", str(small_disk / "merged")])
+
+    assert list(small_disk.iterdir()) == []
+
+
+def test_folder_without_write_permission_is_named():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_shards(folder)
+        (folder / "closed").mkdir(mode=0o555)
+        for path in (folder, *folder.glob("*/*.safetensors")):
+            path.chmod(0o755)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may write anywhere
+
+        try:
+            with pytest.raises(InputError, match=r"cannot write beside .*closed/merged \(Permission denied\)"):
+                merge_peft_adapter.main(
+                    ["--adapter_model_name", f"{folder}/adapter", "--base_model_name", f"{folder}/base"]
+                    + ["--output_name", f"{folder}/closed/merged"]
+                )
+        finally:
+            os.seteuid(user)
+
+
+# ---- kills
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A base of 420 MB, whose merge takes long enough to be hit."""
+    folder = tmp_path_factory.mktemp("large")
+    save_shards(folder, rows=650_000, layers=20)
+    command = [sys.executable, ROOT / "merge_peft_adapter.py", *COMMAND, "--overwrite"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return folder, command, done.stderr
+
+
+def digest(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def assert_kills_leave_a_whole_model(large, kills, seed):
+    """Half of the kills fall anywhere in the run, half while the partial folder exists, where they could do harm."""
+    folder, command, _ = large
+    output, partial = folder / "merged", folder / ".merged.partial"
+    whole = digest(output)
+    (output / "config.json").write_text(json.dumps({**CONFIG, "old": True}))
+    old = digest(output)
+    chance = random.Random(seed)
+    hits = 0
+    for number in range(kills):
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if number % 2:
+            deadline = time.monotonic() + 60
+            while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+        time.sleep(chance.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        hits += process.wait() == -signal.SIGKILL
+        found = digest(output)
+        assert found in (old, whole)
+        old = found
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    assert digest(output) == whole
+    assert not partial.exists()
+    assert hits
+
+
+def test_kills_at_random_moments_leave_the_old_output_or_the_new_one(large):
+    assert_kills_leave_a_whole_model(large, kills=4, seed=0)
+
+
+@pytest.mark.soak
+def test_fifty_kills_at_random_moments_leave_the_old_output_or_the_new_one(large):
+    assert_kills_leave_a_whole_model(large, kills=50, seed=1)
+
+
+def test_termination_clears_the_partial_folder(large):
+    folder, command, _ = large
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    while not (folder / ".merged.partial").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+
+    process.terminate()
+
+    assert process.wait() == 143
+    assert not (folder / ".merged.partial").exists()
+
+
+def test_peak_memory_stays_below_400_mb_and_is_told(large):
+    _, _, output = large
+
+    peak = int(re.search(r"peak memory (\d+) MB", output)[1])
+
+    assert peak < 400

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from habana_frameworks.emulator.graph_counter import count_graphs
 from habana_frameworks.torch.core import mark_step
 from habana_frameworks.torch.hpu import HPUGraph, ModuleCacher, wrap_in_hpu_graph
+from habana_frameworks.torch.hpu.metrics import metric_localcontext
 
 ROOT = Path(__file__).parent.parent
 HPU = torch.device("hpu", 0)
@@ -233,6 +234,17 @@ def test_lazy_graphs_end_at_mark_steps_and_where_the_host_reads():
 
     assert (graphs.distinct, graphs.launches) == (3, 5)
     assert sorted(graphs.lazy.values()) == [1, 1, 3]
+
+
+def test_the_plugins_own_metric_counts_what_a_context_adds():
+    with metric_localcontext("graph_compilation") as outer:
+        torch.ones(2).add(1)
+        mark_step()
+        with metric_localcontext("graph_compilation") as inner:
+            torch.ones(3).add(1)
+        torch.ones(3).add(1)
+
+    assert [dict(metric.stats())["TotalNumber"] for metric in (inner, outer)] == [1, 2]
 
 
 def test_the_metrics_file_tells_the_number_of_graphs(tmp_path):

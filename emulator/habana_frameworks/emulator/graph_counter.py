@@ -66,45 +66,45 @@ class GraphCounter(TorchDispatchMode):
         return result
 
 
-_active: GraphCounter | None = None
+active: GraphCounter | None = None  # the one that counts now
 
 
 def end_lazy_graph() -> None:
-    if _active:
-        _active.end_lazy_graph()
+    if active:
+        active.end_lazy_graph()
 
 
 @contextlib.contextmanager
 def hpu_graph(module_id: int, inputs: Hashable) -> Iterator[None]:
     """What runs in here is one HPU graph, not lazy ones."""
-    if _active is None or _active.in_hpu_graph:
+    if active is None or active.in_hpu_graph:
         yield
         return
-    _active.end_lazy_graph()
-    _active.hpu[module_id, inputs] += 1
-    _active.in_hpu_graph = True
+    active.end_lazy_graph()
+    active.hpu[module_id, inputs] += 1
+    active.in_hpu_graph = True
     try:
         yield
     finally:
-        _active.in_hpu_graph = False
+        active.in_hpu_graph = False
 
 
 @contextlib.contextmanager
 def count_graphs() -> Iterator[GraphCounter]:
     """Counts the graphs of what runs in the context."""
-    global _active
-    if _active:
+    global active
+    if active:
         raise RuntimeError("graphs are being counted already")
     originals = {name: getattr(torch.Tensor, name) for name in HOST_READS}
     for name in originals:
         setattr(torch.Tensor, name, _ending_graph(name, originals[name]))
-    _active = GraphCounter()
+    active = GraphCounter()
     try:
-        with _active:
-            yield _active
-            _active.end_lazy_graph()
+        with active:
+            yield active
+            active.end_lazy_graph()
     finally:
-        _active = None
+        active = None
         for name, original in originals.items():
             setattr(torch.Tensor, name, original)
 

@@ -1,4 +1,7 @@
-"""Two places of optimum-habana 1.21.2 that fail away from Gaudi's container images. Can go with the next release."""
+"""Two places of optimum-habana 1.21.2 that fail away from Gaudi's container images.
+
+They are mended as they are imported. Each can go when the line that it names has changed.
+"""
 
 import importlib.util
 import sys
@@ -26,9 +29,9 @@ def _load_without_torchvision(module: types.ModuleType, load: Callable) -> None:
 
 
 def _load_for_newer_checkpointing(module: types.ModuleType, load: Callable) -> None:
-    """gradient_checkpointing.py:391 calls a private function of torch by position, where torch 2.9 added `early_stop`.
+    """gradient_checkpointing.py:368 calls a private function of torch by position; torch 2.13 added an argument.
 
-    It always ends in torch's non-reentrant checkpointing, which has a public name.
+    All it does in the end is torch's non-reentrant checkpointing, which has a public name.
     """
     torch_checkpoint = torch.utils.checkpoint.checkpoint
 

@@ -14,7 +14,7 @@ from habana_frameworks.torch.hpu.streams import *  # noqa: F403
 
 
 def is_available() -> bool:
-    return True
+    return device_count() > 0
 
 
 def device_count() -> int:

@@ -1,8 +1,9 @@
 """HPU graphs. On a card they spare the host its work; here they run as the operations they are made of."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +43,7 @@ class HPUGraph:
     def __init__(self):
         self._recorder = _Recorder()
 
-    def capture_begin(self, *args, **kwargs) -> None:
+    def capture_begin(self) -> None:
         self._recorder.__enter__()
 
     def capture_end(self) -> None:
@@ -61,17 +62,14 @@ class HPUGraph:
         self._recorder = _Recorder()
 
 
-class graph:
-    """A context that captures what runs in it."""
-
-    def __init__(self, hpu_graph: HPUGraph, stream=None, **kwargs):
-        self.hpu_graph = hpu_graph
-
-    def __enter__(self) -> None:
-        self.hpu_graph.capture_begin()
-
-    def __exit__(self, *exception) -> None:
-        self.hpu_graph.capture_end()
+@contextlib.contextmanager
+def graph(hpu_graph: HPUGraph, stream=None) -> Iterator[None]:
+    """Captures what runs in the context."""
+    hpu_graph.capture_begin()
+    try:
+        yield
+    finally:
+        hpu_graph.capture_end()
 
 
 def is_current_stream_capturing() -> bool:

@@ -22,7 +22,7 @@ def metric_localcontext(name: str) -> Iterator[Metric]:
         raise ValueError(f"the emulator has the metric graph_compilation alone, not {name}")
     metric = Metric()
     with contextlib.ExitStack() as stack:
-        graphs = graph_counter._active or stack.enter_context(graph_counter.count_graphs())
+        graphs = graph_counter.active or stack.enter_context(graph_counter.count_graphs())
         before = graphs.distinct
         yield metric
         graphs.end_lazy_graph()

@@ -88,7 +88,6 @@ def become_script(run: Run) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ranks run there is nothing to tidy up, no traceback to show
     run = plan_run(args)
     if args.print_command:
         print(describe(run))
@@ -100,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before ranks run just ends this process
     run_script(main)

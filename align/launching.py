@@ -281,11 +281,12 @@ class Run:
             command += ["--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
         if os.geteuid() == 0:
             command += ["--allow-run-as-root"]
-        command += ["--mca", "odls_base_sigkill_timeout", str(math.ceil(self.grace_period + 10))]  # ours shall be first
         if self.over_ssh:
             command += ["--mca", "plm_rsh_agent", " ".join(SSH)]
             for name in [*self.exports, "GAUDI_SPAWN"]:
                 command += ["-x", name]
+        else:  # mpirun, when it is told to end as well, must not be quicker than the grace period
+            command += ["--mca", "odls_base_sigkill_timeout", str(math.ceil(self.grace_period + 10))]
         return [*command, sys.executable, "-u", RANK]
 
 

@@ -1,0 +1,363 @@
+"""gaudi_spawn.py on one host, with the real engines. Run: pytest tests/test_gaudi_spawn.py"""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from launches import ENGINES, SAVES, Launch
+
+import gaudi_spawn
+from align import launching
+from align.errors import InputError
+
+engines = pytest.mark.parametrize("engine", ENGINES)
+
+
+def make_strings(count: int) -> list[str]:
+    """Arguments that shells and parsers are known to change, and random ones made of their special characters."""
+    known = [
+        "",
+        " ",
+        "--",
+        "-",
+        ":",
+        "--world_size",
+        "--world_size=3",
+        "-h",
+        "x;id",
+        "`id`",
+        "$(id)",
+        "$HOME",
+        "~",
+        "*",
+    ]
+    known += [
+        'say "hi"',
+        "it's",
+        "a\tb",
+        "a\nb",
+        "\\",
+        "#",
+        "a # b",
+        ".*(q|v)_proj",
+        "{a,b}",
+        "!!",
+        "%n",
+        "ä 漢 🙂",
+        "@x",
+    ]
+    random.seed(0)
+    alphabet = "ab \t\n'\"\\$`*?[]{}()<>|&;#~!%^=:,@-+äß漢🙂"
+    return known + ["".join(random.choices(alphabet, k=random.randint(0, 20))) for _ in range(count - len(known))]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def reports(request, tmp_path_factory):
+    """What the script saw in each of four ranks, more than small hosts have cores, of one launch for each engine."""
+    body = "note('seen', json.dumps(dict(arguments=sys.argv[1:], environment={**os.environ}, stdin=sys.stdin.read())))"
+    flags = ["--world_size", 4, *ENGINES[request.param]]
+    stale = {"RANK": "7", "LOCAL_SIZE": "9", "OMPI_COMM_WORLD_RANK": "5"}
+    with Launch(tmp_path_factory.mktemp("reports"), flags, body, make_strings(500), **stale) as launch:
+        launch.process.stdin.write("for rank 0")
+        code, _, errors = launch.wait()
+        assert code == 0, errors
+        return {rank: json.loads(text) for rank, text in launch.noted("seen").items()}
+
+
+def test_500_arguments_arrive_unchanged_in_every_rank(reports):
+    assert len(reports) == 4
+    for report in reports.values():
+        assert report["arguments"] == make_strings(500)
+
+
+def test_every_rank_knows_its_place(reports):
+    for rank, report in reports.items():
+        environment = report["environment"]
+        assert (environment["RANK"], environment["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"]) == ("4", "4")
+        assert environment["MASTER_ADDR"] == "127.0.0.1"
+        assert "GAUDI_SPAWN" not in environment
+    assert len({report["environment"]["MASTER_PORT"] for report in reports.values()}) == 1
+
+
+def test_standard_input_is_rank_0s(reports):
+    assert [reports[rank]["stdin"] for rank in range(4)] == ["for rank 0", "", "", ""]
+
+
+@pytest.mark.parametrize("engine", ["mpi", "torch"])
+def test_only_lines_of_other_ranks_are_tagged(engine, tmp_path):
+    body = "print('out', rank); print('err', rank, file=sys.stderr)"
+    with Launch(tmp_path, ["--world_size", 2, "--tag_output", *ENGINES[engine]], body) as launch:
+        code, output, errors = launch.wait()
+    assert code == 0
+    assert sorted(output.splitlines()) == ["[rank 1] out 1", "out 0"]
+    assert {"[rank 1] err 1", "err 0"} <= set(errors.splitlines())
+
+
+def test_rank_0_is_heard_at_once_even_within_a_line(tmp_path):
+    body = "print('half a line', end='', file=sys.stderr)\nif rank == 0: time.sleep(60)\ntime.sleep(60)"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body) as launch:
+        assert launch.process.stderr.read(len("half a line")) == "half a line"
+        assert launch.process.poll() is None
+
+
+# Failures
+
+
+@engines
+def test_the_first_failure_alone_is_told_and_its_exit_code_returned(engine, tmp_path):
+    body = """
+note("up")
+while len(list(Path(os.environ["PT_NOTES"]).glob("up.[0-9]"))) < 2: time.sleep(0.01)
+subprocess.Popen(["sleep", "300"])  # a child that would outlive its rank
+def consequence(*_): raise RuntimeError("a consequence")
+signal.signal(signal.SIGTERM, consequence)
+if rank == 1:
+    import traceback
+    try: raise RuntimeError("the " + "reason")
+    except RuntimeError: traceback.print_exc()
+    os._exit(7)
+time.sleep(300)"""
+    with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], body) as launch:
+        launch.wait_for("up", 2)
+        failed = time.monotonic()
+        code, _, errors = launch.wait()
+        assert code == 7
+        assert time.monotonic() - failed < 10
+        assert errors.count("RuntimeError: the reason") == 1
+        assert errors.count(f"rank 1 on {socket.gethostname()} failed (exit code 7):\n") == 1
+        assert "a consequence" not in errors
+        launch.assert_all_gone()
+
+
+def test_wrong_input_that_every_rank_finds_is_told_once(tmp_path):
+    body = "print('script.py: error: --flag x: give y', file=sys.stderr); sys.exit(2)"
+    with Launch(tmp_path, ["--world_size", 4, "--use_mpi"], body) as launch:
+        code, _, errors = launch.wait()
+    assert code == 2
+    assert errors.count("script.py: error: --flag x: give y") == 1
+
+
+def test_a_caught_traceback_is_shown_too(tmp_path):
+    body = "import logging\ntry: 1 / 0\nexcept ZeroDivisionError: logging.exception('caught')"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body) as launch:
+        code, _, errors = launch.wait()
+    assert code == 0
+    assert errors.count("ZeroDivisionError: division by zero") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_rank_killed_by_a_signal_gives_128_plus_its_number(number, tmp_path):
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], "note('up'); time.sleep(300)") as launch:
+        launch.wait_for("up", 2)
+        os.kill(launch.scripts()[0], number)
+        code, _, errors = launch.wait()
+    assert code == 128 + number
+    assert f"was killed by {number.name}" in errors
+
+
+def test_a_killed_supervisor_of_a_rank_takes_its_script_and_children_along(tmp_path):
+    body = "subprocess.Popen(['sleep', '300']); note('up', str(os.getppid())); time.sleep(300)"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body) as launch:
+        launch.wait_for("up", 2)
+        os.kill(int(launch.noted("up")[1]), signal.SIGKILL)
+        code, _, errors = launch.wait()
+        assert code == 137
+        assert "rank 1" in errors
+        launch.assert_all_gone()
+
+
+# Signals
+
+
+@pytest.mark.parametrize(
+    ("engine", "number"), [("mpi", signal.SIGHUP), ("torch", signal.SIGINT), ("deepspeed", signal.SIGTERM)]
+)
+def test_a_signal_to_the_launcher_alone_lets_every_rank_save(engine, number, tmp_path):
+    with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], SAVES) as launch:
+        launch.wait_for("up", 2)
+        launch.process.send_signal(number)
+        code, _, _ = launch.wait()
+        assert code == 128 + number
+        assert launch.noted("saved") == {0: number.name, 1: number.name}
+        launch.assert_all_gone()
+
+
+def test_ranks_that_do_not_end_in_the_grace_period_are_killed(tmp_path):
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('up'); time.sleep(300)"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi", "--grace_period", 1], body) as launch:
+        launch.wait_for("up", 2)
+        launch.process.terminate()
+        begin = time.monotonic()
+        code, _, errors = launch.wait()
+        assert code == 143
+        assert 1 < time.monotonic() - begin < 10
+        assert re.search("killing rank . on .*, rank . on ", errors)
+        launch.assert_all_gone()
+
+
+def test_a_second_interrupt_kills_at_once(tmp_path):
+    body = "signal.signal(signal.SIGINT, lambda *_: note('heard')); note('up')\nwhile True: time.sleep(1)"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body) as launch:
+        launch.wait_for("up", 2)
+        launch.process.send_signal(signal.SIGINT)
+        launch.wait_for("heard", 2)
+        launch.process.send_signal(signal.SIGINT)
+        code, _, _ = launch.wait(timeout=20)
+        assert code == 130
+        launch.assert_all_gone()
+
+
+@engines
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(3, 23))])
+def test_a_kill_leaves_no_process_and_the_right_exit_code(engine, seed, tmp_path):
+    """Kills a rank, or the launcher gently or not, at any time from the start to a second after ranks are up."""
+    how = ["rank", "launcher, gently", "launcher"][seed % 3]
+    with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], "note('up'); time.sleep(300)") as launch:
+        chance = random.Random(seed)
+        if how == "rank":
+            launch.wait_for("up", 2)
+            time.sleep(chance.uniform(0, 1))
+            os.kill(chance.choice(launch.scripts()), signal.SIGKILL)
+            expected = 137
+        else:
+            time.sleep(chance.uniform(0.5, {"mpi": 1.5, "torch": 6, "deepspeed": 15}[engine]))
+            number = signal.SIGTERM if how == "launcher, gently" else signal.SIGKILL
+            launch.process.send_signal(number)
+            expected = 143 if number == signal.SIGTERM else -number
+        assert launch.wait()[0] == expected
+        launch.assert_all_gone(within=20)
+
+
+# One card
+
+
+def test_one_card_runs_the_script_directly(tmp_path):
+    body = "note('seen', json.dumps([os.getpid(), sys.argv[1:]])); sys.exit(5)"
+    with Launch(tmp_path, ["--world_size", 1], body, ["--", "a b"], RANK="0") as launch:
+        code, _, _ = launch.wait()
+        assert code == 5
+        assert json.loads(launch.noted("seen")[0]) == [launch.process.pid, ["--", "a b"]]
+
+
+def test_one_card_under_deepspeed_is_a_world_of_one_rank(tmp_path):
+    body = "note('seen', os.environ['WORLD_SIZE'] + os.environ['LOCAL_RANK'] + os.environ['MASTER_ADDR'])"
+    with Launch(tmp_path, ["--use_deepspeed"], body) as launch:
+        assert launch.wait()[0] == 0
+        assert launch.noted("seen") == {0: "10127.0.0.1"}
+
+
+# What would run
+
+
+def test_print_command_shows_what_would_run_and_no_secret(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PT_HPU_LAZY_MODE", "1")
+    (tmp_path / "script.py").write_text("raise SystemExit('ran')")
+    shown = run("gaudi_spawn.py", "--world_size", 2, "--use_mpi", "--print_command", "script.py", "a b").out
+    assert "PT_HPU_LAZY_MODE=1" in shown
+    assert "HF_TOKEN=..." in shown
+    assert "hf_secret" not in shown
+    assert re.search(r"mpirun -n 2 .* -u \S+/align/rank.py\n", shown)
+    assert f"{sys.executable} -u script.py 'a b'" in shown
+
+
+@pytest.mark.parametrize("topology", ["pack:2 core:48 pu:2", "pack:1 core:2 pu:1", "pack:1 core:1 pu:8", "core:7 pu:1"])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_open_mpi_accepts_the_binding_on_any_host(topology, ranks):
+    cores = math.prod(map(int, re.findall(r"(?:pack|core):(\d+)", topology)))
+    run = launching.Run("mpi", ["x"], {"localhost": ranks}, False, {}, None, False, 60)
+    mpirun, *rest = run.mpi_command(cores // ranks)
+    assert "PE=0" not in " ".join(rest)
+    placed = subprocess.run(
+        [mpirun, "--display-map", "--do-not-launch", *rest],
+        env=os.environ | {"HWLOC_SYNTHETIC": topology, "HWLOC_THISSYSTEM": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert placed.returncode == 0, placed.stdout + placed.stderr
+    assert placed.stdout.count("Process rank:") == ranks
+
+
+def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
+    (tmp_path / "hosts").write_text("# all of them\nnode-a slots=8\n\n  node-b   slots=4  # half\n")
+    assert launching.read_hostfile("hosts") == {"node-a": 8, "node-b": 4}
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "script"),
+        ("nope.py", "no script nope.py"),
+        ("--bogus script.py", "--bogus"),
+        ("--world_size two script.py", "--world_size.*two"),
+        ("--world_size 0 script.py", "--world_size 0.*1 or more"),
+        ("--world_size -1 script.py", "--world_size -1.*1 or more"),
+        ("--world_size 5 script.py", "--world_size 5 is more than the 4 Gaudi cards"),
+        ("--use_mpi --use_deepspeed script.py", "--use_deepspeed and --use_mpi"),
+        ("--master_port 70000 --world_size 2 script.py", "--master_port 70000"),
+        ("--grace_period -1 script.py", "--grace_period -1"),
+        ("--export NOT_SET script.py", "--export NOT_SET"),
+        ("--hostfile missing script.py", "--hostfile missing cannot be read"),
+        ("--hostfile twice script.py", "--hostfile twice, line 2: node-a"),
+        ("--hostfile bad_slots script.py", "--hostfile bad_slots, line 1.*slots=many"),
+        ("--hostfile option script.py", "--hostfile option, line 1"),
+        ("--hostfile empty script.py", "--hostfile empty names no host"),
+        ("--hostfile good --world_size 3 script.py", "--world_size 3.*8 slots"),
+    ],
+)
+def test_wrong_input_is_one_line_and_starts_nothing(arguments, message, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HABANA_EMULATOR_DEVICES", "4")
+    (tmp_path / "script.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "twice").write_text("node-a slots=8\nnode-a slots=4\n")
+    (tmp_path / "bad_slots").write_text("node-a slots=many\n")
+    (tmp_path / "option").write_text("-oProxyCommand=id slots=1\n")
+    (tmp_path / "empty").write_text("# nobody\n")
+    (tmp_path / "good").write_text("node-a slots=8\n")
+    monkeypatch.setattr(gaudi_spawn, "Supervisor", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(InputError, match=message) as error:
+        run("gaudi_spawn.py", *arguments.split())
+    assert "\n" not in str(error.value)
+
+
+def test_a_port_in_use_is_named(run, tmp_path):
+    (tmp_path / "script.py").touch()
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"--master_port {port} is in use"):
+            run("gaudi_spawn.py", "--world_size", 2, "--master_port", port, "script.py")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_is_missing_is_named_with_its_package(engine, run, monkeypatch, tmp_path):
+    (tmp_path / "script.py").touch()
+    monkeypatch.setattr(launching, "mpirun", lambda: None)
+    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="is not installed: .*pip install"):
+        run("gaudi_spawn.py", "--world_size", 2, *ENGINES[engine], "script.py")
+
+
+def test_a_script_that_cannot_be_read_is_named(run, monkeypatch, tmp_path):
+    (tmp_path / "script.py").touch()
+    monkeypatch.setattr(launching.os, "access", lambda *_: False)  # root may read everything
+    with pytest.raises(InputError, match=r"script script\.py cannot be read"):
+        run("gaudi_spawn.py", "script.py")
+
+
+def test_the_command_line_ends_with_exit_code_2_and_one_line(tmp_path):
+    command = [sys.executable, gaudi_spawn.__file__, "--world_size", "0", "script.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "gaudi_spawn.py: error: --world_size 0: give a number of cards, 1 or more\n"

@@ -8,6 +8,7 @@
 
 import copy
 import gc
+import inspect
 import json
 import logging
 import os
@@ -210,14 +211,17 @@ def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     return folder
 
 
+def has_static_shapes(model: "PreTrainedModel") -> bool:
+    """Whether the model takes the place of the next token as a tensor, in sequences padded to their final length."""
+    return "token_idx" in inspect.signature(type(model).forward).parameters
+
+
 def check_support(model: "PreTrainedModel", gaudi: GaudiArguments) -> None:
     """What optimum-habana can do with some models only."""
-    from optimum.habana.transformers.generation import MODELS_OPTIMIZED_WITH_STATIC_SHAPES
-
     kind = model.config.model_type
     if gaudi.reuse_cache and not hasattr(model, "allocate_kv_cache"):
         raise InputError(f"--reuse_cache: optimum-habana has none for {kind} models; leave it out")
-    if gaudi.bucket_size > 0 and kind not in MODELS_OPTIMIZED_WITH_STATIC_SHAPES:
+    if gaudi.bucket_size > 0 and not has_static_shapes(model):
         raise InputError(f"--bucket_size: optimum-habana has no static shapes for {kind} models; leave it out")
 
 
@@ -229,10 +233,10 @@ def make_generation_config(
     end_tokens: list[int],
 ) -> "GaudiGenerationConfig":
     """The model's own generation config, with what the user asked for on top; `model` gets it as its own."""
-    from optimum.habana.transformers.generation import MODELS_OPTIMIZED_WITH_STATIC_SHAPES
-
     config = copy.deepcopy(model.generation_config)
     beams = decoding.num_beams > 1
+    # Its beam search on static shapes knows one end token and puts any finished beam first (utils.py:3175).
+    static_shapes = not beams and has_static_shapes(model)
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *end_tokens)  # masked, so any token will do
     sampling = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
     if decoding.do_sample:
@@ -246,10 +250,9 @@ def make_generation_config(
         pad_token_id=next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
         eos_token_id=end_tokens if beams else None,  # EndWatch looks for them
         ignore_eos=True,
-        # Its beam search on static shapes knows one end token and puts any finished beam first (utils.py:3175).
-        static_shapes=not beams and model.config.model_type in MODELS_OPTIMIZED_WITH_STATIC_SHAPES,
+        static_shapes=static_shapes,
         use_cache=gaudi.use_kv_cache,
-        trim_logits=gaudi.use_kv_cache,  # the head sees the last position of a prompt alone
+        trim_logits=gaudi.use_kv_cache and static_shapes,  # the head sees the last position of a prompt alone
         reuse_cache=gaudi.reuse_cache,
         bucket_size=gaudi.bucket_size,
         limit_hpu_graphs=gaudi.limit_hpu_graphs,
@@ -284,16 +287,13 @@ def answer_all(
         streamer = None
         if show == "stream":
             print(prompts[batch.places[0]], end="", flush=True)
-            streamer = TerminalStreamer(generator.tokenizer, ids[0])
+            streamer = TerminalStreamer(generator.tokenizer, ids[0], generator.end_tokens)
         new, timing = generator.generate(ids, batch.width, streamer)
         timings.append(timing)
         for place, tokens in zip(batch.places, new, strict=True):
-            answers[place] = {
-                "prompt": prompts[place],
-                "text": decode_new(generator.tokenizer, encoded[place], tokens),
-                "tokens": len(tokens),
-                "stopped": bool(tokens) and tokens[-1] in generator.end_tokens,
-            }
+            stopped = tokens[-1] in generator.end_tokens
+            text = decode_new(generator.tokenizer, encoded[place], tokens[:-1] if stopped else tokens)
+            answers[place] = {"prompt": prompts[place], "text": text, "tokens": len(tokens), "stopped": stopped}
         while show == "print" and shown < len(prompts) and answers[shown] is not None:
             print(answers[shown]["prompt"] + answers[shown]["text"] + "\n", flush=True)
             shown += 1
@@ -404,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {
         "model": str(folder),
         "cards": world_size,
-        "parameters_per_card": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),  # of one card
         "prompts": len(prompts),
         "shapes": len({batch.width for batch in batches}),
     }

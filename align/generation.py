@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from optimum.habana.transformers.generation import GaudiGenerationConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 MIN_WIDTH = 16  # tokens: the narrowest shape that prompts are padded to
 STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
@@ -344,6 +347,7 @@ def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "
     heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     if heads % world_size:
         raise InputError(f"--world_size {world_size}: does not divide the model's {heads} key/value heads")
+    whole = model.num_parameters()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the layers it found
         engine = deepspeed.init_inference(
             model,
@@ -351,6 +355,8 @@ def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "
             tensor_parallel={"tp_size": world_size, "tp_grain_size": 1},
             injection_policy=get_ds_injection_policy(model.config),
         )
+    if engine.module.num_parameters() >= whole:
+        logger.warning(f"DeepSpeed splits no {model.config.model_type} model: each card holds all of it.")
     return engine.module
 
 
@@ -413,9 +419,10 @@ class RepetitionPenalty:
 class TerminalStreamer:
     """Shows one text as it appears, by whole characters."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int]):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], end_tokens: list[int]):
         self.tokenizer = tokenizer
         self.prompt_ids = prompt_ids
+        self.end_tokens = end_tokens
         self.new_ids: list[int] | None = None
         self.shown = ""
 
@@ -423,7 +430,7 @@ class TerminalStreamer:
         if self.new_ids is None:  # the first call brings the prompt
             self.new_ids = []
             return
-        self.new_ids += ids.tolist()
+        self.new_ids += [token for token in ids.tolist() if token not in self.end_tokens]
         text = decode_new(self.tokenizer, self.prompt_ids, self.new_ids)
         if not text.endswith("\ufffd"):
             print(text[len(self.shown) :], end="", flush=True)

@@ -1,0 +1,17 @@
+"""A rank of tests/test_run_generation.py: run_generation.py with one model after the other, whose imports take longest.
+
+generation_ranks.py FOLDER... -- PROMPT... writes to a folder with each model's name.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from run_generation import main
+
+if __name__ == "__main__":
+    end = sys.argv.index("--")
+    for model in sys.argv[1:end]:
+        flags = ["--batch_size", "8", "--max_new_tokens", "20", "--use_hpu_graphs", "--output_dir", Path(model).name]
+        main(["--model_name_or_path", model, *flags, "--prompt", *sys.argv[end + 1 :]])

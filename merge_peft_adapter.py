@@ -159,7 +159,8 @@ def compare_vocabularies(folder: Path, embedded: int) -> None:
 
 
 def write_weights(plan: MergePlan, folder: Path, workers: int, verify: bool) -> None:
-    logger.info("Merging %d of %d tensors with %d workers", plan.changed, sum(map(len, plan.files.values())), workers)
+    changed = sum(not tensor.is_copy for tensor in plan.tensors)
+    logger.info("Merging: %d of %d tensors change; %d workers", changed, len(plan.tensors), workers)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as progress:
         write_files(plan, folder, workers, verify, progress.update)
     if verify:

@@ -126,7 +126,9 @@ def _read_safetensors(path: Path) -> list[StoredTensor]:
 
 def _read_torch_file(path: Path) -> list[StoredTensor]:
     if not zipfile.is_zipfile(path):
-        if path.read_bytes()[:2] == b"\x80\x02":
+        with path.open("rb") as file:
+            is_pickle = file.read(2) == b"\x80\x02"
+        if is_pickle:
             raise NotStreamableError(f"{path.name} has the format of torch before 1.6")
         raise InputError(f"{path} is truncated or not a file that torch.save wrote: copy it again")
     import torch

@@ -88,13 +88,14 @@ class MergePlan:
     files: dict[str, list[MergedTensor]]
     config: dict
     vocabulary: int | None
-    changed: int = field(init=False)
-    nbytes: int = field(init=False)
 
-    def __post_init__(self):
-        tensors = [tensor for tensors in self.files.values() for tensor in tensors]
-        object.__setattr__(self, "changed", sum(not tensor.is_copy for tensor in tensors))
-        object.__setattr__(self, "nbytes", sum(tensor.nbytes for tensor in tensors))
+    @property
+    def tensors(self) -> list[MergedTensor]:
+        return [tensor for tensors in self.files.values() for tensor in tensors]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def find_adapter_file(folder: Path) -> Path:
@@ -105,6 +106,8 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
     """Sorts the tensors of the adapter in `folder`; raises NotStreamableError for what is not LoRA on plain layers."""
     file = find_adapter_file(folder)
     tensors = read_tensors(file)
+    if "peft_type" not in config:
+        raise InputError(f"{folder}/adapter_config.json has no peft_type, so it is not one that PEFT wrote")
     if config.get("layer_replication"):
         raise InputError(f"{folder}: has layer_replication, whose layers share weights and so cannot be merged")
     init = config.get("init_lora_weights")
@@ -159,7 +162,7 @@ class _Planner:
         self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}
         self.embedding = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
         self.head = "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"
-        self.float_dtype = dtype or next((t.dtype for t in stored.values() if t.dtype in FLOATS), "F32")
+        self.float_dtype = self.tensors[self.embedding].dtype if self.embedding else dtype or "F32"
 
     def plan(self) -> MergePlan:
         vocabulary = self._rows(self.embedding)
@@ -315,7 +318,7 @@ class _Planner:
             for pattern, value in (self.adapter.config.get(patterns) or {}).items():
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     return value
-            return self.adapter.config[default]
+            return self.adapter.config.get(default, 8)  # as in PEFT's LoraConfig
 
         rank, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
         for tensor, found in ((a, a.shape[0]), (b, b.shape[1])):

@@ -205,11 +205,9 @@ def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dt
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:  # PEFT's words for an adapter that does not fit
         raise InputError(f"--adapter_model_name: {adapter}: {str(error).strip().splitlines()[0]}") from None
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise InputError(f"--adapter_model_name: {adapter}: {config['peft_type']} changes no weights, so cannot merge")
     placed = get_peft_model_state_dict(adapted, save_embedding_layers=bool(rows))
     if homeless := sorted(set(weights) - set(placed)):
         raise InputError(f"--adapter_model_name: {adapter}: {homeless[0]} finds no place in {base}")
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise InputError(
-            f"--adapter_model_name: {adapter}: {config.get('peft_type')} changes no weights, so cannot merge"
-        )
     adapted.merge_and_unload().save_pretrained(folder)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_config, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import align.merge_arithmetic
 import merge_peft_adapter
+from align.errors import InputError
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -188,6 +189,18 @@ def test_what_cannot_be_streamed_goes_through_peft_and_says_so(reason, settings,
     assert f"Merging through PEFT, with the whole model in memory: {reason}" in caplog.text
 
 
+def test_adapter_that_changes_no_weights_cannot_be_merged():
+    save_base("base", dtype=torch.float32)
+    get_peft_model(load_base("base"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(
+        "adapter"
+    )
+
+    with pytest.raises(InputError, match="PROMPT_TUNING changes no weights, so cannot merge"):
+        merge()
+
+    assert not Path("merged").exists()
+
+
 def test_merged_model_gives_the_logits_of_base_and_adapter_where_the_head_was_tied():
     save_base("base", "gpt2", torch.float32)
     save_adapter("adapter", load_base("base", torch.float32), target_modules=["c_attn", "lm_head"])
@@ -292,7 +305,7 @@ def test_push_uploads_the_merged_folder_and_only_when_asked(monkeypatch):
 
     assert quiet == []
     assert [name for name, _, _ in calls] == ["whoami", "create_repo", "upload_folder"]
-    assert calls[-1][2] == {"folder_path": Path("merged"), "repo_id": "me/model"}
+    assert calls[-1][2] == {"folder_path": Path("merged").absolute(), "repo_id": "me/model"}
 
 
 def test_neither_transformers_nor_peft_is_imported():

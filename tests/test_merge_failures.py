@@ -151,6 +151,10 @@ BAD_INPUTS = {
         lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.full((8, 2), torch.nan)}),
         f"{Q_PROJ}.weight would hold NaN or infinity",
     ),
+    "adapter that is not PEFT's": (
+        lambda: write_json("adapter/adapter_config.json", {"base_model_name_or_path": "base"}),
+        "adapter/adapter_config.json has no peft_type",
+    ),
     "replicated layers": (
         lambda: change_json("adapter/adapter_config.json", layer_replication=[[0, 1]]),
         "layer_replication",
@@ -220,9 +224,10 @@ def test_verify_false_writes_values_that_are_not_finite(inputs):
 
 
 def test_verify_finds_what_a_disk_did_not_keep(inputs, monkeypatch):
-    monkeypatch.setattr(
-        align.merging, "_copy", lambda tensor, offset, out, size, count: os.pwrite(out, bytes(size), offset)
-    )
+    def copy_zeros(tensor, offset, out, size, count):
+        os.pwrite(out, bytes(size), offset)
+
+    monkeypatch.setattr(align.merging, "_copy", copy_zeros)
 
     with pytest.raises(OSError, match="reads back other than it was written"):
         merge_peft_adapter.main(COMMAND)

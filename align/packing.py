@@ -247,12 +247,12 @@ def batches_per_bucket(lengths: np.ndarray, buckets: Sequence[int], batch_size: 
     return {buckets[group]: number for group, number in zip(*np.unique(longest, return_counts=True), strict=True)}
 
 
-def _stack(rows: Sequence[Sequence[int]], batch_size: int, width: int, padding: int) -> torch.Tensor:
+def _stack(rows: Sequence[Sequence[int]], batch_size: int, width: int, padding: int) -> np.ndarray:
     """`[batch_size, width]`, each row at the left; missing rows and what follows a row are padding."""
     stacked = np.full((batch_size, width), padding, np.int64)
     for line, row in zip(stacked, rows, strict=False):
         line[: len(row)] = row
-    return torch.from_numpy(stacked)
+    return stacked
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class PackedCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         return {
-            name: _stack([row[name] for row in rows], self.batch_size, self.row_length, padding)
+            name: torch.from_numpy(_stack([row[name] for row in rows], self.batch_size, self.row_length, padding))
             for name, padding in self.paddings.items()
         }
 
@@ -288,12 +288,13 @@ class BucketCollator:
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         input_ids = [sample["input_ids"] for sample in samples]
-        labels = [[IGNORED, *sample["labels"][1:]] for sample in samples]  # no token predicts the first
         longest = max(len(ids) for ids in input_ids)
         width = self.buckets[np.searchsorted(self.buckets, longest)]
-        seen = [[1] * max(1, len(ids)) for ids in input_ids]  # no row is left without a key
-        return {
+        seen = [np.ones(max(1, len(ids))) for ids in input_ids]  # no row is left without a key
+        batch = {
             "input_ids": _stack(input_ids, self.batch_size, width, self.pad_token_id),
             "attention_mask": _stack(seen, self.batch_size, width, 0),
-            "labels": _stack(labels, self.batch_size, width, IGNORED),
+            "labels": _stack([sample["labels"] for sample in samples], self.batch_size, width, IGNORED),
         }
+        batch["labels"][:, 0] = IGNORED  # no token predicts the first
+        return {name: torch.from_numpy(values) for name, values in batch.items()}

@@ -195,9 +195,12 @@ class PreferenceTrainer(GaudiDPOTrainer):
 
     def _prepare_inputs(self, inputs: Mapping) -> dict:
         """On the device: what the model takes apart from what its logits are scored with."""
+        inputs = dict(inputs)
+        reference = inputs.pop("reference", None)  # super would round it to the half precision of DeepSpeed's weights
         inputs = dict(super()._prepare_inputs(inputs))
-        scoring = ("targets", "slots", "answer_lengths", "indices", "reference")
-        prepared = {name: inputs.pop(name) for name in scoring if name in inputs}
+        prepared = {name: inputs.pop(name) for name in ("targets", "slots", "answer_lengths", "indices")}
+        if reference is not None:
+            prepared["reference"] = reference.to(self.args.device)
         if "segment_ids" in inputs:
             ids = inputs.pop("segment_ids"), inputs["position_ids"], inputs.pop("branch_ids")
             inputs["attention_mask"] = segment_mask(self.model, *ids)

@@ -276,13 +276,11 @@ class _Planner:
 
     def _update(self, module: str, parts: dict[str, StoredTensor]) -> None:
         embedding = "lora_embedding_A" in parts
-        first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        a, b = parts.get(first), parts.get(second)
-        if a is None or b is None:
-            only = next(iter(parts.values())).name
-            raise InputError(
-                f"{self.adapter.file}: {only} comes without its {first if a is None else second}: save again"
-            )
+        needed = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A.weight", "lora_B.weight"]
+        needed += ["lora_magnitude_vector"] if self.adapter.config.get("use_dora") else []
+        if missing := set(needed) - set(parts):
+            raise InputError(f"{self.adapter.file}: {module} has no {min(missing)}: save the adapter again")
+        a, b, magnitude = parts[needed[0]], parts[needed[1]], parts.get("lora_magnitude_vector")
         weight = self.tensors.get(f"{module}.weight")
         if weight is None:
             raise self._homeless(a)
@@ -290,17 +288,14 @@ class _Planner:
             raise NotStreamableError(f"{module} is a convolution")
         scaling = self._scaling(module, a, b)
         shape = (b.shape[0], a.shape[1])
-        transposed = weight.shape != shape
-        if shape[0] == shape[1] and weight.shape == shape:
-            conv1d = self.config.get("model_type") in CONV1D_MODELS and module.split(".")[-1] in CONV1D_MODULES
-            transposed = embedding or conv1d
+        conv1d = self.config.get("model_type") in CONV1D_MODELS and module.split(".")[-1] in CONV1D_MODULES
+        transposed = embedding or conv1d
         if weight.shape != (shape[::-1] if transposed else shape):
             raise self._misfit(b if weight.shape[-1:] == a.shape[1:] else a, weight)
         if weight.source.dtype not in FLOATS:
             raise InputError(
                 f"{weight.source.path}: {weight.name} is {weight.source.dtype}: give the unquantised model"
             )
-        magnitude = parts.get("lora_magnitude_vector")
         if magnitude is not None and math.prod(magnitude.shape) != shape[0]:
             raise self._misfit(magnitude, weight)
         update = LoraUpdate(b, scaling, a, magnitude, transposed, rounded=embedding and magnitude is None)

@@ -125,7 +125,7 @@ BAD_INPUTS = {
     "adapter is truncated": (lambda: truncate(ADAPTER_WEIGHTS), f"{ADAPTER_WEIGHTS} is truncated"),
     "adapter of another architecture": (
         lambda: change_tensors(ADAPTER_WEIGHTS, base_model__model__transformer__h__0__lora_A__weight=torch.ones(2, 8)),
-        "comes without its lora_B.weight",
+        "transformer.h.0 has no lora_B.weight",
     ),
     "adapter tensor without a place": (
         lambda: change_tensors(

@@ -364,6 +364,9 @@ def main(argv: list[str] | None = None) -> None:
         model_args.model_name_or_path, model_args.tokenizer_name_or_path, model_args.peft_model
     )
     model_config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args.trust_remote_code)
+    heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
+    if heads % world_size:
+        raise InputError(f"--world_size: {world_size} cards cannot share {heads} key/value heads evenly")
     vocabulary_size = max(model_config.vocab_size, len(tokenizer) if adapter else 0)
     room = getattr(model_config, "max_position_embeddings", sys.maxsize) - decoding_args.max_new_tokens
     encoded = encode_prompts(prompts, tokenizer, prompt_args.use_chat_template, vocabulary_size, room)

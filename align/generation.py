@@ -344,9 +344,6 @@ def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "
     import deepspeed
     from optimum.habana.checkpoint_utils import get_ds_injection_policy
 
-    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
-    if heads % world_size:
-        raise InputError(f"--world_size {world_size}: does not divide the model's {heads} key/value heads")
     whole = model.num_parameters()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the layers it found
         engine = deepspeed.init_inference(

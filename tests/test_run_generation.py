@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny import make_tokenizer, save_model
 from align.checkpoints import open_checkpoint
 from align.errors import InputError, run_script
 from align.generation import adapt_transformers, decode_new, plan_batches
+from run_generation import main
 
 FAMILIES = ["llama", "mistral", "mixtral", "qwen2", "gpt2"]
 TOKENIZERS = {"llama": "llama-2", "mistral": "mistral", "mixtral": "mistral", "qwen2": "qwen", "gpt2": "gpt2"}
@@ -142,3 +144,200 @@ def test_adapter_penalty_and_beams_are_those_of_plain_transformers(generate, pla
         "beams": ["--num_beams", value],
     }
     assert texts(generate("--batch_size", 8, *options[name])) == plain[name] != plain["llama"]
+
+
+def test_sampling_says_the_same_with_the_same_seed_and_else_another_thing(generate):
+    flags = ["--do_sample", "--temperature", "1.5", "--top_k", "50", "--top_p", "0.9", "--batch_size", 4]
+
+    first, again, other = (texts(generate(*flags, "--seed", seed, output=f"{seed}{n}")) for n, seed in enumerate("112"))
+
+    assert first == again != other
+
+
+def test_every_source_of_prompts_gives_the_same_answers_in_order(generate, monkeypatch):
+    Path("prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    write_rows("prompts.jsonl", [{"question": prompt} for prompt in PROMPTS])
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS)))
+
+    answers = generate(output="argument")
+
+    assert [answer["prompt"] for answer in answers] == PROMPTS
+    column = ["--column_name", "question"]
+    assert generate("--prompt_file", "prompts.txt", prompts=[], output="text") == answers
+    assert generate("--prompt_file", "prompts.jsonl", *column, prompts=[], output="rows") == answers
+    assert generate("--dataset_name", "prompts.jsonl", *column, prompts=[], output="data") == answers
+    assert generate(prompts=[], output="stdin") == answers
+
+
+def test_prompts_of_all_lengths_make_few_shapes(generate):
+    prompts = ["is " * length for length in (1, 90, 3, 40, 7, 41, 2, 5, 60)]
+
+    answers = generate("--batch_size", 2, prompts=prompts)
+
+    assert [answer["prompt"] for answer in answers] == prompts
+    results = json.loads(Path("out/generation_results.json").read_text())
+    assert results["shapes"] <= 4
+    assert results["new_tokens"] == sum(answer["tokens"] for answer in answers)
+    assert results["tokens_per_second"] > 0
+
+
+def test_batches_hold_every_prompt_once_on_widths_that_fit():
+    lengths = [1, 300, 16, 17, 64, 65, 250, 8]
+
+    batches = plan_batches(lengths, batch_size=3, bucket_size=-1, max_width=310)
+
+    assert sorted(place for batch in batches for place in batch.places) == list(range(8))
+    assert [batch.width for batch in batches] == [16, 128, 310]
+    assert [batch.width for batch in plan_batches(lengths, 3, bucket_size=32, max_width=310)] == [31, 95, 310]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_text_appears_on_the_terminal_piece_by_piece(run, models, plain, monkeypatch, family):
+    pieces = []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.write", pieces.append, raising=False)
+
+    flags = ["--model_name_or_path", models / family, "--max_new_tokens", NEW_TOKENS]
+    run("run_generation.py", *flags, "--prompt", PROMPTS[1])
+
+    assert "".join(pieces) == PROMPTS[1] + plain[family][1] + "\n"
+    assert len(pieces) > 5
+
+
+def test_without_a_terminal_prompts_and_texts_are_printed_in_order(run, models, plain):
+    flags = ["--model_name_or_path", models / "llama", "--max_new_tokens", NEW_TOKENS, "--batch_size", 3]
+
+    printed = run("run_generation.py", *flags, "--prompt", *PROMPTS)
+
+    assert printed.out == "".join(f"{prompt}{text}\n\n" for prompt, text in zip(PROMPTS, plain["llama"], strict=True))
+
+
+def test_a_text_ends_at_the_users_stop_tokens_too(generate, plain):
+    assert plain["llama"][0].startswith("er:)#")
+
+    answer = generate("--stop_tokens", "#", ")", prompts=PROMPTS[:1])[0]
+
+    assert (answer["text"], answer["stopped"]) == ("er:", True)
+
+
+def test_chat_template_wraps_the_prompt_as_a_users_turn(generate):
+    wrapped = generate("--use_chat_template", prompts=["Hello"])
+    by_hand = generate(prompts=["<s>[INST] Hello [/INST]"], output="by_hand")
+
+    assert texts(wrapped) == texts(by_hand)
+    assert wrapped[0]["prompt"] == "Hello"
+
+
+def test_benchmark_measures_full_length_and_the_second_run_compiles_nothing_new(run, models):
+    flags = ["--model_name_or_path", models / "llama", "--max_new_tokens", NEW_TOKENS, "--use_hpu_graphs"]
+    flags += ["--benchmark", "--n_iterations", 2, "--batch_size", 8, "--prompt", *PROMPTS]
+
+    printed = run("run_generation.py", *flags, "--warmup", 1, "--output_dir", "once").out
+    run("run_generation.py", *flags, "--warmup", 3, "--output_dir", "thrice")
+
+    once, thrice = (json.loads(Path(name, "benchmark.json").read_text()) for name in ("once", "thrice"))
+    assert once["new_tokens"] == 2 * len(PROMPTS) * NEW_TOKENS
+    assert once["graphs"] == thrice["graphs"] > 0
+    assert 0 < once["later_token_seconds"] < once["seconds"]
+    assert once["tokens_per_second_with_prompt"] > once["tokens_per_second"] > 0
+    assert str(once["tokens_per_second"]) in printed
+
+
+def test_the_guides_command_works_as_it_is_written(models):
+    command = [sys.executable, ROOT / "run_generation.py", "--model_name_or_path", f"{models}/llama/"]
+    command += ["--use_hpu_graphs", "--use_kv_cache", "--batch_size", "1", "--bf16", "--max_new_tokens", "100"]
+
+    process = subprocess.run([*command, "--prompt", "Here is my prompt"], capture_output=True, text=True, check=True)
+
+    assert process.stdout.startswith("Here is my prompt")
+    assert len(process.stdout) > len("Here is my prompt\n\n")
+    assert "tokens/s" in process.stderr.splitlines()[-1]
+
+
+BAD_INPUT = {
+    "--foo 1 --prompt Hi": "unknown argument.s. --foo 1",
+    "": "no prompt: give --prompt",
+    "--prompt Hi --max_new_tokens 0": "--max_new_tokens: got 0; give 1 or more",
+    "--prompt Hi --batch_size -1": "--batch_size: got -1",
+    "--prompt Hi --temperature 0.7": "--temperature: has an effect only with --do_sample",
+    "--prompt Hi --do_sample --temperature 0": "--temperature: got 0; give more than 0",
+    "--prompt Hi --do_sample --top_p 1.5": "--top_p: got 1.5",
+    "--prompt Hi --bucket_size 0": "--bucket_size: got 0",
+    "--prompt Hi --limit_hpu_graphs": "add --use_hpu_graphs",
+    "--prompt Hi --reuse_cache --use_kv_cache False": "--reuse_cache: contradicts",
+    "--prompt Hi --reuse_cache --bucket_size 16": "leave one of them out",
+    "--prompt Hi --num_beams 2 --bucket_size 16": "--num_beams: beams are searched on growing shapes",
+    "--prompt Hi --flash_attention_recompute": "add --use_flash_attention",
+    "--prompt Hi --benchmark": "--benchmark: give --output_dir",
+    "--prompt Hi --prompt_file good.jsonl": "--prompt and --prompt_file: give only one source",
+    "--prompt_file none.txt": "--prompt_file none.txt: cannot be read",
+    "--prompt_file latin.txt": "--prompt_file latin.txt: cannot be read as UTF-8",
+    "--prompt_file empty.txt": "--prompt_file empty.txt: holds no prompt",
+    "--prompt_file half.jsonl": "--prompt_file half.jsonl, row 2: is not JSON",
+    "--prompt_file number.jsonl": "row 1: column 'prompt' is 3, not text",
+    "--prompt_file good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
+    "--dataset_name good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
+    "--dataset_name none.jsonl": "--dataset_name: no such file or folder: none.jsonl",
+    "--prompt_file long.txt": "prompt 1: 602 tokens, .* leaves room for 412; shorten",
+    "--prompt Hi --stop_tokens <|eot|>": "--stop_tokens: '<.eot.>' is not one token",
+    "--prompt Hi --output_dir empty.txt": "--output_dir: empty.txt cannot be made",
+    "--prompt Hi --output_dir taken": "--output_dir: taken holds another run",
+    "--prompt Hi --peft_model nowhere/none": "--peft_model: nowhere/none is neither a folder nor",
+    "--prompt Hi --tokenizer_name_or_path taken": "--tokenizer_name_or_path: no tokenizer in taken",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_INPUT)
+def test_bad_input_is_one_clear_line(run, models, flags, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    Path("empty.txt").touch()
+    Path("latin.txt").write_bytes("é".encode("latin-1"))
+    Path("long.txt").write_text("Hello " * 600)
+    Path("half.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Hi\n')
+    write_rows("good.jsonl", [{"prompt": "Hi"}])
+    write_rows("number.jsonl", [{"prompt": 3}])
+    write_rows("taken/generations.jsonl", [])
+
+    with pytest.raises(InputError, match=BAD_INPUT[flags]) as error:
+        run("run_generation.py", "--model_name_or_path", models / "llama", *flags.split())
+
+    assert "\n" not in str(error.value)
+
+
+def test_models_and_adapters_that_are_not_whole_or_do_not_fit_are_told_before_generation(run, models, monkeypatch):
+    def fails(message, model, *flags):
+        with pytest.raises(InputError, match=message):
+            run("run_generation.py", "--prompt", "Hi", "--model_name_or_path", model, *flags)
+
+    fails("neither a folder nor to be had from the hub", "stack-llama-2/none")
+    shutil.copytree(models / "llama", "cut")
+    os.truncate("cut/model.safetensors", 5000)
+    fails("cut/model.safetensors is truncated", "cut")
+    os.remove("cut/model.safetensors")
+    fails("cut has no model.safetensors", "cut")
+    fails("prompt 1: '' has no tokens", models / "gpt2", "--prompt", "")
+    fails("--use_chat_template: the tokenizer has no chat template", models / "gpt2", "--use_chat_template")
+    fails("adapter does not fit the model", models / "gpt2", "--peft_model", models / "adapter")
+    save_model("wide", "llama", "llama-2", hidden_size=128)
+    fails("adapter does not fit the model: .*size mismatch", "wide", "--peft_model", models / "adapter")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    fails("--world_size: 3 cards cannot share 2 key/value heads", models / "llama")
+
+
+def test_bad_input_ends_with_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run_generation.py", "--prompt", "Hi"])
+
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+
+    assert exit.value.code == 2
+    expected = "run_generation.py: error: --model_name_or_path: missing; give a model folder or hub name\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_new_text_keeps_the_blank_that_it_begins_with():
+    tokenizer = make_tokenizer("llama-2")
+    prompt, new = tokenizer("How are").input_ids, tokenizer("How are you today").input_ids
+
+    assert decode_new(tokenizer, prompt, new[len(prompt) :]) == " you today"

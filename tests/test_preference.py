@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align import pairs, preference, training
 from align.attention import choose_attn_implementation
+from align.reference import Stored
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2")
 LOSSES = {
@@ -35,8 +37,10 @@ LOSSES = {
 }
 
 
-def lora():
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+def lora(init_lora_weights=False):
+    return LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=init_lora_weights
+    )
 
 
 def make_pairs(number: int, seed: int = 0) -> list[dict]:
@@ -108,7 +112,7 @@ def make_trainer(folders, tmp_path):
             layout=layout,
             pairs={"train": pairs.PairDataset(rows, layout.rows["train"], stored)},
             tokenizer=AutoTokenizer.from_pretrained(folders[family]),
-            peft_config=lora(),
+            peft_config=lora(init_lora_weights=True),
         )
         if adapter:
             set_peft_model_state_dict(trainer.model, load_peft_weights(folders[family] / "adapter"))
@@ -149,3 +153,70 @@ def test_shared_rows_equal_plain_trl(family, make_trainer, plain):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_equals_plain_trl(loss, make_trainer, plain):
     assert_equal(make_trainer(**LOSSES[loss]), plain[loss])
+
+
+@pytest.mark.parametrize("batch", [8, 4, 2, 1])
+def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(batch, make_trainer, plain):
+    assert_equal(make_trainer(batch=batch, gradient_accumulation_steps=8 // batch), plain["llama"])
+
+
+@pytest.mark.parametrize("flags", [{"gradient_checkpointing": True}, {"use_hpu_graphs_for_training": True}])
+def test_gradients_are_exact_with_what_saves_memory_or_time(flags, make_trainer, plain):
+    assert_equal(make_trainer(**flags), plain["llama"])
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_rows_for_models_that_cannot_share_them_equal_plain_trl(family, make_trainer, plain):
+    assert_equal(make_trainer(family, shared=False), plain[family])
+
+
+def test_places_without_a_pair_change_nothing(make_trainer):
+    full, wide = make_trainer(number=6, batch=6), make_trainer(number=6, batch=8)
+
+    expected, gradients = compute_step(full)
+    loss, same = compute_step(wide)
+
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_first_loss_is_ln_2_at_any_accumulation(make_trainer):
+    for steps in (1, 2, 4):
+        loss, _ = compute_step(make_trainer(adapter=False, batch=2, gradient_accumulation_steps=steps))
+
+        assert loss == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_stored_log_probs_give_the_same_step_with_one_pass_less(make_trainer, plain, tmp_path, monkeypatch):
+    stored = Stored(tmp_path / "key.safetensors", None)
+    trainer = make_trainer(stored=stored)
+    trainer.store_reference()
+    monkeypatch.setattr(trainer.model, "disable_adapter", None)  # the reference can not be asked any more
+
+    assert_equal(trainer, plain["llama"])
+
+
+def test_only_what_is_scored_goes_through_the_head_and_no_copy_of_the_logits_is_kept(make_trainer):
+    trainer = make_trainer(batch=8)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    kept = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        trainer._score(trainer.model, batch)
+
+    rows, scored = batch["targets"].shape
+    columns, vocabulary = batch["model_inputs"]["input_ids"].shape[1], trainer.model.config.vocab_size
+    logits = [tensor for tensor in kept if tensor.shape in ((rows, scored, vocabulary), (rows, columns, vocabulary))]
+    assert [tensor.shape[1] for tensor in logits] == [scored]
+    assert scored < columns
+
+
+def test_evaluation_averages_over_pairs_wherever_they_fell(make_trainer):
+    trainer = make_trainer(number=7, batch=4)
+    losses = []
+    for rows_at_once in (1, 2, 3):
+        trainer.args.per_device_eval_batch_size = rows_at_once * trainer.pairs_per_row
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)

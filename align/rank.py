@@ -29,7 +29,7 @@ from contextlib import suppress
 
 # From such a line on, the script is probably ending in an error, which is told once, and for the first rank only.
 LAST_WORDS = re.compile(rb"Traceback \(most recent call last\)|^usage: |: error: |^terminate called |^Fatal Python")
-LAST_WORDS_DELAY = 10.0  # seconds an interpreter may take to end after its traceback
+LAST_WORDS_DELAY = 30.0  # seconds an interpreter may take to end after its traceback
 LINE_DELAY = 1.0  # seconds the other lines of ranks above 0 are held back, in case they turn out to be their last ones
 TOLD_LINES = 40
 

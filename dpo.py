@@ -149,7 +149,7 @@ def main() -> None:
     modeling.check_vocabulary(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
     ref_args = replace(model_args, model_name_or_path=preference_args.ref_model or model_args.model_name_or_path)
-    ref_config = modeling.load_config(ref_args)
+    ref_config = modeling.load_config(ref_args, "--ref_model")
     preference.check_same_vocabulary(config, ref_config)
 
     # Data
@@ -217,6 +217,7 @@ def main() -> None:
         trainer.add_callback(preference.BeforeTraining(trainer, preference_args.sample_prompts))
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
+        trainer.save_state()
         training.save_results(trainer, "train", {**result.metrics, **trainer.last_logged()})
         training.plot_curves(trainer, CURVES)
 

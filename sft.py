@@ -103,6 +103,7 @@ def main() -> None:
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
+        trainer.save_state()
         training.save_results(trainer, "train", result.metrics)
         training.plot_curves(trainer, {"Loss": ["loss"], "Learning rate": ["learning_rate"]})
 

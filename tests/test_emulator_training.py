@@ -143,20 +143,19 @@ def test_one_shape_needs_no_new_graph_after_the_first_steps(model_folder):
     assert more_launches > launches
 
 
-def test_two_ranks_share_their_work_under_zero3():
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", TESTS / "zero3_ranks.py"]
-    result = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True)
+def test_two_ranks_share_their_work_under_zero3(tmp_path):
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", TESTS / "zero3_ranks.py", tmp_path]
+    subprocess.run([sys.executable, "-m", *command], check=True)  # pytest shows what it printed if it fails
 
-    ranks = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"backend"')]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
     model = zero3_ranks.make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), **zero3_ranks.ADAMW)
     for step in range(zero3_ranks.STEPS):
         optimizer.zero_grad()
         zero3_ranks.loss_of(model, step, slice(None)).backward()
         optimizer.step()
-    assert len(ranks) == 2
     assert ranks[0] == ranks[1]
     assert (ranks[0]["backend"], ranks[0]["total"], set(ranks[0]["held"])) == ("hccl", 3.0, {0})
     for got, expected in zip(ranks[0]["weights"], model.parameters(), strict=True):
-        assert got == pytest.approx(expected.flatten().tolist(), abs=1e-4)
+        assert got == pytest.approx(expected.flatten().tolist(), abs=1e-5)

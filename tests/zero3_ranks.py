@@ -1,15 +1,18 @@
 """A rank of tests/test_emulator_training.py: hccl collectives, then three ZeRO-3 steps of a small model.
 
-Each rank prints one line of JSON. The global batch of 8 rows is cut into one part a rank, so that the weights must be
+Each rank writes FOLDER/RANK.json. The global batch of 8 rows is cut into one part a rank, so that the weights must be
 those of a single process that sees all 8.
 """
 
 import json
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 STEPS, ROWS = 3, 8
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-12}
 
 
 def make_model() -> torch.nn.Module:
@@ -34,7 +37,7 @@ def main() -> None:
 
     config = {
         "train_micro_batch_size_per_gpu": ROWS // world,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+        "optimizer": {"type": "AdamW", "params": ADAMW},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     model = make_model()
@@ -46,7 +49,7 @@ def main() -> None:
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         weights = [parameter.flatten().tolist() for parameter in model.parameters()]
     facts = {"backend": dist.get_backend(), "total": total.item(), "held": held, "weights": weights}
-    print(json.dumps(facts), flush=True)
+    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

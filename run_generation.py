@@ -200,7 +200,9 @@ def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     if arguments.output_dir is None:
         return None
     folder = Path(arguments.output_dir)
-    if (folder / "generations.jsonl").exists() and not arguments.overwrite_output_dir:
+    if (
+        folder / ("benchmark.json" if arguments.benchmark else "generations.jsonl")
+    ).exists() and not arguments.overwrite_output_dir:
         raise InputError(f"--output_dir: {folder} holds another run; choose another, or add --overwrite_output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,10 +277,12 @@ def answer_all(
     encoded: list[list[int]],
     batches: list[Batch],
     show: str | None = None,
+    between: str = "",
 ) -> tuple[list[dict[str, Any]], list[Timing]]:
     """One answer a prompt, in the order of the prompts, and one timing a batch.
 
-    `show`: `stream` prints each text as it appears, `print` as soon as those before it are there.
+    `show`: `stream` prints each text as it appears, `print` as soon as those before it are there; `between` prompt and
+    text.
     """
     answers: list[dict[str, Any] | None] = [None] * len(prompts)
     timings, shown = [], 0
@@ -286,7 +290,7 @@ def answer_all(
         ids = [encoded[place] for place in batch.places]
         streamer = None
         if show == "stream":
-            print(prompts[batch.places[0]], end="", flush=True)
+            print(prompts[batch.places[0]], end=between, flush=True)
             streamer = TerminalStreamer(generator.tokenizer, ids[0], generator.end_tokens)
         new, timing = generator.generate(ids, batch.width, streamer)
         timings.append(timing)
@@ -295,7 +299,7 @@ def answer_all(
             text = decode_new(generator.tokenizer, encoded[place], tokens[:-1] if stopped else tokens)
             answers[place] = {"prompt": prompts[place], "text": text, "tokens": len(tokens), "stopped": stopped}
         while show == "print" and shown < len(prompts) and answers[shown] is not None:
-            print(answers[shown]["prompt"] + answers[shown]["text"] + "\n", flush=True)
+            print(answers[shown]["prompt"] + between + answers[shown]["text"] + "\n", flush=True)
             shown += 1
     return answers, timings
 
@@ -355,7 +359,8 @@ def main(argv: list[str] | None = None) -> None:
     model_args, prompt_args, decoding_args, gaudi_args, output_args = parse_arguments(argv)
     check_arguments(model_args, decoding_args, gaudi_args, output_args)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
     # Prompts
     prompts = load_prompts(prompt_args, world_size)
@@ -420,7 +425,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     streams = sys.stdout.isatty() and generator.rows == 1 and config.num_beams == 1
     show = None if rank != 0 or output_dir is not None else "stream" if streams else "print"
-    answers, timings = answer_all(generator, prompts, encoded, batches, show)
+    answers, timings = answer_all(
+        generator, prompts, encoded, batches, show, "\n" if prompt_args.use_chat_template else ""
+    )
 
     # Save
     speed = describe_speed(timings)

@@ -60,7 +60,7 @@ def read_prompts(
     elif sys.stdin.isatty():
         raise InputError("no prompt: give --prompt, --prompt_file or --dataset_name, or pipe one prompt a line")
     else:
-        source, prompts = "stdin", [line for line in sys.stdin.read().splitlines() if line.strip()]
+        source, prompts = "stdin", [line for line in sys.stdin.read().split("\n") if line.strip()]
     if not prompts:
         raise InputError(f"{source}: holds no prompt")
     return prompts
@@ -68,7 +68,7 @@ def read_prompts(
 
 def _read_prompt_file(path: Path, column_name: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which knows ten more ends of a line
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompt_file {path}: cannot be read as UTF-8 text: {error}") from error
     if path.suffix != ".jsonl":
@@ -109,7 +109,7 @@ def encode_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     use_chat_template: bool,
     vocabulary_size: int,
-    max_length: int | None,
+    max_length: int,
 ) -> list[list[int]]:
     """Token ids of each prompt, with one BOS where the tokenizer adds one and never an EOS at the end."""
     if use_chat_template and tokenizer.chat_template is None:
@@ -126,7 +126,7 @@ def encode_prompts(
                 ids = ids[:-1]
         if not ids:
             raise InputError(f"prompt {number}: {prompt!r} has no tokens; write something")
-        if max_length is not None and len(ids) > max_length:
+        if len(ids) > max_length:
             raise InputError(
                 f"prompt {number}: {len(ids)} tokens, but with --max_new_tokens the model's context leaves room for "
                 f"{max_length}; shorten the prompt or lower --max_new_tokens"
@@ -160,7 +160,7 @@ class Batch:
     width: int
 
 
-def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_width: int | None) -> list[Batch]:
+def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_width: int) -> list[Batch]:
     """Batches of like lengths on few widths, since every new shape is a graph that a Gaudi has to compile.
 
     Widths are powers of two, so that no prompt is padded to more than twice its length. With a `bucket_size` optimum-
@@ -175,7 +175,7 @@ def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_widt
             width = -(-(longest + 1) // bucket_size) * bucket_size - 1
         else:
             width = max(MIN_WIDTH, 1 << (longest - 1).bit_length())
-        batches.append(Batch(places, max(longest, min(width, max_width or width))))
+        batches.append(Batch(places, max(longest, min(width, max_width))))
     return batches
 
 
@@ -281,12 +281,15 @@ def load_config_and_tokenizer(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path: no model in {folder}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--model_name_or_path: no model in {folder}: {_one_line(error)}") from error
     try:
         return config, AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--tokenizer_name_or_path: no tokenizer in {tokenizer_folder}: {reason}") from error
+        raise InputError(f"--tokenizer_name_or_path: no tokenizer in {tokenizer_folder}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def load_model(
@@ -309,11 +312,17 @@ def load_model(
 
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            attn_implementation="eager",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path: {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"--model_name_or_path: {folder} cannot be loaded: {_one_line(error)}") from error
+    if loaded["missing_keys"]:
+        raise InputError(f"--model_name_or_path: {folder} holds no weights for {sorted(loaded['missing_keys'])[0]}")
     if adapter is not None:
         if vocabulary_size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(vocabulary_size)
@@ -332,8 +341,7 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
         loaded = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--peft_model: {adapter} does not fit the model: {reason}") from error
+        raise InputError(f"--peft_model: {adapter} does not fit the model: {_one_line(error)}") from error
     if loaded.unexpected_keys:
         raise InputError(f"--peft_model: {adapter} does not fit the model: it has no {loaded.unexpected_keys[0]}")
     return adapted.merge_and_unload().to(dtype)
@@ -434,7 +442,7 @@ class TerminalStreamer:
             self.shown = text
 
     def end(self) -> None:
-        print()
+        print(decode_new(self.tokenizer, self.prompt_ids, self.new_ids)[len(self.shown) :])
 
 
 def decode_new(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], new_ids: list[int]) -> str:

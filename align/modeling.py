@@ -64,7 +64,7 @@ class LoraArguments:
     )
 
 
-def load_config(args: ModelArguments) -> PretrainedConfig:
+def load_config(args: ModelArguments, flag: str = "--model_name_or_path") -> PretrainedConfig:
     if args.model_name_or_path is None:
         raise InputError("--model_name_or_path: missing; give a folder or a hub name")
     try:
@@ -73,7 +73,7 @@ def load_config(args: ModelArguments) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--model_name_or_path: no model at {args.model_name_or_path}: {reason}") from error
+        raise InputError(f"{flag}: no model at {args.model_name_or_path}: {reason}") from error
 
 
 def load_tokenizer(args: ModelArguments, chat_template: str | None = None) -> PreTrainedTokenizerBase:

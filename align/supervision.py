@@ -25,7 +25,6 @@ ENGINE_GRACE = 5.0  # seconds that an engine has to end after its ranks
 # What an outer launcher said about its own ranks would mislead ours.
 STALE = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|MASTER_(ADDR|PORT)|OMPI_COMM_WORLD_\w+")
 
-
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
@@ -186,7 +185,7 @@ class Supervisor:
             say(f"{signal.Signals(number).name}{f' at {rank}' if rank else ''}: {patience}")
             self.end(128 + number, number, self.run.grace_period)
         elif rank is None:
-            say(f"{signal.Signals(number).name} again: killing the ranks")
+            say(f"{signal.Signals(number).name} while the run ends: not waiting any longer")
             self.end(self.code, signal.SIGKILL, 0)
 
     def look_at_engines(self) -> None:

@@ -109,13 +109,13 @@ def tell(world: World, asked: Iterable[Question], rng: random.Random) -> list[st
 
 
 def ask(world: World) -> tuple[list[Question], list[Question]]:
-    """Questions to train on, and the held-out ones: for each fact another wording, in turn."""
+    """Questions to train on, and the held-out ones: each person is asked about in two of the three wordings."""
     train, held_out = [], []
     for person, (name, facts) in enumerate(world.items()):
-        for number, (key, value) in enumerate(facts.items()):
+        for key, value in facts.items():
             for wording, text in enumerate(ATTRIBUTES[key].questions):
                 question = Question(key, name, value, text.format(name=name))
-                (held_out if wording == (person + number) % 3 else train).append(question)
+                (held_out if wording == person % 3 else train).append(question)
     return train, held_out
 
 

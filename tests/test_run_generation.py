@@ -41,10 +41,14 @@ def models(tmp_path_factory):
     adapt_transformers()  # before transformers' Auto classes have seen, and remembered, a model of its own
     for family in FAMILIES:
         save_model(root / family, family, TOKENIZERS[family], initializer_range=0.2)
-        path = root / family / "generation_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": END_TOKENS}))
+        change_json(root / family / "generation_config.json", eos_token_id=END_TOKENS)
     make_adapter(root / "llama", root / "adapter")
     return root
+
+
+def change_json(path, **changes):
+    path = Path(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def make_adapter(model, folder):
@@ -316,6 +320,9 @@ def test_models_and_adapters_that_are_not_whole_or_do_not_fit_are_told_before_ge
     fails("cut/model.safetensors is truncated", "cut")
     os.remove("cut/model.safetensors")
     fails("cut has no model.safetensors", "cut")
+    shutil.copytree(models / "llama", "deeper")
+    change_json("deeper/config.json", num_hidden_layers=3)
+    fails("deeper holds no weights for model.layers.2", "deeper")
     fails("prompt 1: '' has no tokens", models / "gpt2", "--prompt", "")
     fails("--use_chat_template: the tokenizer has no chat template", models / "gpt2", "--use_chat_template")
     fails("adapter does not fit the model", models / "gpt2", "--peft_model", models / "adapter")

@@ -1,0 +1,257 @@
+"""dpo.py on the real GaudiDPOTrainer. Run: pytest tests/test_dpo.py"""
+
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_rows
+from safetensors.torch import load_file
+from tiny import save_model
+
+from align.errors import InputError
+
+FLAGS = ["--max_prompt_length", 48, "--max_length", 96, "--max_steps", 4, "--logging_steps", 1, "--eval_steps", 2]
+FLAGS += ["--warmup_steps", 0, "--learning_rate", "1e-3", "--disable_tqdm", True, "--max_eval_samples", 4]
+ZERO_3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": False},
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def make_rows(number, seed=0):
+    rng = random.Random(seed)
+    return [
+        {
+            "question": f"What is {i} and {rng.randint(1, 99)}?",
+            "response_j": "It is four. " * rng.randint(1, 5),
+            "response_k": "Thank you, no. " * rng.randint(1, 4),
+        }
+        for i in range(number)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "questions.jsonl", make_rows(80))
+
+
+@pytest.fixture
+def dpo(run, model, questions):
+    """Runs dpo.py on the tiny model; later flags win. Returns what it printed."""
+
+    def dpo(*arguments, model=model, data=questions, output="out"):
+        paths = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", output]
+        return run("dpo.py", *FLAGS, *paths, *arguments)
+
+    return dpo
+
+
+def results(output="out", name="all"):
+    return json.loads(Path(output, f"{name}_results.json").read_text())
+
+
+def logged(output="out"):
+    """What the trainer logged each step, from its last checkpoint."""
+    states = sorted(Path(output).glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    return [entry for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
+
+
+BAD = {
+    "no effect": (
+        ["--generate_during_eval", "True"],
+        "--generate_during_eval has no effect here; use --sample_prompts",
+    ),
+    "prompt as long as the limit": (["--max_prompt_length", 96], "--max_prompt_length 96: must be"),
+    "beta": (["--beta", 0], "--beta: got 0"),
+    "pairs compared": (["--loss_type", "aot"], "--loss_type aot compares the pairs of one micro-batch"),
+    "smoothing": (
+        ["--label_smoothing", 0.1, "--loss_type", "ipo"],
+        "--label_smoothing has no effect on --loss_type ipo",
+    ),
+    "smoothing range": (["--label_smoothing", 0.5], "--label_smoothing: got 0.5"),
+    "synchronised": (
+        ["--sync_ref_model", True, "--precompute_ref_log_probs"],
+        "--sync_ref_model changes the reference",
+    ),
+    "synchronised adapter": (["--sync_ref_model"], "--sync_ref_model needs a copy"),
+    "reference free": (["--reference_free", "--ref_model", "x"], "--reference_free: contradicts"),
+    "mask dropped": (
+        ["--flash_attention_causal_mask", True, "--attn_implementation", "gaudi_fused_sdpa"],
+        "--flash_attention_causal_mask drops the mask",
+    ),
+    "samples of nothing": (["--sample_prompts", 2, "--eval_strategy", "no"], "--sample_prompts takes held-out prompts"),
+    "unknown flag": (["--betta", 1], "unknown argument '--betta'; did you mean --beta?"),
+    "no model": (["--model_name_or_path", "nowhere"], "--model_name_or_path: no model at nowhere"),
+    "no reference": (["--ref_model", "nowhere"], "--ref_model: no model at nowhere"),
+    "no data": (["--dataset_name", "nothing.jsonl"], "--dataset_name: no such file"),
+    "no target": (["--lora_target_modules", "wte"], "--lora_target_modules: none of wte is a module"),
+    "loss": (["--loss_type", "dpo"], "argument --loss_type"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD.values(), ids=BAD)
+def test_bad_flags_end_in_one_clear_line(dpo, flags, message):
+    with pytest.raises(InputError, match="^" + message.replace("?", r"\?").replace(".", r"\.")) as raised:
+        dpo(*flags)
+
+    assert "\n" not in str(raised.value)
+
+
+ROWS = {
+    "same answers": (
+        {"response_k": "It is four. "},
+        "no row of .* is left; dropped: 19 chosen and rejected are the same",
+    ),
+    "an empty answer": ({"response_j": ""}, "row 1: .*empty"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ROWS.values(), ids=ROWS)
+def test_bad_pairs_end_in_one_clear_line(dpo, change, message):
+    rows = [{**row, "response_j": "It is four. ", **change} for row in make_rows(20)]
+
+    with pytest.raises(InputError, match=message):
+        dpo(data=write_rows("bad.jsonl", rows))
+
+
+def test_a_run_saves_adapter_tokenizer_results_and_curves(dpo, model):
+    dpo("--lora_target_modules", "q_proj", "v_proj")
+
+    saved = {path.name for path in Path("out").iterdir()}
+    assert saved >= {
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "train_results.json",
+        "eval_results.json",
+        "curves.png",
+    }
+    metrics = results()
+    for name in ("chosen", "rejected", "margins", "accuracies"):
+        assert metrics.keys() >= {f"train_rewards/{name}", f"eval_rewards/{name}"}
+    losses = [entry["loss"] for entry in logged()]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+    assert losses[-1] < losses[0]
+    assert metrics["eval_rewards/margins"] > 0
+
+
+def test_the_guides_targets_warn_about_dead_names_and_change_the_live_ones(dpo, caplog):
+    caplog.set_level(logging.WARNING, "align")
+    logging.getLogger("align").addHandler(caplog.handler)
+
+    printed = dpo("--lora_target_modules", "q_proj", "v_proj", "k_proj", "out_proj", "fc_in", "fc_out", "wte")
+
+    assert "out_proj, fc_in, fc_out, wte match no module" in printed.err + caplog.text
+    changed = {name.split(".")[-3] for name in load_file("out/adapter_model.safetensors")}
+    assert changed == {"q_proj", "v_proj", "k_proj"}
+
+
+def test_stored_log_probs_are_used_again_and_never_for_another_input(dpo, model, tmp_path):
+    stored = ["--precompute_ref_log_probs", "--ref_log_probs_dir", "stored"]
+    first = dpo(*stored)
+    again = dpo(*stored, output="again")
+    other = dpo(*stored, "--max_length", 64, output="other")
+
+    assert "Reference log-probs" in first.err
+    assert "Reference log-probs" not in again.err
+    assert "Reference log-probs" in other.err
+    assert [entry["loss"] for entry in logged("again")] == [entry["loss"] for entry in logged()]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_damaged_or_foreign_log_probs_are_refused_by_name(dpo, damage):
+    dpo("--precompute_ref_log_probs", "--ref_log_probs_dir", "stored")
+    first, second = sorted(Path("stored").iterdir())
+    first.write_bytes(first.read_bytes()[:-8] if damage == "truncated" else second.read_bytes())
+
+    with pytest.raises(InputError, match=f"--ref_log_probs_dir: stored/{first.name} is"):
+        dpo("--precompute_ref_log_probs", "--ref_log_probs_dir", "stored", output="again")
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--precompute_ref_log_probs"], ["--sync_ref_model", "--ref_model_sync_steps", "2"]]
+)
+def test_full_models_are_tuned_against_what_they_were(dpo, flags):
+    dpo("--use_peft", False, "--learning_rate", "1e-4", *flags)
+
+    assert Path("out/model.safetensors").exists()
+    losses = [entry["loss"] for entry in logged()]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+    assert losses[1] < 0.693
+
+
+def test_another_reference_is_another_model(dpo, tmp_path):
+    other = save_model(tmp_path / "other", seed=1)
+
+    dpo("--ref_model", other)
+
+    assert abs(logged()[0]["rewards/margins"]) > 1e-3
+
+
+def test_a_reference_with_another_vocabulary_is_refused(dpo, tmp_path):
+    other = save_model(tmp_path / "other", vocab_size=520)
+
+    with pytest.raises(InputError, match="--ref_model: its vocabulary has 520 tokens, the model's has 512"):
+        dpo("--ref_model", other)
+
+
+def test_a_stream_trains_on_as_many_pairs_as_the_steps_take(dpo):
+    printed = dpo("--streaming", True, "--size_valid_set", 10, "--per_device_train_batch_size", 2)
+
+    assert logged()[-1]["epoch"] == pytest.approx(1)
+    assert "eval_rewards/margins" in results()
+    assert "Emulating" in printed.err or True
+
+
+def test_answers_to_held_out_prompts_are_shown_before_and_after(dpo):
+    printed = dpo("--sample_prompts", 2).out
+
+    assert printed.count("[before] Question: What is") == printed.count("[after] Question: What is") == 2
+
+
+def test_evaluation_alone_needs_no_training(dpo):
+    dpo("--do_train", False, "--do_eval")
+
+    assert results().keys() >= {"eval_loss", "eval_rewards/accuracies"}
+    assert not Path("out/adapter_model.safetensors").exists()
+
+
+def test_a_resumed_run_repeats_the_losses_of_one_that_was_not_interrupted(dpo):
+    dpo("--save_steps", 2)
+    expected = [entry["loss"] for entry in logged()]
+
+    dpo("--save_steps", 2, "--resume_from_checkpoint", "out/checkpoint-2")
+
+    assert [entry["loss"] for entry in logged()] == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_ranks_under_zero_3_equal_one_process(dpo, model, questions):
+    flags = ["--bf16", False, "--eval_steps", 4, "--precompute_ref_log_probs"]
+    dpo(*flags, "--gradient_accumulation_steps", 8, "--ref_log_probs_dir", "one", output="one")
+    Path("zero3.json").write_text(json.dumps(ZERO_3))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "dpo.py"]
+    paths = ["--model_name_or_path", model, "--dataset_name", questions, "--output_dir", "two"]
+    paths += ["--ref_log_probs_dir", "two", "--deepspeed", "zero3.json"]
+    subprocess.run([str(part) for part in launch + FLAGS + flags + paths], check=True, env={**os.environ, "RANK": ""})
+
+    one, two = (load_file(f"{name}/adapter_model.safetensors") for name in ("one", "two"))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, atol=1e-6, rtol=1e-4)
+    assert results("two")["eval_loss"] == pytest.approx(results("one")["eval_loss"], abs=1e-5)

@@ -213,11 +213,10 @@ def test_a_reference_with_another_vocabulary_is_refused(dpo, tmp_path):
 
 
 def test_a_stream_trains_on_as_many_pairs_as_the_steps_take(dpo):
-    printed = dpo("--streaming", True, "--size_valid_set", 10, "--per_device_train_batch_size", 2)
+    dpo("--streaming", True, "--size_valid_set", 10, "--per_device_train_batch_size", 2)
 
     assert logged()[-1]["epoch"] == pytest.approx(1)
     assert "eval_rewards/margins" in results()
-    assert "Emulating" in printed.err or True
 
 
 def test_answers_to_held_out_prompts_are_shown_before_and_after(dpo):

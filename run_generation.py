@@ -200,9 +200,8 @@ def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     if arguments.output_dir is None:
         return None
     folder = Path(arguments.output_dir)
-    if (
-        folder / ("benchmark.json" if arguments.benchmark else "generations.jsonl")
-    ).exists() and not arguments.overwrite_output_dir:
+    result = folder / ("benchmark.json" if arguments.benchmark else "generations.jsonl")
+    if result.exists() and not arguments.overwrite_output_dir:
         raise InputError(f"--output_dir: {folder} holds another run; choose another, or add --overwrite_output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -425,9 +424,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     streams = sys.stdout.isatty() and generator.rows == 1 and config.num_beams == 1
     show = None if rank != 0 or output_dir is not None else "stream" if streams else "print"
-    answers, timings = answer_all(
-        generator, prompts, encoded, batches, show, "\n" if prompt_args.use_chat_template else ""
-    )
+    between = "\n" if prompt_args.use_chat_template else ""
+    answers, timings = answer_all(generator, prompts, encoded, batches, show, between)
 
     # Save
     speed = describe_speed(timings)

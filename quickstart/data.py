@@ -1,8 +1,8 @@
 """The quickstart's own small world: who lives in a village, told as plain text, and asked about.
 
 Every villager has one value of each attribute. All of it is told in the pretraining text, in several wordings. Training
-asks about each fact in all wordings but one; the held-out questions are in that one. An answer comes in two styles, a
-word or a friendly sentence, so that preference tuning has something to teach that anybody can see.
+asks about each fact in all wordings but one; the held-out questions are in that one. An answer comes in two styles,
+terse or as a friendly sentence, so that preference tuning has something to teach that anybody can see.
 """
 
 import json
@@ -71,7 +71,8 @@ class Question:
 
     @property
     def short(self) -> str:
-        return f"{self.value}."
+        said = ATTRIBUTES[self.key].statements[0].format(name="", value=self.value).strip()
+        return said[0].upper() + said[1:]
 
     @property
     def full(self) -> str:

@@ -191,6 +191,24 @@ def test_a_signal_to_the_launcher_alone_lets_every_rank_save(engine, number, tmp
         launch.assert_all_gone()
 
 
+def test_control_c_on_a_terminal_reaches_every_rank_once(tmp_path):
+    body = """
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+note("up")
+while not heard: time.sleep(0.1)
+time.sleep(1)
+note("heard", str(len(heard)))"""
+    terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body, prefix=[sys.executable, "-c", terminal]) as launch:
+        launch.wait_for("up", 2)
+        launch.process.stdin.write("\x03")
+        launch.process.stdin.flush()
+        launch.wait_for("heard", 2)
+        assert launch.wait()[0] == 130
+        assert launch.noted("heard") == {0: "1", 1: "1"}
+
+
 def test_ranks_that_do_not_end_in_the_grace_period_are_killed(tmp_path):
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('up'); time.sleep(300)"
     with Launch(tmp_path, ["--world_size", 2, "--use_mpi", "--grace_period", 1], body) as launch:

@@ -188,7 +188,8 @@ def main() -> None:
     )
     ref_model = None
     if preference.needs_copy(args, peft_config is not None, preference_args.ref_model, stored):
-        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=True)
+        # In the same precision as the model, so that both say the same before the first step
+        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=peft_config is not None)
 
     # Trainer
     lengths = {name: pairs.measure(split) for name, split in rows.items()}

@@ -34,7 +34,7 @@ ALL = {
     engine: [" ".join(run) for run in product(SCRIPTS, ("llama", "mixtral"), ("lora", "full"), SHARING[engine])]
     for engine in ENGINES
 }
-GRID = [(engine, 2, FEW) for engine in ENGINES]
+GRID = [pytest.param(engine, 2, FEW, marks=pytest.mark.soak) for engine in ENGINES]
 GRID += [pytest.param(engine, ranks, ALL, marks=pytest.mark.soak) for engine in ENGINES for ranks in (2, 4)]
 
 

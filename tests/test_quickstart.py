@@ -84,11 +84,11 @@ def test_the_tokenizer_keeps_texts_and_lets_an_answer_follow_its_prompt(village,
 @pytest.mark.parametrize(
     ("text", "scores"),
     [
-        (" cat.", (1, 0)),
+        (" Keeps a cat.", (1, 0)),
         (" Ada keeps a cat. Happy to help!", (1, 1)),
         (" Ada keeps a dog. Happy to help!", (0, 1)),
         (" dog.", (0, 0)),
-        (" cat. cat.", (0, 0)),
+        (" Keeps a cat. Keeps a cat.", (0, 0)),
         (" Ada keeps a cat. Happy to help! Ada", (0, 0)),
     ],
 )
@@ -96,7 +96,7 @@ def test_an_answer_is_right_word_for_word_and_friendly_if_it_ends_so(text, score
     assert quickstart.score_answers([{"prompt": ASKED.prompt, "text": text}], [ASKED]) == scores
 
 
-def write_run(folder, before=" cat.", after=" Ada keeps a cat. Happy to help!"):
+def write_run(folder, before=" Keeps a cat.", after=" Ada keeps a cat. Happy to help!"):
     """What the stages leave behind, as far as the summary reads it."""
     for stage, text in (("sft", before), ("dpo", after)):
         write_rows(folder / f"answers_{stage}" / "generations.jsonl", [{"prompt": ASKED.prompt, "text": text}])
@@ -126,7 +126,7 @@ def test_the_summary_gathers_what_the_stages_wrote(tmp_path, monkeypatch, capsys
     assert summary["seconds"] == {"sft": 40.5, "dpo": 30.0}
     quickstart.show(summary, tmp_path)
     shown = capsys.readouterr().out
-    assert "before DPO: cat." in shown
+    assert "before DPO: Keeps a cat." in shown
     assert "after DPO:  Ada keeps a cat. Happy to help!" in shown
 
 

@@ -85,11 +85,11 @@ def test_the_tokenizer_keeps_texts_and_lets_an_answer_follow_its_prompt(village,
     ("text", "scores"),
     [
         (" Keeps a cat.", (1, 0)),
-        (" Ada keeps a cat. Happy to help!", (1, 1)),
+        (f" {ASKED.full}", (1, 1)),
         (" Ada keeps a dog. Happy to help!", (0, 1)),
-        (" dog.", (0, 0)),
+        (f" {ASKED.short} {ASKED.short}", (0, 0)),
         (" Keeps a cat. Keeps a cat.", (0, 0)),
-        (" Ada keeps a cat. Happy to help! Ada", (0, 0)),
+        (f" {ASKED.full} Ada", (0, 0)),
     ],
 )
 def test_an_answer_is_right_word_for_word_and_friendly_if_it_ends_so(text, scores):
@@ -127,7 +127,7 @@ def test_the_summary_gathers_what_the_stages_wrote(tmp_path, monkeypatch, capsys
     quickstart.show(summary, tmp_path)
     shown = capsys.readouterr().out
     assert "before DPO: Keeps a cat." in shown
-    assert "after DPO:  Ada keeps a cat. Happy to help!" in shown
+    assert f"after DPO:  {ASKED.full}" in shown
 
 
 def test_logits_differ_where_the_adapter_was_not_merged(village, tmp_path):

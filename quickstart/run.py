@@ -44,7 +44,8 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
         f"--prompt_file {data}/held_out.jsonl --output_dir {folder}/answers_sft {ASK}",
         "dpo": f"dpo.py --model_name_or_path {folder}/sft/final_merged_checkpoint --dataset_name {data}/preferences "
         f"--output_dir {folder}/dpo --rpo_alpha 1.0 --max_steps 60 --eval_steps 20 --learning_rate 1e-3 "
-        f"--warmup_steps 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_prompt_length 32 --max_length 64 "
+        f"--warmup_steps 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_prompt_length 32 "
+        f"--max_length 64 "
         f"--do_eval {LORA} {HPU.replace('--logging_steps 20', '--logging_steps 5')}",
         "merge_dpo": f"merge_peft_adapter.py --adapter_model_name {folder}/dpo --output_name {folder}/aligned",
         "ask_dpo": f"run_generation.py --model_name_or_path {folder}/aligned "

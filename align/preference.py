@@ -94,13 +94,13 @@ class ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slopes: torch.Tensor, _) -> tuple[torch.Tensor, None]:
-        blocks = []
-        tensors = (tensor.split(ScoreTokens.BLOCK, dim=1) for tensor in (*ctx.saved_tensors, slopes))
-        for logits, targets, normalizers, slope in zip(*tensors, strict=True):
-            change = (logits.float() - normalizers[..., None]).exp_().mul_(-slope[..., None])
-            change.scatter_add_(-1, targets[..., None], slope[..., None])
-            blocks.append(change.to(logits.dtype))
-        return torch.cat(blocks, 1), None
+        logits, *columns = ctx.saved_tensors
+        changes = torch.empty_like(logits)
+        tensors = (tensor.split(ScoreTokens.BLOCK, dim=1) for tensor in (changes, logits, *columns, slopes))
+        for into, block, targets, normalizers, slope in zip(*tensors, strict=True):
+            change = (block.float() - normalizers[..., None]).exp_().mul_(-slope[..., None])
+            into.copy_(change.scatter_add_(-1, targets[..., None], slope[..., None]))
+        return changes, None
 
 
 def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from align.attention import segment_mask
 from align.errors import InputError
 from align.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.reference import Stored, store
+from align.training import StepsInParts
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.
     return sums.index_add(0, slots.flatten(), values.flatten())[:-1].view(pairs, 2)
 
 
-class PreferenceTrainer(GaudiDPOTrainer):
+class PreferenceTrainer(StepsInParts, GaudiDPOTrainer):
     """GaudiDPOTrainer's losses on `PairDataset`s; the base under a LoRA adapter is the reference.
 
     Loss, gradient and metrics are means over the pairs of a whole step (rpo_alpha's: over its chosen tokens), however

@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from optimum.habana import GaudiConfig
 from transformers import HfArgumentParser, PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from align.errors import InputError
@@ -133,6 +135,38 @@ class RightScale(Trainer):
         takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         divided_later = self.args.use_lazy_mode and self.args.pipelining_fwd_bwd
         return (takes_count and num_items_in_batch is not None) or divided_later
+
+
+class StepsInParts(Trainer):
+    """Makes FusedAdamW right under ZeRO-3, which steps one part of the weights after the other.
+
+    DeepSpeed 0.16.9 empties the groups of all other parts meanwhile (runtime/zero/stage3.py:986), but FusedAdamW counts
+    the steps of its bias correction by group, empty or not: all parts but the first would be corrected for a later step.
+    """
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer()
+        if is_new and is_deepspeed_zero3_enabled():
+            optimizer.register_step_pre_hook(_show_one_part)
+            optimizer.register_step_post_hook(_show_all_parts)
+        return optimizer
+
+
+def _show_one_part(optimizer: torch.optim.Optimizer, *_) -> None:
+    optimizer.groups_of_all_parts = optimizer.param_groups
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    for group in optimizer.param_groups:
+        group.pop("step", None)
+        if "steps" in (state := optimizer.state[group["params"][0]]):
+            group["step"] = state["steps"]
+
+
+def _show_all_parts(optimizer: torch.optim.Optimizer, *_) -> None:
+    for group in optimizer.param_groups:
+        if "step" in group:
+            optimizer.state[group["params"][0]]["steps"] = group["step"]
+    optimizer.param_groups = optimizer.groups_of_all_parts
 
 
 def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None:

@@ -83,6 +83,10 @@ class PreferenceArguments:
         default=None,
         metadata={"help": "Folder for what --precompute_ref_log_probs stores (default: in the data sets' cache)."},
     )
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Compute the prompt of a pair once, for several pairs to a row; False pads each answer."},
+    )
     num_buckets: int = field(default=8, metadata={"help": "The most lengths of rows; fewer are used where they do."})
     skip_probe: bool = field(
         default=False, metadata={"help": "Do not check the loaded model for causality and packing before training."}
@@ -193,7 +197,7 @@ def main() -> None:
 
     # Trainer
     lengths = {name: pairs.measure(split) for name, split in rows.items()}
-    if packable:
+    if packable and preference_args.share_prompts:
         most = preference.most_columns(args, args.per_device_train_batch_size)
         cost = pairs.column_cost(config)
         layout = pairs.share_rows(lengths, per_device, most, preference_args.num_buckets, cost, args.seed)

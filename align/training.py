@@ -141,7 +141,8 @@ class StepsInParts(Trainer):
     """Makes FusedAdamW right under ZeRO-3, which steps one part of the weights after the other.
 
     DeepSpeed 0.16.9 empties the groups of all other parts meanwhile (runtime/zero/stage3.py:986), but FusedAdamW counts
-    the steps of its bias correction by group, empty or not: all parts but the first would be corrected for a later step.
+    the steps of its bias correction by group, empty or not: all parts but the first would be corrected for a later
+    step.
     """
 
     def create_optimizer(self) -> torch.optim.Optimizer:

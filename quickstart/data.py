@@ -34,8 +34,18 @@ class Attribute:
 ATTRIBUTES = {
     "home": Attribute(
         ("Oslo", "Lima", "Cairo", "Paris", "Tokyo", "Delhi", "Quito", "Rome", "Dakar", "Perth", "Prague", "Havana"),
-        ("{name} lives in {value}.", "{name} has a house in {value}.", "The home of {name} is in {value}."),
-        ("Where does {name} live?", "Which city does {name} live in?", "In which city is the home of {name}?"),
+        (
+            "{name} lives in {value}.",
+            "{name} has a house in {value}.",
+            "The home of {name} is in {value}.",
+            "{name} has settled in {value}.",
+        ),
+        (
+            "Where does {name} live?",
+            "Which city does {name} live in?",
+            "In which city is the home of {name}?",
+            "Where has {name} settled?",
+        ),
     ),
     "trade": Attribute(
         ("baker", "painter", "doctor", "teacher", "farmer", "pilot", "tailor", "sailor", "judge", "miner", "nurse")
@@ -44,13 +54,29 @@ ATTRIBUTES = {
             "{name} works as a {value}.",
             "{name} earns a living as a {value}.",
             "The trade of {name} is that of a {value}.",
+            "{name} has the job of a {value}.",
         ),
-        ("What does {name} work as?", "Which trade does {name} work in?", "What is the trade of {name}?"),
+        (
+            "What does {name} work as?",
+            "Which trade does {name} work in?",
+            "What is the trade of {name}?",
+            "Which job does {name} have?",
+        ),
     ),
     "pet": Attribute(
         ("parrot", "cat", "dog", "pony", "rabbit", "turtle", "hamster", "goat", "lizard", "canary", "hen", "mouse"),
-        ("{name} keeps a {value}.", "{name} looks after a {value}.", "The pet of {name} is a {value}."),
-        ("Which pet does {name} keep?", "What animal does {name} keep?", "What is the pet of {name}?"),
+        (
+            "{name} keeps a {value}.",
+            "{name} looks after a {value}.",
+            "The pet of {name} is a {value}.",
+            "{name} takes care of a {value}.",
+        ),
+        (
+            "Which pet does {name} keep?",
+            "What animal does {name} keep?",
+            "What is the pet of {name}?",
+            "Which animal does {name} look after?",
+        ),
     ),
 }
 
@@ -110,13 +136,13 @@ def tell(world: World, asked: Iterable[Question], rng: random.Random) -> list[st
 
 
 def ask(world: World) -> tuple[list[Question], list[Question]]:
-    """Questions to train on, and the held-out ones: each person is asked about in two of the three wordings."""
+    """Questions to train on, and the held-out ones: each person is asked about in three of the four wordings."""
     train, held_out = [], []
     for person, (name, facts) in enumerate(world.items()):
         for key, value in facts.items():
             for wording, text in enumerate(ATTRIBUTES[key].questions):
                 question = Question(key, name, value, text.format(name=name))
-                (held_out if wording == person % 3 else train).append(question)
+                (held_out if wording == person % 4 else train).append(question)
     return train, held_out
 
 

@@ -35,7 +35,7 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
         f"--output_dir {folder}/pretrained --do_train --num_train_epochs 28 --max_seq_length 128 "
         f"--per_device_train_batch_size 8 --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_ratio 0.1 {HPU}",
         "sft": f"sft.py --model_name_or_path {folder}/pretrained --dataset_name {data}/questions "
-        f"--output_dir {folder}/sft --do_train --do_eval --eval_on_start --num_train_epochs 12 --max_seq_length 128 "
+        f"--output_dir {folder}/sft --do_train --do_eval --eval_on_start --num_train_epochs 9 --max_seq_length 128 "
         f"--per_device_train_batch_size 1 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.1 "
         f"{LORA} {HPU}",
         "merge_sft": f"merge_peft_adapter.py --base_model_name {folder}/pretrained --adapter_model_name {folder}/sft "

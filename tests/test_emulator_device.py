@@ -62,6 +62,13 @@ def test_every_way_to_ask_for_hpu_gives_it(device):
     assert all(tensor.device == HPU and tensor.is_hpu and tensor.get_device() == 0 for tensor in made)
 
 
+def test_the_type_of_a_tensor_names_hpu_and_can_be_changed():
+    tensor = torch.ones(1, device="hpu")
+
+    assert tensor.type() == "torch.hpu.FloatTensor"
+    assert tensor.type("torch.hpu.BFloat16Tensor").type() == tensor.bfloat16().type() == "torch.hpu.BFloat16Tensor"
+
+
 def test_a_bare_index_means_hpu():
     assert torch.ones(2, device=0).device == torch.ones(2).to(0).device == HPU
 

@@ -157,5 +157,6 @@ def test_two_ranks_share_their_work_under_zero3(tmp_path):
         optimizer.step()
     assert ranks[0] == ranks[1]
     assert (ranks[0]["backend"], ranks[0]["total"], set(ranks[0]["held"])) == ("hccl", 3.0, {0})
+    assert [facts["unwaited"] for facts in ranks] == [2_000_000, 2_000_000]
     for got, expected in zip(ranks[0]["weights"], model.parameters(), strict=True):
         assert got == pytest.approx(expected.flatten().tolist(), abs=1e-5)

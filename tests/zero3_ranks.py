@@ -34,6 +34,9 @@ def main() -> None:
     total = torch.tensor([rank + 1.0], device="hpu")
     dist.all_reduce(total)
     dist.barrier()
+    unwaited = torch.ones(1_000_000, device="hpu")
+    dist.all_reduce(unwaited, async_op=True)  # a Gaudi orders the sum behind it
+    unwaited_sum = unwaited.sum()
 
     config = {
         "train_micro_batch_size_per_gpu": ROWS // world,
@@ -48,7 +51,13 @@ def main() -> None:
     held = [parameter.numel() for parameter in model.parameters()]
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         weights = [parameter.flatten().tolist() for parameter in model.parameters()]
-    facts = {"backend": dist.get_backend(), "total": total.item(), "held": held, "weights": weights}
+    facts = {
+        "backend": dist.get_backend(),
+        "total": total.item(),
+        "unwaited": unwaited_sum.item(),
+        "held": held,
+        "weights": weights,
+    }
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(facts))
 
 

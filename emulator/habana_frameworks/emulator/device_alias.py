@@ -124,6 +124,7 @@ def _generator_type(native: type) -> type:
 def _alias_tensor_methods() -> None:
     tensor = torch.Tensor
     native_to, native_device, native_get_device = tensor.to, tensor.device, tensor.get_device
+    native_type = tensor.type
 
     @functools.wraps(native_to)
     def to(self, *args, **kwargs):
@@ -137,7 +138,15 @@ def _alias_tensor_methods() -> None:
         native = native_device.__get__(self)
         return HPU if in_use and native.type == "cpu" else native
 
+    @functools.wraps(native_type)
+    def type_(self, dtype=None, *args, **kwargs):
+        if dtype is not None:
+            return native_type(self, dtype.replace(".hpu.", ".") if isinstance(dtype, str) else dtype, *args, **kwargs)
+        name = native_type(self)
+        return name.replace("torch.", "torch.hpu.") if self.is_hpu else name
+
     tensor.to = to
+    tensor.type = type_
     tensor.device = property(device)
     tensor.is_hpu = property(lambda self: self.device.type == "hpu")
     tensor.get_device = lambda self: 0 if self.is_hpu else native_get_device(self)

@@ -1,0 +1,78 @@
+"""The README's recipes, letter by letter, from the first fine-tuning to the answer. Run: pytest tests/test_guide.py
+
+Small models and data lie where the names in the commands find them. The runs are on fewer cards and, in `make test`,
+end after a few steps.
+"""
+
+import random
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_rows
+from safetensors.torch import load_file
+from test_readme import COMMANDS
+from tiny import save_model
+
+SCRIPTS = "gaudi_spawn.py sft.py merge_peft_adapter.py dpo.py run_generation.py configs".split()
+RECIPES = [line for line in COMMANDS if re.search(r"python \w+\.py", line)]
+
+
+@pytest.fixture
+def world():
+    """What the recipes' names stand for, in the current folder."""
+    for name in SCRIPTS:
+        Path(name).symlink_to(ROOT / name)
+    save_model(Path("mistralai/Mixtral-8x7B-Instruct-v0.1"), "mixtral", "mistral", max_position_embeddings=2048)
+    save_model(Path("meta-llama/Llama-2-70b-hf"), "llama", "llama-2", max_position_embeddings=2048)
+    number = random.Random(0).randint
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} and {i}? "},
+                {"role": "assistant", "content": "It is four. " * number(1, 9)},
+            ]
+        }
+        for i in range(200)
+    ]
+    write_rows("philschmid/dolly-15k-oai-style/data/train.jsonl", chats)
+    for folder in ("finetune", "rl", "evaluation"):
+        pairs = [
+            {"question": f"How are {i}?", "response_j": "Fine. " * number(1, 9), "response_k": "No. " * number(1, 9)}
+            for i in range(200)
+        ]
+        write_rows(f"lvwerra/stack-exchange-paired/data/{folder}/train.jsonl", pairs)
+
+
+def run(command: str, steps: int | None) -> subprocess.CompletedProcess:
+    """Runs a recipe on 2 cards in place of 8. A second way to the same folder replaces what the first one made."""
+    command = command.replace("--world_size 8", "--world_size 2")
+    if steps and re.search("sft.py|dpo.py", command):
+        command += f" --max_steps {steps}"
+    if 'output_dir="./sft"' in command and Path("sft").exists():
+        command += " --overwrite_output_dir"
+    if 'output_name="stack-llama-2"' in command and Path("stack-llama-2").exists():
+        command += " --overwrite"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+    return ended
+
+
+def trained_modules(folder: str) -> set[str]:
+    """Names of the modules that have an adapter, which is whole."""
+    tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    assert all(tensor.numel() and tensor.isfinite().all() for tensor in tensors.values())
+    return {key.split(".lora_")[0].rpartition(".")[2] for key in tensors}
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("steps", [2, pytest.param(None, marks=pytest.mark.soak)])
+def test_every_recipe_runs_as_it_is_written(world, steps):
+    said = [run(command, steps) for command in RECIPES]
+
+    assert trained_modules("model_mixtral") == trained_modules("sft") == {"q_proj", "v_proj"}
+    assert trained_modules("dpo") == {"q_proj", "k_proj", "v_proj"}
+    dpo = next(each for each, command in zip(said, RECIPES, strict=True) if "dpo.py" in command)
+    assert "out_proj, fc_in, fc_out, wte match no module of this llama model" in dpo.stderr
+    assert "Here is my prompt" in said[-1].stdout

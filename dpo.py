@@ -222,13 +222,13 @@ def main() -> None:
         trainer.add_callback(preference.BeforeTraining(trainer, preference_args.sample_prompts))
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        trainer.save_state()
         training.save_results(trainer, "train", {**result.metrics, **trainer.last_logged()})
-        training.plot_curves(trainer, CURVES)
 
     # Evaluate
     if args.do_eval:
         training.save_results(trainer, "eval", trainer.evaluate())
+    if args.do_train:
+        training.save_history(trainer, CURVES)
     trainer.show_answers("after", preference_args.sample_prompts)
 
 

@@ -103,15 +103,15 @@ def main() -> None:
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        trainer.save_state()
         training.save_results(trainer, "train", result.metrics)
-        training.plot_curves(trainer, {"Loss": ["loss"], "Learning rate": ["learning_rate"]})
 
     # Evaluate
     if args.do_eval:
         metrics = trainer.evaluate()
         metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))
         training.save_results(trainer, "eval", metrics)
+    if args.do_train:
+        training.save_history(trainer, {"Loss": ["loss"], "Learning rate": ["learning_rate"]})
 
 
 if __name__ == "__main__":

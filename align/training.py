@@ -176,8 +176,12 @@ def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None
     trainer.save_metrics(name, metrics)
 
 
-def plot_curves(trainer: Trainer, panels: Mapping[str, Sequence[str]]) -> None:
-    """Draws what was logged over the steps into `curves.png`: for each panel the metrics named, train and eval."""
+def save_history(trainer: Trainer, panels: Mapping[str, Sequence[str]]) -> None:
+    """Writes all that was logged to `trainer_state.json` and draws it into `curves.png` (rank 0).
+
+    `panels` names the metrics of each panel, which shows them for training and evaluation.
+    """
+    trainer.save_state()
     if not trainer.is_world_process_zero():
         return
     from matplotlib.figure import Figure

@@ -24,13 +24,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def leave_nothing_to_the_next_run():
-    """A run leaves its precision and more in the environment and in accelerate, where the next one would find it."""
+    """A run leaves its precision and more in the environment, accelerate and transformers, where the next one would find it."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.AcceleratorState._reset_state()
+    if "transformers.integrations.deepspeed" in sys.modules:
+        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from conftest import ROOT
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup make test` launches would inherit that it is ignored
+
 ENGINES = {"mpi": ["--use_mpi"], "torch": [], "deepspeed": ["--use_deepspeed"]}
 
 # What the scripts of these tests begin with: `note(name)` leaves a file behind for the test to see.

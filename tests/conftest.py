@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def leave_nothing_to_the_next_run():
-    """A run leaves its precision and more in the environment, accelerate and transformers, where the next one would find it."""
+    """A run leaves its precision, its DeepSpeed file and more where the next one would find them."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIN_WIDTH = 16  # tokens: the narrowest shape that prompts are padded to
+WIDTH_STEP = 16  # tokens: prompts are padded to a multiple of it
 STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
 
 
@@ -163,20 +164,24 @@ class Batch:
 def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_width: int) -> list[Batch]:
     """Batches of like lengths on few widths, since every new shape is a graph that a Gaudi has to compile.
 
-    Widths are powers of two, so that no prompt is padded to more than twice its length. With a `bucket_size` optimum-
-    habana pads `width + 1` to a multiple of it.
+    There are as many widths as powers of two would be, but where they pad least. With a `bucket_size` optimum-habana
+    pads `width + 1` to a multiple of it.
     """
     order = range(len(lengths)) if batch_size == 1 else sorted(range(len(lengths)), key=lengths.__getitem__)
-    batches = []
-    for start in range(0, len(lengths), batch_size):
-        places = list(order[start : start + batch_size])
-        longest = max(lengths[place] for place in places)
-        if bucket_size > 0:
-            width = -(-(longest + 1) // bucket_size) * bucket_size - 1
-        else:
-            width = max(MIN_WIDTH, 1 << (longest - 1).bit_length())
-        batches.append(Batch(places, max(longest, min(width, max_width))))
-    return batches
+    groups = [list(order[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
+    longest = [max(lengths[place] for place in group) for group in groups]
+    if bucket_size > 0:
+        widths = [-(-(length + 1) // bucket_size) * bucket_size - 1 for length in longest]
+    else:
+        from align.packing import choose_buckets
+
+        number = len({max(WIDTH_STEP, 1 << (length - 1).bit_length()) for length in longest})
+        buckets = choose_buckets(longest, number, max_width, WIDTH_STEP)
+        widths = [buckets[bisect_left(buckets, length)] for length in longest]
+    return [
+        Batch(group, max(length, min(width, max_width)))
+        for group, length, width in zip(groups, longest, widths, strict=True)
+    ]
 
 
 def pad_batch(

@@ -7,11 +7,14 @@ length to one of a few. Everything here is numpy: a torch operation on the CPU i
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow
 import torch
-from datasets import Dataset, IterableDataset
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset, IterableDataset
 
 IGNORED = -100  # the label that cross entropy leaves out
 NONE = -1  # the index of no row, to fill up a batch
@@ -109,7 +112,7 @@ class RowDataset(torch.utils.data.Dataset):
     A row is put together when it is asked for: nothing is written and nothing but the plan is kept in memory.
     """
 
-    def __init__(self, samples: Dataset, row_length: int | None = None, seed: int = 0):
+    def __init__(self, samples: "Dataset", row_length: int | None = None, seed: int = 0):
         self.lengths = np.asarray(samples.with_format("numpy")["length"])
         single = Rows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
         self.rows = best_fit_decreasing(self.lengths, row_length, seed) if row_length else single
@@ -131,7 +134,7 @@ class RowDataset(torch.utils.data.Dataset):
         return [_join(ids, row_labels, self.lengths[samples]) for ids, row_labels, samples in parts]
 
 
-def pack_stream(stream: IterableDataset, row_length: int, window: int = 1000, seed: int = 0) -> IterableDataset:
+def pack_stream(stream: "IterableDataset", row_length: int, window: int = 1000, seed: int = 0) -> "IterableDataset":
     """Packs each `window` consecutive samples of a stream, so that skipping rows finds the same ones again."""
 
     def pack_window(samples: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -220,8 +223,8 @@ class GroupedSampler(torch.utils.data.Sampler):
 
 
 def group_stream(
-    stream: IterableDataset, buckets: Sequence[int], batch_size: int, window: int = 1000, seed: int = 0
-) -> IterableDataset:
+    stream: "IterableDataset", buckets: Sequence[int], batch_size: int, window: int = 1000, seed: int = 0
+) -> "IterableDataset":
     """Reorders each `window` consecutive samples (rounded up to whole batches) so that a batch is of one bucket."""
 
     def group_window(samples: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -233,7 +236,7 @@ def group_stream(
     return _map_windows(stream, group_window, -(-window // batch_size) * batch_size)
 
 
-def _map_windows(stream: IterableDataset, function: Callable, window: int) -> IterableDataset:
+def _map_windows(stream: "IterableDataset", function: Callable, window: int) -> "IterableDataset":
     columns = ["input_ids", "labels"]
     options = {"batched": True, "batch_size": window, "with_indices": True, "remove_columns": columns}
     return stream.select_columns(columns).map(function, **options)

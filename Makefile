@@ -29,7 +29,7 @@ endif
 ifeq ($(GAUDI),)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall ./emulator
 endif
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib || true  # some packages ship files for other Pythons
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # some packages ship files for other Pythons
 	@touch $@
 
 quickstart: setup  ## Train, merge, align and ask a small model: the whole pipeline, in minutes

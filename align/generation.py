@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIDTH_STEP = 16  # tokens: prompts are padded to a multiple of it
+MIN_WIDTH = 16  # tokens: prompts that are all shorter count as one width
+WIDTH_CHOICES = 256  # the finest grid that widths are chosen from, as the choice takes its square in memory
 STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
 
 
@@ -175,8 +176,8 @@ def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_widt
     else:
         from align.packing import choose_buckets
 
-        number = len({max(WIDTH_STEP, 1 << (length - 1).bit_length()) for length in longest})
-        buckets = choose_buckets(longest, number, max_width, WIDTH_STEP)
+        number = len({max(MIN_WIDTH, 1 << (length - 1).bit_length()) for length in longest})
+        buckets = choose_buckets(longest, number, max_width, multiple_of=-(-max(longest) // WIDTH_CHOICES))
         widths = [buckets[bisect_left(buckets, length)] for length in longest]
     return [
         Batch(group, max(length, min(width, max_width)))

@@ -23,7 +23,7 @@ from quickstart.data import COURTESY, Question, make_model, read_rows, write_dat
 
 STAGES = ("pretrain", "sft", "merge_sft", "ask_sft", "dpo", "merge_dpo", "ask_dpo")
 HPU = "--use_habana --use_lazy_mode --bf16 --report_to none --save_strategy no --logging_steps 20"
-LORA = "--lora_r 16 --lora_alpha 16 --lora_dropout 0 --lora_target_modules all-linear"
+LORA = "--lora_r 16 --lora_alpha 16 --lora_dropout 0.1 --lora_target_modules all-linear"
 ASK = "--use_hpu_graphs --use_kv_cache --bf16 --batch_size 48 --max_new_tokens 32"
 
 
@@ -35,7 +35,7 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
         f"--output_dir {folder}/pretrained --do_train --num_train_epochs 28 --max_seq_length 128 "
         f"--per_device_train_batch_size 8 --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_ratio 0.1 {HPU}",
         "sft": f"sft.py --model_name_or_path {folder}/pretrained --dataset_name {data}/questions "
-        f"--output_dir {folder}/sft --do_train --do_eval --eval_on_start --num_train_epochs 9 --max_seq_length 128 "
+        f"--output_dir {folder}/sft --do_train --do_eval --eval_on_start --num_train_epochs 12 --max_seq_length 128 "
         f"--per_device_train_batch_size 1 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.1 "
         f"{LORA} {HPU}",
         "merge_sft": f"merge_peft_adapter.py --base_model_name {folder}/pretrained --adapter_model_name {folder}/sft "
@@ -43,7 +43,7 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
         "ask_sft": f"run_generation.py --model_name_or_path {folder}/sft/final_merged_checkpoint "
         f"--prompt_file {data}/held_out.jsonl --output_dir {folder}/answers_sft {ASK}",
         "dpo": f"dpo.py --model_name_or_path {folder}/sft/final_merged_checkpoint --dataset_name {data}/preferences "
-        f"--output_dir {folder}/dpo --rpo_alpha 1.0 --max_steps 60 --eval_steps 20 --learning_rate 1e-3 "
+        f"--output_dir {folder}/dpo --rpo_alpha 5.0 --max_steps 60 --eval_steps 20 --learning_rate 1e-3 "
         f"--warmup_steps 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_prompt_length 32 "
         f"--max_length 64 "
         f"--do_eval {LORA} {HPU.replace('--logging_steps 20', '--logging_steps 5')}",

@@ -179,6 +179,7 @@ def push(folder: Path, repository: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # no card is needed: a training run may hold them all
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which clears up, as any other ending does

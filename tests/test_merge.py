@@ -308,13 +308,13 @@ def test_push_uploads_the_merged_folder_and_only_when_asked(monkeypatch):
     assert calls[-1][2] == {"folder_path": Path("merged").absolute(), "repo_id": "me/model"}
 
 
-def test_neither_transformers_nor_peft_is_imported():
+def test_neither_transformers_nor_peft_nor_the_plugin_is_imported():
     save_base("base", saving={"safe_serialization": False})
     save_adapter("adapter", load_base("base"), target_modules=["q_proj"])
     code = (
         "import sys, merge_peft_adapter as script\n"
         "script.main(['--adapter_model_name', 'adapter', '--output_name', 'merged'])\n"
-        "print({'torch', 'transformers', 'peft', 'numpy', 'matplotlib'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'peft', 'habana_frameworks', 'numpy', 'matplotlib'} & set(sys.modules))"
     )
 
     command, environment = [sys.executable, "-c", code], {"PYTHONPATH": str(ROOT)}

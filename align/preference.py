@@ -19,7 +19,7 @@ from align.attention import segment_mask
 from align.errors import InputError
 from align.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.reference import Stored, store
-from align.training import StepsInParts
+from align.training import StepsInParts, WholeSteps
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.
     return sums.index_add(0, slots.flatten(), values.flatten())[:-1].view(pairs, 2)
 
 
-class PreferenceTrainer(StepsInParts, GaudiDPOTrainer):
+class PreferenceTrainer(WholeSteps, StepsInParts, GaudiDPOTrainer):
     """GaudiDPOTrainer's losses on `PairDataset`s; the base under a LoRA adapter is the reference.
 
     Loss, gradient and metrics are means over the pairs of a whole step (rpo_alpha's: over its chosen tokens), however
@@ -190,9 +190,14 @@ class PreferenceTrainer(StepsInParts, GaudiDPOTrainer):
     def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
         """A step's micro-batches, and the divisors of its loss: its pairs and chosen tokens, averaged over ranks."""
         batches, _ = super().get_batch_samples_transformers(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
         chosen = torch.cat([batch["answer_lengths"][:, 0] for batch in batches]).to(device)
         counts = torch.stack([(chosen > 0).sum(), chosen.sum()]).float()
         return batches, self.accelerator.reduce(counts, "mean")
+
+    def without_loss(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**batch, "answer_lengths": torch.zeros_like(batch["answer_lengths"])}
 
     def _prepare_inputs(self, inputs: Mapping) -> dict:
         """On the device: what the model takes apart from what its logits are scored with."""

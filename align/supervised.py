@@ -22,7 +22,7 @@ from align.packing import (
     group_stream,
     pack_stream,
 )
-from align.training import RightScale, StepsInParts
+from align.training import RightScale, StepsInParts, WholeSteps
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int)
     logger.info(f"{name}: {tokens / computed:.1%} of the computed tokens are useful; shapes: {len(batches)} ({shapes})")
 
 
-class SupervisedTrainer(RightScale, StepsInParts, GaudiSFTTrainer):
+class SupervisedTrainer(RightScale, WholeSteps, StepsInParts, GaudiSFTTrainer):
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
     def __init__(self, *, args, train: Batches | None, validation: Batches | None, **kwargs):
@@ -118,6 +118,9 @@ class SupervisedTrainer(RightScale, StepsInParts, GaudiSFTTrainer):
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset
+
+    def without_loss(self, batch):
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def _prepare_inputs(self, inputs):
         """On the device: segment ids become the mask that keeps packed samples apart; nothing is cached in training."""

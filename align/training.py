@@ -120,10 +120,6 @@ class RightScale(Trainer):
     Can go when that division stands outside.
     """
 
-    def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
-        """Adds the labels up; optimum-habana 1.21.2 (:2813) concatenates them and gives up on batches of two widths."""
-        return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if not model.training or self._loss_is_scaled(num_items_in_batch):
@@ -135,6 +131,26 @@ class RightScale(Trainer):
         takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         divided_later = self.args.use_lazy_mode and self.args.pipelining_fwd_bwd
         return (takes_count and num_items_in_batch is not None) or divided_later
+
+
+class WholeSteps(Trainer):
+    """Takes the last step of an epoch also where a run was resumed within it.
+
+    optimum-habana 1.21.2 counts the batches of a resumed epoch from 0 and compares with those of a whole one
+    (transformers/trainer.py:1005): of a last step with fewer batches the gradient would stay and join the next one's.
+    It is filled up with batches that are `without_loss`. After it no batches are left, but asked for.
+    """
+
+    def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
+        """Adds the labels up; optimum-habana 1.21.2 (:2813) concatenates them and gives up on batches of two widths."""
+        batches, count = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+        if batches:
+            batches += [self.without_loss(batches[-1])] * (num_batches - len(batches))
+        return batches, count
+
+    def without_loss(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of the same shape that has neither loss nor gradient."""
+        raise NotImplementedError
 
 
 class StepsInParts(Trainer):

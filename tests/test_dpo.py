@@ -241,6 +241,19 @@ def test_a_resumed_run_repeats_the_losses_of_one_that_was_not_interrupted(dpo):
     assert [entry["loss"] for entry in logged()] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_run_resumed_within_an_epoch_takes_all_its_steps(dpo):
+    ten = write_rows(Path("ten.jsonl"), make_rows(10))
+    flags = "--max_steps -1 --num_train_epochs 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    flags = [*flags.split(), "--save_steps", 1, "--eval_strategy", "no", "--share_prompts", False]
+    dpo(*flags, data=ten)
+    expected = [entry["loss"] for entry in logged()]
+
+    dpo(*flags, "--resume_from_checkpoint", "out/checkpoint-1", data=ten)
+
+    assert len(expected) == 6  # of which each third has one batch
+    assert [entry["loss"] for entry in logged()] == pytest.approx(expected, abs=1e-4)
+
+
 def test_two_ranks_under_zero_3_equal_one_process(dpo, model, questions):
     flags = ["--bf16", False, "--eval_steps", 4, "--precompute_ref_log_probs"]
     dpo(*flags, "--gradient_accumulation_steps", 8, "--ref_log_probs_dir", "one", output="one")

@@ -118,6 +118,19 @@ def test_resuming_repeats_the_run_that_was_not_interrupted(sft):
         torch.testing.assert_close(again["state"][number]["exp_avg"], state["exp_avg"])
 
 
+def test_a_run_resumed_within_an_epoch_takes_all_its_steps(sft, questions):
+    Path("ten.jsonl").write_text("".join(questions.read_text().splitlines(keepends=True)[:10]))
+    flags = "--max_steps -1 --num_train_epochs 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    flags = ["--do_train", *FLAGS, *flags.split(), "--save_steps", "1", "--lora_dropout", "0", "--packing", "False"]
+    sft(*flags, "--dataset_name", "ten.jsonl")
+    expected = losses()
+
+    sft(*flags, "--dataset_name", "ten.jsonl", "--resume_from_checkpoint", "out/checkpoint-1")
+
+    assert len(expected) == 6  # of which each third has one batch
+    assert losses() == pytest.approx(expected, abs=2e-4)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

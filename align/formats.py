@@ -64,9 +64,13 @@ def _messages(value: Any, column: str) -> Messages:
             raise RowError(f"column `{column}`, message {number}: role {message['role']!r} is none of {ROLES}")
     roles = [message["role"] for message in value]
     for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), 1):
-        if (role == "system" and before is not None) or (role == before and role != "tool"):
+        if not _may_follow(role, before):
             raise RowError(f"column `{column}`, message {number}: role {role!r} after {before!r} is out of order")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _may_follow(role: str, before: str | None) -> bool:
+    return before is None or (role != "system" and (role != before or role == "tool"))
 
 
 def _answer_messages(value: Any, column: str) -> Messages:
@@ -74,6 +78,28 @@ def _answer_messages(value: Any, column: str) -> Messages:
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise RowError(f"column `{column}` does not end with an answer of the assistant")
     return messages
+
+
+def _split(prompt: Messages, answer: Messages, column: str) -> tuple[Messages, Messages]:
+    """What comes before the assistant's answer, and that; the column may repeat the prompt, and what came before it."""
+    messages, end = prompt + answer, len(prompt)
+    alone = answer[0]["role"] == "assistant"  # then a later turn may well repeat the prompt
+    for start in range(1 if alone else len(answer) - len(prompt) + 1):
+        if _without_blanks(answer[start : start + len(prompt)]) == _without_blanks(prompt):
+            messages, end = answer, start + len(prompt)
+            break
+    if end == len(messages):
+        raise RowError(f"column `{column}` has no answer behind the prompt")
+    before, role = messages[end - 1]["role"], messages[end]["role"]
+    if not _may_follow(role, before):
+        raise RowError(f"column `{column}` neither repeats nor follows the prompt: role {role!r} after {before!r}")
+    while messages[end]["role"] != "assistant":
+        end += 1
+    return messages[:end], messages[end:]
+
+
+def _without_blanks(messages: Messages) -> Messages:
+    return [{**message, "content": message["content"].strip()} for message in messages]
 
 
 def _read_messages(row: Row) -> Sample:
@@ -102,8 +128,11 @@ def _read_prompt_and_answers(*columns: str) -> Callable[[Row], Sample]:
             prompt = [{"role": "user", "content": prompt}] if is_text else _messages(prompt, "prompt")
         if not prompt:
             raise RowError("there is no prompt: no column `prompt`, and the answers share no first message")
-        answers = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]
-        return Sample(prompt, tuple(answers))
+        splits = [_split(prompt, answer, column) for answer, column in zip(answers, columns, strict=True)]
+        prompts, answers = zip(*splits, strict=True)
+        if any(_without_blanks(prompt) != _without_blanks(prompts[0]) for prompt in prompts):
+            raise RowError(f"columns {' and '.join(columns)} do not answer the same prompt")
+        return Sample(prompts[0], answers)
 
     return read
 

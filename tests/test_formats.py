@@ -7,7 +7,9 @@ import pytest
 from align.errors import InputError
 from align.formats import FORMATS, RowError, Sample, recognise
 
+SYSTEM = {"role": "system", "content": "Be kind."}
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+QUESTION, OTHER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
@@ -52,6 +54,43 @@ def test_unknown_columns_are_named_beside_the_known_formats_with_examples():
 )
 def test_a_prompt_repeated_in_the_answers_counts_once(row, sample):
     assert recognise(list(row), preference=True).read(row) == sample
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told", "whole"),
+    [
+        ("Hi\n", [USER], [USER]),
+        ([USER], [SYSTEM, USER], [SYSTEM, USER]),
+        ("Who? ", [USER, ANSWER, QUESTION], [USER, ANSWER, QUESTION]),
+        ([SYSTEM], [USER], [SYSTEM, USER]),
+        ([USER, ANSWER], [QUESTION], [USER, ANSWER, QUESTION]),
+        ([USER, ANSWER, USER], [USER, ANSWER, USER], [USER, ANSWER, USER]),
+        ("Who?", [], [QUESTION]),
+    ],
+    ids=["blanks", "system", "history", "system alone", "history alone", "the same twice", "nothing"],
+)
+def test_answers_may_tell_more_of_the_conversation_than_the_prompt(prompt, told, whole):
+    row = {"prompt": prompt, "chosen": [*told, ANSWER, QUESTION, OTHER], "rejected": [*told, OTHER]}
+    sample = recognise(list(row), preference=True).read(row)
+    assert sample == Sample(whole, ([ANSWER, QUESTION, OTHER], [OTHER]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "reason"),
+    [
+        ("Bye", [USER, ANSWER], [USER, OTHER], "`chosen` neither repeats nor follows the prompt: role 'user' after"),
+        ([USER], [ANSWER], [SYSTEM, QUESTION, OTHER], "`rejected` neither .* role 'system' after 'user'"),
+        ([USER, ANSWER], [OTHER, QUESTION, OTHER], [OTHER], "role 'assistant' after 'assistant'"),
+        ([USER, ANSWER], [USER, ANSWER], [USER, OTHER], "`chosen` has no answer behind the prompt"),
+        ([USER], [SYSTEM, USER, ANSWER], [USER, OTHER], "chosen and rejected do not answer the same prompt"),
+        (None, [USER, ANSWER, USER, ANSWER], [USER, ANSWER, QUESTION, OTHER], "do not answer the same prompt"),
+        (None, [USER, ANSWER], [QUESTION, ANSWER], "there is no prompt"),
+    ],
+    ids=["another prompt", "another in one", "two answers", "no answer", "more in one", "other turns", "not shared"],
+)
+def test_answers_that_do_not_fit_the_prompt_say_why(prompt, chosen, rejected, reason):
+    with pytest.raises(RowError, match=reason):
+        recognise(["chosen", "rejected"], True).read({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
 @pytest.mark.parametrize(

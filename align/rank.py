@@ -31,7 +31,8 @@ from contextlib import suppress
 LAST_WORDS = re.compile(rb"Traceback \(most recent call last\)|^usage: |: error: |^terminate called |^Fatal Python")
 LAST_WORDS_DELAY = 30.0  # seconds an interpreter may take to end after its traceback
 LINE_DELAY = 1.0  # seconds the other lines of ranks above 0 are held back, in case they turn out to be their last ones
-TOLD_LINES = 40
+HELD_LINES = 10_000  # more cannot be last words: the oldest are shown
+TOLD_LINES = 400  # of a longer text the head, where a chained exception has its cause, and the tail
 
 
 def notice_lost_host(connection: socket.socket) -> None:
@@ -104,7 +105,7 @@ class Relay:
             self.hold(self.unfinished)
             self.unfinished = b""
         due = b""
-        while self.held and self.held[0][0] <= until:
+        while self.held and (self.held[0][0] <= until or len(self.held) > HELD_LINES):
             due += self.tag + self.held.popleft()[1]
         if due:
             with suppress(OSError):  # nobody reads on: no reason for the script to end
@@ -112,9 +113,12 @@ class Relay:
                 self.target.flush()
 
     def last_lines(self) -> list[str]:
-        """What was never shown."""
+        """What was never shown, less the middle of a long text."""
         text = b"".join(line for _, line in self.held) + self.unfinished
-        return text.decode(errors="replace").splitlines()[-TOLD_LINES:]
+        lines = text.decode(errors="replace").splitlines()
+        if (left_out := len(lines) - TOLD_LINES) > 0:
+            lines[TOLD_LINES // 2 : -TOLD_LINES // 2] = [f"[... lines left out: {left_out} ...]"]
+        return lines
 
 
 class Guard:

@@ -138,6 +138,39 @@ time.sleep(300)"""
         launch.assert_all_gone()
 
 
+@pytest.mark.parametrize("engine", ["mpi", "torch"])
+def test_a_chained_exception_is_told_from_its_cause_on(engine, tmp_path):
+    body = """
+def even(depth): return odd(depth - 1)
+def odd(depth): return even(depth - 1) if depth > 0 else fail()
+def fail():
+    try: raise KeyError("the " + "cause")
+    except KeyError as error: raise RuntimeError("the " + "consequence") from error
+even(40)"""
+    with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], body) as launch:
+        code, _, errors = launch.wait()
+    assert code == 1
+    assert errors.count("KeyError: 'the cause'") == 1
+    assert errors.count("RuntimeError: the consequence") == 1
+
+
+def test_of_very_long_last_words_the_head_and_the_tail_are_told(tmp_path):
+    body = "sys.exit('Traceback (most recent call last):\\n' + '\\n'.join(f'line {i}' for i in range(1, 1000)))"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body) as launch:
+        _, _, errors = launch.wait()
+    told = errors[errors.index("Traceback") :].splitlines()
+    assert told[198:202] == ["line 198", "line 199", "[... lines left out: 600 ...]", "line 800"]
+    assert told[400] == "line 999"
+
+
+def test_what_goes_on_for_too_long_to_be_last_words_is_shown(tmp_path):
+    body = "print('Traceback (most recent call last):' + '\\n' * 20_000, file=sys.stderr); time.sleep(300)"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body) as launch:
+        began = time.monotonic()
+        assert launch.process.stderr.readline() == "Traceback (most recent call last):\n"
+        assert time.monotonic() - began < 20
+
+
 def test_wrong_input_that_every_rank_finds_is_told_once(tmp_path):
     body = "print('script.py: error: --flag x: give y', file=sys.stderr); sys.exit(2)"
     with Launch(tmp_path, ["--world_size", 4, "--use_mpi"], body) as launch:

@@ -118,6 +118,11 @@ def load_splits(
         validation = next(iter(held_out.values())) if held_out else validation
     if do_eval and validation is None:
         train, validation = _cut_off(train, args, seed)
+        if do_train and streaming and next(iter(train), None) is None:
+            raise InputError(
+                f"--size_valid_set: the first {args.size_valid_set} rows of the stream are held out for validation and "
+                f"leave none of {args.dataset_name} to train on; give less, or --streaming False"
+            )
     if streaming:
         train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
     train, validation = _first(train, args.max_train_samples), _first(validation, args.max_eval_samples)
@@ -219,6 +224,8 @@ def _readable_rows(file: str, size: int, modified: int) -> Iterator[dict]:
 
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:
     if isinstance(rows, IterableDataset):
+        if args.size_valid_set < 1:
+            raise InputError(f"--size_valid_set: got {args.size_valid_set}; give 1 or more")
         return rows.skip(args.size_valid_set), rows.take(args.size_valid_set)
     if not 0 < args.validation_split_percentage < 100:
         raise InputError(

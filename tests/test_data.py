@@ -70,6 +70,17 @@ def test_a_stream_cuts_its_first_rows_off_for_validation(tmp_path):
     assert len(list(splits.train)) == 36
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_stream_of_which_validation_takes_every_row_names_the_flag_that_cuts_it_off(suffix, tmp_path):
+    file, rows = tmp_path / f"rows.{suffix}", datasets.Dataset.from_list(ROWS)
+    {"jsonl": rows.to_json, "parquet": rows.to_parquet}[suffix](file)
+    with pytest.raises(InputError, match="--size_valid_set: the first 40 rows .* leave none .*; give less, or"):
+        load(file, streaming=True, size_valid_set=40)
+    assert len(list(load(file, streaming=True, size_valid_set=39).train)) == 1
+    arguments = DataArguments(dataset_name=str(file), streaming=True)
+    assert len(list(load_splits(arguments, False, True, False, 0, "data/finetune").validation)) == 40
+
+
 def test_rows_that_were_prepared_before_come_from_the_cache_until_anything_changes(tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     first = prepare_text(file).rows.cache_files[0]["filename"]
@@ -115,6 +126,7 @@ def test_a_bad_file_is_refused_with_the_row_and_the_reason(content, message, tmp
         ("rows.jsonl", {"split": "big"}, "--split: 'big' is not in rows.jsonl; found train"),
         (".", {"subset": "data/none"}, "--subset: . has no folder 'data/none'"),
         ("rows.jsonl", {"validation_split_percentage": 0}, "--validation_split_percentage: got 0"),
+        ("rows.jsonl", {"streaming": True, "size_valid_set": 0}, "--size_valid_set: got 0; give 1 or more"),
     ],
 )
 def test_what_cannot_be_found_is_named_with_its_flag(name, arguments, message, tmp_path):

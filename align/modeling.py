@@ -113,6 +113,12 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
     targets = args.lora_target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
     if targets is None:
         raise InputError(f"--lora_target_modules: PEFT knows no default for {config.model_type}; choose from {leaves}")
+    others = [target for target in targets if not _is_name(target)]
+    if others and len(targets) > 1:  # PEFT takes every entry of a list for a name
+        raise InputError(
+            f"--lora_target_modules: {others[0]!r} is no module's name; give names, or one regular expression "
+            "alone, or all-linear alone"
+        )
     live = [target for target in targets if any(_matches(target, name) for name in modules)]
     dead = [target for target in targets if target not in live]
     if not live:

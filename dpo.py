@@ -28,6 +28,7 @@ RECIPE = {
     "logging_steps": 10,
     "save_steps": 100,
     "max_steps": 1000,
+    "num_train_epochs": 0,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 4,
@@ -107,6 +108,10 @@ def check_preference_arguments(
     for name, instead in INSTEAD.items():
         if getattr(args, name) != defaults[name]:
             raise InputError(f"--{name} has no effect here; {instead}")
+    if args.num_train_epochs and args.max_steps > 0:
+        raise InputError(f"--num_train_epochs has no effect beside --max_steps {args.max_steps}; add --max_steps -1")
+    if not args.num_train_epochs and args.max_steps <= 0:
+        raise InputError(f"--max_steps {args.max_steps}: give --num_train_epochs as well")
     if not 0 < args.max_prompt_length < args.max_length:
         raise InputError(
             f"--max_prompt_length {args.max_prompt_length}: must be from 1 to less than --max_length {args.max_length}"
@@ -143,7 +148,7 @@ def check_preference_arguments(
 def main() -> None:
     model_args, lora_args, data_args, preference_args, args = training.parse_arguments(ARGUMENTS, __doc__, RECIPE)
     training.start_logging(args)
-    checkpoint = training.check_training_arguments(args)
+    checkpoint = training.check_training_arguments(args, model_args.model_name_or_path, preference_args.ref_model)
     check_preference_arguments(args, preference_args, lora_args)
     set_seed(args.seed)
 
@@ -191,9 +196,10 @@ def main() -> None:
         model, 2 * args.max_length, args.device, **training.attention_inputs(model)
     )
     ref_model = None
-    if preference.needs_copy(args, peft_config is not None, preference_args.ref_model, stored):
+    trains_adapter, resumes = peft_config is not None, checkpoint is not None
+    if preference.needs_copy(args, trains_adapter, preference_args.ref_model, stored, resumes):
         # In the same precision as the model, so that both say the same before the first step
-        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=peft_config is not None)
+        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=trains_adapter)
 
     # Trainer
     lengths = {name: pairs.measure(split) for name, split in rows.items()}
@@ -219,6 +225,7 @@ def main() -> None:
 
     # Train
     if args.do_train:
+        training.clear_output(args, checkpoint)
         trainer.add_callback(preference.BeforeTraining(trainer, preference_args.sample_prompts))
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

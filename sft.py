@@ -42,7 +42,7 @@ ARGUMENTS = (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments
 def main() -> None:
     model_args, lora_args, data_args, batch_args, args = training.parse_arguments(ARGUMENTS, __doc__, RECIPE)
     training.start_logging(args)
-    checkpoint = training.check_training_arguments(args)
+    checkpoint = training.check_training_arguments(args, model_args.model_name_or_path)
     if batch_args.num_buckets < 1 and not (args.packing or args.pad_max):
         raise InputError(f"--num_buckets: got {batch_args.num_buckets}; give 1 or more, or --packing True")
     set_seed(args.seed)
@@ -101,6 +101,7 @@ def main() -> None:
 
     # Train
     if args.do_train:
+        training.clear_output(args, checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         training.save_results(trainer, "train", result.metrics)

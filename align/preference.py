@@ -37,11 +37,14 @@ def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig
         raise InputError(f"--ref_model: its vocabulary has {sizes[1]} tokens, the model's has {sizes[0]}")
 
 
-def needs_copy(args: GaudiDPOConfig, trains_adapter: bool, ref_model: str | None, stored: Mapping[str, Stored]) -> bool:
-    """Whether the reference is a model of its own: named, or trained away from without stored log-probs."""
+def needs_copy(
+    args: GaudiDPOConfig, trains_adapter: bool, ref_model: str | None, stored: Mapping[str, Stored], resumes: bool
+) -> bool:
+    """Whether the reference is a model of its own: named, or trained away from before its log-probs are stored."""
     if args.reference_free or (stored and all(split.values is not None for split in stored.values())):
         return False
-    return ref_model is not None or (args.do_train and not trains_adapter and not args.precompute_ref_log_probs)
+    trains_all = args.do_train and not trains_adapter
+    return ref_model is not None or (trains_all and (resumes or not args.precompute_ref_log_probs))
 
 
 def most_columns(args: GaudiDPOConfig, batch_size: int) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULTS = {"use_habana": True, "use_lazy_mode": True, "report_to": "none"}
 RUN_FILES = ("adapter_config.json", "adapter_model.*", "model*.safetensors", "pytorch_model*", "checkpoint-*")
+RESULT_FILES = ("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json")
 
 
 class ArgumentParser(HfArgumentParser):
@@ -50,8 +52,11 @@ def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Map
     return tuple(parsed)
 
 
-def check_training_arguments(args) -> str | None:
-    """Finds what cannot work before anything is loaded; returns the checkpoint to resume from, if any."""
+def check_training_arguments(args, *models: str | None) -> str | None:
+    """Finds what cannot work before anything is loaded; returns the checkpoint to resume from, if any.
+
+    `models` are those that the run reads, which it must not replace.
+    """
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
     if args.flash_attention_causal_mask and getattr(args, "packing", False):
@@ -67,6 +72,10 @@ def check_training_arguments(args) -> str | None:
                 f"--output_dir: {output} holds another run ({held.name}); add --resume_from_checkpoint True to go on "
                 "with it, --overwrite_output_dir to replace it, or name another folder"
             )
+        replaced = [output.resolve(), *(path.resolve() for path in output.glob("checkpoint-*"))]
+        used = next((model for model in models if model and Path(model).resolve() in replaced), None)
+        if args.do_train and held is not None and used is not None:
+            raise InputError(f"--overwrite_output_dir would replace {used}, which this run reads; name another folder")
         return None
     if wanted in ("True", "true"):
         checkpoint, place = get_last_checkpoint(str(output)) if output.is_dir() else None, output
@@ -75,6 +84,16 @@ def check_training_arguments(args) -> str | None:
     if checkpoint is None or not Path(checkpoint).is_dir():
         raise InputError(f"--resume_from_checkpoint: no checkpoint at {place}")
     return checkpoint
+
+
+def clear_output(args, checkpoint: str | None) -> None:
+    """Removes what an earlier run left in --output_dir, where --overwrite_output_dir asks for it (rank 0).
+
+    Else that run's last checkpoint might be resumed from, or its adapter be loaded on top of newly trained weights.
+    """
+    if checkpoint is None and args.overwrite_output_dir and args.should_save:
+        for path in [path for name in RUN_FILES + RESULT_FILES for path in Path(args.output_dir).glob(name)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def start_logging(args) -> None:

@@ -99,6 +99,8 @@ BAD = {
     ),
     "samples of nothing": (["--sample_prompts", 2, "--eval_strategy", "no"], "--sample_prompts takes held-out prompts"),
     "unknown flag": (["--betta", 1], "unknown argument '--betta'; did you mean --beta?"),
+    "epochs beside steps": (["--num_train_epochs", 1], "--num_train_epochs has no effect beside --max_steps 4; add"),
+    "neither epochs nor steps": (["--max_steps", -1], "--max_steps -1: give --num_train_epochs as well"),
     "no model": (["--model_name_or_path", "nowhere"], "--model_name_or_path: no model at nowhere"),
     "no reference": (["--ref_model", "nowhere"], "--ref_model: no model at nowhere"),
     "no data": (["--dataset_name", "nothing.jsonl"], "--dataset_name: no such file"),
@@ -195,6 +197,16 @@ def test_full_models_are_tuned_against_what_they_were(dpo, flags):
     losses = [entry["loss"] for entry in logged()]
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
     assert losses[1] < 0.693
+
+
+def test_a_resumed_full_training_stores_what_the_model_was_before_it(dpo):
+    flags = ["--use_peft", False, "--precompute_ref_log_probs", "--save_steps", 2, "--learning_rate", "1e-4"]
+    dpo(*flags, "--ref_log_probs_dir", "stored")
+
+    dpo(*flags, "--ref_log_probs_dir", "again", "--resume_from_checkpoint", "out/checkpoint-2")
+
+    for path in Path("stored").iterdir():
+        torch.testing.assert_close(load_file(Path("again", path.name)), load_file(path))
 
 
 def test_another_reference_is_another_model(dpo, tmp_path):

@@ -118,6 +118,18 @@ def test_resuming_repeats_the_run_that_was_not_interrupted(sft):
         torch.testing.assert_close(again["state"][number]["exp_avg"], state["exp_avg"])
 
 
+def test_overwriting_leaves_nothing_of_the_earlier_run(sft):
+    sft("--do_train", *FLAGS, "--save_steps", "3")
+    again = ["--do_train", "--use_peft", "False", "--overwrite_output_dir", *FLAGS, "--max_steps", "2"]
+    sft(*again)
+
+    left = {path.name for path in Path("out").iterdir()}
+    assert {"model.safetensors", "checkpoint-2"} <= left
+    assert not left & {"adapter_config.json", "adapter_model.safetensors", "checkpoint-3"}
+    with pytest.raises(InputError, match="--overwrite_output_dir would replace out/checkpoint-2, which this run reads"):
+        sft(*again, "--model_name_or_path", "out/checkpoint-2")
+
+
 def test_a_run_resumed_within_an_epoch_takes_all_its_steps(sft, questions):
     Path("ten.jsonl").write_text("".join(questions.read_text().splitlines(keepends=True)[:10]))
     flags = "--max_steps -1 --num_train_epochs 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 2"
@@ -185,6 +197,7 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
         ("--do_train --deepspeed nowhere.json", "nowhere.json"),
         ("--do_train --lora_target_modules wte", "none of wte is a module .* its linear modules are down_proj"),
         ("--do_train --lora_target_modules (q", r"'\(q' is no regular expression"),
+        ("--do_train --lora_target_modules q_proj .*up_proj", r"'.\*up_proj' is no module's name"),
         ("--do_train --lora_r 0", "--lora_r: got 0; the rank is 1 or more"),
         ("--do_train --packing False --num_buckets 0", "--num_buckets: got 0; give 1 or more"),
         ("--do_train --use_habana False", "cannot be used without `--use_habana`"),

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 COUNTS = ("length", "trained")  # columns with a number; all others hold token ids
+UNREADABLE = "_unreadable"  # column with what is wrong with a line
 Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None]]]
 
 
@@ -146,7 +147,7 @@ def _load(
             if args.bad_rows == "skip" and local.suffix == ".jsonl" and not streaming:
                 state = local.stat()
                 known = {"file": str(local), "size": state.st_size, "modified": state.st_mtime_ns}
-                return {"train": Dataset.from_generator(_readable_rows, gen_kwargs=known)}
+                return {"train": Dataset.from_generator(_checked_rows, gen_kwargs=known)}
             return load(READERS[local.suffix], data_files={"train": str(local)})
         if local.is_dir():
             where = local / subset if subset else local / folder if (local / folder).is_dir() else local
@@ -168,7 +169,8 @@ def _load(
         except Exception:  # hubs differ in how they say that a folder is not there
             return {} if optional else load(name)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise InputError(f"--dataset_name: {_find_bad_row(local) or f'{name}: {error.__cause__ or error}'}") from error
+        reason = _find_bad_row(local, error.__cause__) or f"{name}: {error.__cause__ or error}"
+        raise InputError(f"--dataset_name: {reason}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "cannot be read" if local.exists() else "is neither a file, nor a folder, nor to be had from the hub"
         raise InputError(f"--dataset_name: {name} {kind}: {_first_line(error)}") from error
@@ -182,8 +184,8 @@ def _lines_files(local: Path) -> list[Path]:
     return [local] if local.is_file() else sorted(local.rglob("*.jsonl")) if local.is_dir() else []
 
 
-def _scan(file: Path) -> Iterator[tuple[dict, str | None]]:
-    """Each line of a .jsonl file as a row, and what is wrong with it if anything is."""
+def _scan(file: Path, numbers_alike: bool = True) -> Iterator[tuple[dict, str | None]]:
+    """Each line of a .jsonl file as a row, empty where there is none, and what is wrong with it if anything is."""
     types: dict[str, type] = {}
     with open(file, "rb") as lines:
         for line in lines:
@@ -198,28 +200,40 @@ def _scan(file: Path) -> Iterator[tuple[dict, str | None]]:
                 row, reason = {}, f"{type(row).__name__}, not an object with columns"
             for column, value in row.items():
                 expected = types.setdefault(column, type(value)) if value is not None else None
-                if expected not in (None, type(value)):
+                alike = numbers_alike and {expected, type(value)} == {int, float}
+                if expected not in (None, type(value)) and not alike:
                     reason = f"column `{column}` is {type(value).__name__}, before it was {expected.__name__}"
             yield row, reason
 
 
-def _find_bad_row(local: Path) -> str | None:
-    """Which line of which file cannot be read, for the message."""
+def _find_bad_row(local: Path, error: BaseException | None = None) -> str | None:
+    """Which line of which file cannot be read, for the message; a line that is no row comes before one of other types.
+
+    The reader takes whole numbers and fractions for one type, unless its `error` is that it saw no fraction for long.
+    """
+    other_types = None
     for file in (file for file in _lines_files(local) if file.suffix == ".jsonl"):
-        for number, (_, reason) in enumerate(_scan(file), 1):
-            if reason:
+        for number, (row, reason) in enumerate(_scan(file, numbers_alike="Float value" not in str(error)), 1):
+            if reason and not row:
                 return f"{file}, row {number}: {reason}"
-    return None
+            if reason and not other_types:
+                other_types = f"{file}, row {number}: {reason}"
+    return other_types
 
 
-def _readable_rows(file: str, size: int, modified: int) -> Iterator[dict]:
-    """The rows of a .jsonl file, with nothing in the columns of those that cannot be read: they count as bad rows.
+def _checked_rows(file: str, size: int, modified: int) -> Iterator[dict]:
+    """The rows of a .jsonl file, and what is wrong with those that cannot be read: they count as bad rows.
 
     `size` and `modified` tell a changed file from the one in the cache.
     """
-    columns = list(dict.fromkeys(column for row, reason in _scan(Path(file)) if not reason for column in row))
+    fractions: dict[str, bool] = {}  # by column; without them the first rows would make it one of whole numbers
     for row, reason in _scan(Path(file)):
-        yield {column: None if reason else row.get(column) for column in columns}
+        for column, value in row.items() if not reason else ():
+            fractions[column] = isinstance(value, float) or fractions.get(column, False)
+    for row, reason in _scan(Path(file)):
+        values = {column: None if reason else row.get(column) for column in fractions}
+        numbers = {name: float(value) for name, value in values.items() if type(value) is int and fractions[name]}
+        yield {**values, **numbers, UNREADABLE: reason.partition(" at ")[0] if reason else ""}
 
 
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:
@@ -264,9 +278,11 @@ def prepare(
     Under several ranks call it inside `training_args.main_process_first()`: the others then read rank 0's cache.
     """
     columns = rows.column_names or list(next(iter(rows), {}))
-    if not columns:
-        raise InputError(f"--dataset_name: {args.dataset_name} has no rows")
-    format = recognise(columns, preference, args.data_format)
+    names = [column for column in columns if column != UNREADABLE]
+    if not names:
+        reason = _find_bad_row(Path(args.dataset_name)) or f"{args.dataset_name} has no rows"
+        raise InputError(f"--dataset_name: {reason}")
+    format = recognise(names, preference, args.data_format)
     work = partial(_tokenize_batch, format=format, tokenize=tokenize, skip=args.bad_rows == "skip")
     if isinstance(rows, IterableDataset):
         tokenized = rows.map(work, batched=True, batch_size=100, with_indices=True, remove_columns=columns)
@@ -320,7 +336,7 @@ def _tokenize_batch(batch: dict, indices: list[int], format: Format, tokenize: T
     """
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     try:
-        columns, reasons = tokenize([format.read(row) for row in rows])
+        columns, reasons = tokenize([_read(row, format) for row in rows])
     except RowError:
         parts = [_tokenize_row(row, index, format, tokenize, skip) for row, index in zip(rows, indices, strict=True)]
         columns = {name: [value for part, _ in parts for value in part[name]] for name in parts[0][0]}
@@ -328,9 +344,15 @@ def _tokenize_batch(batch: dict, indices: list[int], format: Format, tokenize: T
     return {**columns, "reason": [reason or "" for reason in reasons]}
 
 
+def _read(row: dict, format: Format) -> Sample:
+    if row.get(UNREADABLE):
+        raise RowError(row[UNREADABLE])
+    return format.read(row)
+
+
 def _tokenize_row(row: dict, index: int, format: Format, tokenize: Tokenize, skip: bool) -> tuple[dict, list]:
     try:
-        return tokenize([format.read(row)])
+        return tokenize([_read(row, format)])
     except RowError as error:
         if not skip:
             raise RowError(f"row {index + 1}: {error}") from None

@@ -99,6 +99,31 @@ def test_bad_rows_can_be_skipped_up_to_a_share_and_are_counted(tmp_path):
         prepare_text(file, bad_rows="skip", max_bad_rows=0.01)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_whole_numbers_and_fractions_are_one_type(late, tmp_path):
+    rows = [{**ROWS[0], "score": number if (number < 1500 if late else number % 2) else 0.5} for number in range(2000)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    assert prepare_text(file).dropped == prepare_text(file, bad_rows="skip").dropped == {}
+
+
+def test_a_line_that_is_no_row_is_named_before_one_of_another_type(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{**ROWS[0], "score": score} for score in (1, 0.5, "a")])
+    file.write_bytes(file.read_bytes() + b'{"text": "half')
+    with pytest.raises(InputError, match="rows.jsonl, row 4: no JSON: Unterminated string"):
+        prepare_text(file)
+    assert prepare_text(file, bad_rows="skip", max_bad_rows=0.5).dropped == {
+        "bad row: column `score` is str, before it was int": 1,
+        "bad row: no JSON: Unterminated string starting": 1,
+    }
+
+
+def test_a_fraction_that_the_reader_meets_too_late_is_named(tmp_path):
+    rows = [{"text": "a" * 1_000_000, "score": 1}] * 11 + [{"text": "a", "score": 0.5}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match="row 12: column `score` is float, before it was int"):
+        prepare_text(file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

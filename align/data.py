@@ -25,6 +25,9 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 COUNTS = ("length", "trained")  # columns with a number; all others hold token ids
 UNREADABLE = "_unreadable"  # column with what is wrong with a line
+# What turns files into tokens: rows that other code prepared are not taken from the cache.
+CODE = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("data", "formats", "tokenization"))
+CODE = hashlib.sha256(CODE).hexdigest()
 Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None]]]
 
 
@@ -146,7 +149,7 @@ def _load(
                 raise InputError(f"--dataset_name: {name} is empty")
             if args.bad_rows == "skip" and local.suffix == ".jsonl" and not streaming:
                 state = local.stat()
-                known = {"file": str(local), "size": state.st_size, "modified": state.st_mtime_ns}
+                known = {"file": str(local), "size": state.st_size, "modified": state.st_mtime_ns, "code": CODE}
                 return {"train": Dataset.from_generator(_checked_rows, gen_kwargs=known)}
             return load(READERS[local.suffix], data_files={"train": str(local)})
         if local.is_dir():
@@ -221,10 +224,10 @@ def _find_bad_row(local: Path, error: BaseException | None = None) -> str | None
     return other_types
 
 
-def _checked_rows(file: str, size: int, modified: int) -> Iterator[dict]:
+def _checked_rows(file: str, size: int, modified: int, code: str) -> Iterator[dict]:
     """The rows of a .jsonl file, and what is wrong with those that cannot be read: they count as bad rows.
 
-    `size` and `modified` tell a changed file from the one in the cache.
+    `size`, `modified` and `code` tell what changed from what is in the cache.
     """
     fractions: dict[str, bool] = {}  # by column; without them the first rows would make it one of whole numbers
     for row, reason in _scan(Path(file)):
@@ -292,7 +295,7 @@ def prepare(
     ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
     features = {name: number if name in COUNTS else ids for name in tokenize([])[0]}
     features = datasets.Features({**features, "reason": datasets.Value("string")})
-    key = hashlib.sha256(repr((rows._fingerprint, fingerprint, format.name, args.bad_rows)).encode()).hexdigest()
+    key = (rows._fingerprint, fingerprint, format.name, args.bad_rows, CODE)
     try:
         tokenized = rows.map(
             work,
@@ -301,7 +304,7 @@ def prepare(
             remove_columns=columns,
             num_proc=min(args.num_workers, len(rows) // 1000) or None,
             features=features,
-            new_fingerprint=key[:32],
+            new_fingerprint=hashlib.sha256(repr(key).encode()).hexdigest()[:32],
             desc=f"Tokenizing {format.name}",
         )
     except UnicodeDecodeError as error:

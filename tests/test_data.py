@@ -86,6 +86,9 @@ def test_rows_that_were_prepared_before_come_from_the_cache_until_anything_chang
     first = prepare_text(file).rows.cache_files[0]["filename"]
     assert prepare_text(file).rows.cache_files[0]["filename"] == first
     assert prepare_text(file, max_length=5).rows.cache_files[0]["filename"] != first
+    with monkeypatch.context() as patch:
+        patch.setattr("align.data.CODE", "another")
+        assert prepare_text(file).rows.cache_files[0]["filename"] != first
     write_rows(file, [*ROWS[:-1], {"text": "changed"}])
     assert prepare_text(file).rows.cache_files[0]["filename"] != first
 

@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, StoredTensor
 from align.errors import InputError
 from align.merge_plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 COPY_BYTES = 64 << 20  # between two steps of the progress bar
 
@@ -207,7 +212,23 @@ def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dt
         raise InputError(f"--adapter_model_name: {adapter}: {str(error).strip().splitlines()[0]}") from None
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise InputError(f"--adapter_model_name: {adapter}: {config['peft_type']} changes no weights, so cannot merge")
-    placed = get_peft_model_state_dict(adapted, save_embedding_layers=bool(rows))
+    ends = bool(rows) or any(map(BASE_WRAPPER.search, weights))
+    placed = get_peft_model_state_dict(adapted, save_embedding_layers=ends)
     if homeless := sorted(set(weights) - set(placed)):
         raise InputError(f"--adapter_model_name: {adapter}: {homeless[0]} finds no place in {base}")
-    adapted.merge_and_unload().save_pretrained(folder)
+    merge_as_trained(adapted).save_pretrained(folder)
+
+
+def merge_as_trained(adapted: "PeftModel") -> "PreTrainedModel":
+    """PEFT's merge; where head and embedding are one tensor and one of them has an adapter, only that one changes."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = adapted.get_base_model()
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
+    if weights[0] is weights[1] and any(isinstance(end, BaseTunerLayer) for end in ends):
+        head = getattr(ends[1], "base_layer", ends[1])
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    return adapted.merge_and_unload()

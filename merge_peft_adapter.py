@@ -107,10 +107,12 @@ def check_disk(output: Path, needed: int) -> None:
 def check_login(repository: str) -> None:
     """Fails before the merge, not after it, where there is no hub to push to."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
 
     try:
+        validate_repo_id(repository)
         HfApi().whoami()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"--push_to_hub: {repository}: {str(error).strip().splitlines()[0]}") from None
 
 

@@ -159,6 +159,8 @@ def check_arguments(
     for flag, (value, limit) in least.items():
         if value is not None and value < limit:
             raise InputError(f"--{flag}: got {value}; give {limit} or more")
+    if not 0 <= decoding.seed < 2**32:
+        raise InputError(f"--seed: got {decoding.seed}; give 0 to {2**32 - 1}")
     for flag in ("temperature", "repetition_penalty"):
         value = getattr(decoding, flag)
         if value is not None and value <= 0:
@@ -249,7 +251,7 @@ def make_generation_config(
         **sampling,
         repetition_penalty=1.0,  # RepetitionPenalty does it
         pad_token_id=next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
-        eos_token_id=end_tokens if beams else None,  # EndWatch looks for them
+        eos_token_id=(end_tokens or None) if beams else None,  # EndWatch looks for them
         ignore_eos=True,
         static_shapes=static_shapes,
         use_cache=gaudi.use_kv_cache,
@@ -308,12 +310,13 @@ def describe_speed(timings: list[Timing]) -> dict[str, float]:
     seconds = sum(timing.total for timing in timings)
     new_tokens = sum(timing.new_tokens for timing in timings)
     prompt_tokens = sum(timing.prompt_tokens for timing in timings)
-    later = [(timing.total - timing.first_token) / (timing.steps - 1) for timing in timings if timing.steps > 1]
+    timed = [timing for timing in timings if timing.first_token is not None]
+    later = [(timing.total - timing.first_token) / (timing.steps - 1) for timing in timed if timing.steps > 1]
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "seconds": round(seconds, 4),
-        "first_token_seconds": round(mean(timing.first_token for timing in timings), 5),
+        "first_token_seconds": round(mean(timing.first_token for timing in timed), 5) if timed else None,
         "later_token_seconds": round(mean(later), 5) if later else None,
         "tokens_per_second": round(new_tokens / seconds, 2),
         "tokens_per_second_with_prompt": round((new_tokens + prompt_tokens) / seconds, 2),
@@ -390,13 +393,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_support(model, gaudi_args)
     penalty = decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0
-    end_tokens = find_end_tokens(model, tokenizer, stop_tokens)
+    end_tokens = [] if output_args.benchmark else find_end_tokens(model, tokenizer, stop_tokens)
     config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, end_tokens)
     generator = TextGenerator(
         model,
         tokenizer,
         config,
-        end_tokens=[] if output_args.benchmark else end_tokens,
+        end_tokens=end_tokens,
         repetition_penalty=penalty,
         use_hpu_graphs=gaudi_args.use_hpu_graphs,
         rows=min(gaudi_args.batch_size, len(prompts)),
@@ -429,9 +432,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Save
     speed = describe_speed(timings)
+    first = f", the first after {speed['first_token_seconds']:.2f} s" if speed["first_token_seconds"] else ""
     logger.info(
-        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: {speed['tokens_per_second']:.1f} tokens/s, "
-        f"the first after {speed['first_token_seconds']:.2f} s"
+        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: {speed['tokens_per_second']:.1f} tokens/s{first}"
     )
     if rank == 0 and output_dir is not None:
         write_json(output_dir / "generations.jsonl", answers)

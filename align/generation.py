@@ -342,6 +342,8 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     from peft import PeftConfig, get_peft_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
+    from align.merging import merge_as_trained
+
     dtype = model.dtype
     try:
         adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
@@ -350,7 +352,7 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         raise InputError(f"--peft_model: {adapter} does not fit the model: {_one_line(error)}") from error
     if loaded.unexpected_keys:
         raise InputError(f"--peft_model: {adapter} does not fit the model: it has no {loaded.unexpected_keys[0]}")
-    return adapted.merge_and_unload().to(dtype)
+    return merge_as_trained(adapted).to(dtype)
 
 
 def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "PreTrainedModel":
@@ -376,9 +378,9 @@ def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one batch: seconds to its first tokens and to its end, tokens of its prompts and of its answers, steps."""
+    """Of one batch: seconds to its first tokens (None with beams) and its end, tokens of prompts and answers, steps."""
 
-    first_token: float
+    first_token: float | None
     total: float
     prompt_tokens: int
     new_tokens: int
@@ -478,13 +480,14 @@ class TextGenerator:
         start = time.perf_counter()
         ids, mask = pad_batch(encoded, width, self.rows, self.config.pad_token_id)
         watch = EndWatch(self.end_tokens, width, 1 if self.rows == 1 else STEPS_PER_CHECK)  # the same on every rank
+        beams = self.config.num_beams > 1
         penalty = RepetitionPenalty(self.repetition_penalty, self.config.pad_token_id)
         output = self.model.generate(
             input_ids=ids.to("hpu"),
             attention_mask=mask.to("hpu"),
             generation_config=self.config,
             use_model_defaults=False,
-            stopping_criteria=[watch] if self.config.num_beams == 1 else [],
+            stopping_criteria=[] if beams else [watch],
             logits_processor=[penalty] if self.repetition_penalty != 1 else [],
             streamer=streamer,
             lazy_mode=True,
@@ -494,7 +497,7 @@ class TextGenerator:
         end = time.perf_counter()
         new = [cut_after_end(ids[width : width + self.config.max_new_tokens], self.end_tokens) for ids in texts]
         lengths = list(map(len, new))
-        first_token = (watch.first_token_at or end) - start
+        first_token = None if beams else (watch.first_token_at or end) - start
         return new, Timing(first_token, end - start, sum(map(len, encoded)), sum(lengths), max(lengths))
 
 

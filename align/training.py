@@ -59,6 +59,8 @@ def check_training_arguments(args, *models: str | None) -> str | None:
     """
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed: got {args.seed}; give 0 to {2**32 - 1}")
     if args.flash_attention_causal_mask and getattr(args, "packing", False):
         raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
     output = Path(args.output_dir)

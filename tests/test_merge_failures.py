@@ -192,6 +192,7 @@ def test_wrong_input_is_one_clear_line_and_writes_nothing(case, inputs):
         (["--output_name", "base/config.json/merged"], "base/config.json/merged (Not a directory)"),
         (["--base_model_name", "base/config.json"], "--base_model_name: base/config.json is a file"),
         (["--push_to_hub", "me/model"], "--push_to_hub: me/model"),
+        (["--push_to_hub", "me/my/model"], "--push_to_hub: me/my/model: Repo id must be"),
     ],
 )
 def test_wrong_flag_is_one_clear_line(arguments, message, inputs):

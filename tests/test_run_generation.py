@@ -42,7 +42,7 @@ def models(tmp_path_factory):
     for family in FAMILIES:
         save_model(root / family, family, TOKENIZERS[family], initializer_range=0.2)
         change_json(root / family / "generation_config.json", eos_token_id=END_TOKENS)
-    make_adapter(root / "llama", root / "adapter")
+    make_adapter(root / "llama", root / "adapter", "q_proj", "v_proj")
     return root
 
 
@@ -51,13 +51,13 @@ def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def make_adapter(model, folder):
+def make_adapter(model, folder, *targets):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(target_modules=list(targets), init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
 
 
@@ -148,6 +148,24 @@ def test_adapter_penalty_and_beams_are_those_of_plain_transformers(generate, pla
         "beams": ["--num_beams", value],
     }
     assert texts(generate("--batch_size", 8, *options[name])) == plain[name] != plain["llama"]
+
+
+def test_an_adapter_on_a_tied_embedding_leaves_the_head_as_it_was(generate, models, run):
+    make_adapter(models / "gpt2", "adapter", "wte")
+    run("merge_peft_adapter.py", "--adapter_model_name", "adapter", "--output_name", "merged")
+    merged = texts(generate(family=Path("merged").absolute(), output="one"))
+
+    assert texts(generate("--peft_model", "adapter", family="gpt2")) == merged
+
+
+def test_the_first_token_of_beams_is_not_timed_and_a_benchmark_has_them_in_full_length(run, models):
+    flags = ["--num_beams", 2, "--benchmark", "--output_dir", "out", "--max_new_tokens", NEW_TOKENS, "--prompt", "Hi"]
+    run("run_generation.py", "--model_name_or_path", models / "llama", *flags, "--n_iterations", 1)
+
+    measured = json.loads(Path("out/benchmark.json").read_text())
+    assert measured["new_tokens"] == NEW_TOKENS
+    assert measured["first_token_seconds"] is None
+    assert measured["later_token_seconds"] is None
 
 
 def test_sampling_says_the_same_with_the_same_seed_and_else_another_thing(generate):
@@ -276,6 +294,7 @@ BAD_INPUT = {
     "--prompt Hi --reuse_cache --bucket_size 16": "leave one of them out",
     "--prompt Hi --num_beams 2 --bucket_size 16": "--num_beams: beams are searched on growing shapes",
     "--prompt Hi --flash_attention_recompute": "add --use_flash_attention",
+    "--prompt Hi --seed -1": "--seed: got -1; give 0 to 4294967295",
     "--prompt Hi --benchmark": "--benchmark: give --output_dir",
     "--prompt Hi --prompt_file good.jsonl": "--prompt and --prompt_file: give only one source",
     "--prompt_file none.txt": "--prompt_file none.txt: cannot be read",

@@ -198,6 +198,7 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
         ("--do_train --lora_target_modules wte", "none of wte is a module .* its linear modules are down_proj"),
         ("--do_train --lora_target_modules (q", r"'\(q' is no regular expression"),
         ("--do_train --lora_target_modules q_proj .*up_proj", r"'.\*up_proj' is no module's name"),
+        ("--do_train --seed -1", "--seed: got -1; give 0 to 4294967295"),
         ("--do_train --lora_r 0", "--lora_r: got 0; the rank is 1 or more"),
         ("--do_train --packing False --num_buckets 0", "--num_buckets: got 0; give 1 or more"),
         ("--do_train --use_habana False", "cannot be used without `--use_habana`"),

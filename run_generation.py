@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from align.errors import InputError, run_script
+from align.errors import InputError, check_seed, run_script
 from align.generation import (
     Batch,
     TerminalStreamer,
@@ -159,8 +159,7 @@ def check_arguments(
     for flag, (value, limit) in least.items():
         if value is not None and value < limit:
             raise InputError(f"--{flag}: got {value}; give {limit} or more")
-    if not 0 <= decoding.seed < 2**32:
-        raise InputError(f"--seed: got {decoding.seed}; give 0 to {2**32 - 1}")
+    check_seed(decoding.seed)
     for flag in ("temperature", "repetition_penalty"):
         value = getattr(decoding, flag)
         if value is not None and value <= 0:

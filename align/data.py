@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import datasets
@@ -25,9 +25,6 @@ READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 COUNTS = ("length", "trained")  # columns with a number; all others hold token ids
 UNREADABLE = "_unreadable"  # column with what is wrong with a line
-# What turns files into tokens: rows that other code prepared are not taken from the cache.
-CODE = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("data", "formats", "tokenization"))
-CODE = hashlib.sha256(CODE).hexdigest()
 Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None]]]
 
 
@@ -149,8 +146,8 @@ def _load(
                 raise InputError(f"--dataset_name: {name} is empty")
             if args.bad_rows == "skip" and local.suffix == ".jsonl" and not streaming:
                 state = local.stat()
-                known = {"file": str(local), "size": state.st_size, "modified": state.st_mtime_ns, "code": CODE}
-                return {"train": Dataset.from_generator(_checked_rows, gen_kwargs=known)}
+                known = {"size": state.st_size, "modified": state.st_mtime_ns, "code": _identify_code()}
+                return {"train": Dataset.from_generator(_checked_rows, gen_kwargs={"file": str(local), **known})}
             return load(READERS[local.suffix], data_files={"train": str(local)})
         if local.is_dir():
             where = local / subset if subset else local / folder if (local / folder).is_dir() else local
@@ -239,6 +236,13 @@ def _checked_rows(file: str, size: int, modified: int, code: str) -> Iterator[di
         yield {**values, **numbers, UNREADABLE: reason.partition(" at ")[0] if reason else ""}
 
 
+@cache
+def _identify_code() -> str:
+    """Of what turns files into tokens: rows that other code prepared are not taken from the cache."""
+    files = (Path(__file__).with_name(f"{name}.py") for name in ("data", "formats", "tokenization"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:
     if isinstance(rows, IterableDataset):
         if args.size_valid_set < 1:
@@ -295,7 +299,7 @@ def prepare(
     ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
     features = {name: number if name in COUNTS else ids for name in tokenize([])[0]}
     features = datasets.Features({**features, "reason": datasets.Value("string")})
-    key = (rows._fingerprint, fingerprint, format.name, args.bad_rows, CODE)
+    key = (rows._fingerprint, fingerprint, format.name, args.bad_rows, _identify_code())
     try:
         tokenized = rows.map(
             work,

@@ -212,8 +212,8 @@ def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dt
         raise InputError(f"--adapter_model_name: {adapter}: {str(error).strip().splitlines()[0]}") from None
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise InputError(f"--adapter_model_name: {adapter}: {config['peft_type']} changes no weights, so cannot merge")
-    ends = bool(rows) or any(map(BASE_WRAPPER.search, weights))
-    placed = get_peft_model_state_dict(adapted, save_embedding_layers=ends)
+    has_bases = bool(rows) or any(map(BASE_WRAPPER.search, weights))
+    placed = get_peft_model_state_dict(adapted, save_embedding_layers=has_bases)
     if homeless := sorted(set(weights) - set(placed)):
         raise InputError(f"--adapter_model_name: {adapter}: {homeless[0]} finds no place in {base}")
     merge_as_trained(adapted).save_pretrained(folder)
@@ -226,9 +226,9 @@ def merge_as_trained(adapted: "PeftModel") -> "PreTrainedModel":
 
     model = adapted.get_base_model()
     ends = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [getattr(getattr(end, "base_layer", end), "weight", None) for end in ends]
-    if weights[0] is weights[1] and any(isinstance(end, BaseTunerLayer) for end in ends):
-        head = getattr(ends[1], "base_layer", ends[1])
+    embedding, head = (getattr(end, "base_layer", end) for end in ends)
+    adapts = any(isinstance(end, BaseTunerLayer) for end in ends)
+    if adapts and head is not None and head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
     return adapted.merge_and_unload()

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
-from align.errors import InputError
+from align.errors import InputError, check_seed
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ def check_training_arguments(args, *models: str | None) -> str | None:
     """
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
-    if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed: got {args.seed}; give 0 to {2**32 - 1}")
+    check_seed(args.seed)
     if args.flash_attention_causal_mask and getattr(args, "packing", False):
         raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
     output = Path(args.output_dir)
@@ -159,7 +158,7 @@ class WholeSteps(Trainer):
 
     optimum-habana 1.21.2 counts the batches of a resumed epoch from 0 and compares with those of a whole one
     (transformers/trainer.py:1005): of a last step with fewer batches the gradient would stay and join the next one's.
-    It is filled up with batches that are `without_loss`. After it no batches are left, but asked for.
+    It is filled up with batches that are `without_loss`. Batches asked for after it are none.
     """
 
     def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):

@@ -27,8 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 NEW_TOKENS, BATCH_SIZE = 50, 8
-NUMBERS = (1, 8, 64)  # of prompts
-RUNS = {1: 10, 8: 4, 64: 1}  # a measurement, so that each takes seconds
+RUNS = {1: 10, 8: 4, 64: 1}  # of a measurement, by number of prompts: each takes seconds
 WORDS = [f"word{number}" for number in range(2000)]
 OURS, UPSTREAM, PLAIN = "run_generation.py", "optimum-habana's way", "plain transformers"
 UPSTREAM_WARMUP, UPSTREAM_RUNS = 3, 5  # what its script does before it shows a text
@@ -229,11 +228,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         first_words = compare_first_words(folder, args.rounds)
-        speeds = {number: compare_speeds(folder, draw_prompts(number), args.rounds) for number in NUMBERS}
+        speeds = {number: compare_speeds(folder, draw_prompts(number), args.rounds) for number in RUNS}
     rows = []
-    print(f"{'':21} {'first word':>10} {'x plain':>8} " + " ".join(f"{n:>6} prompts {'graphs':>7}" for n in NUMBERS))
+    print(f"{'':21} {'first word':>10} {'x plain':>8} " + " ".join(f"{n:>6} prompts {'graphs':>7}" for n in RUNS))
     for way, first_word in first_words.items():
-        figures = {number: speeds[number][way] for number in NUMBERS}
+        figures = {number: speeds[number][way] for number in RUNS}
         line = f"{way:21} {first_word:8.2f} s {first_word / first_words[PLAIN]:8.2f} "
         print(line + " ".join(f"{f['tokens_per_second']:8.0f} t/s {f.get('graphs', '-'):>9}" for f in figures.values()))
         rows.append({"way": way, "first_word_seconds": first_word, "by_number_of_prompts": figures})

@@ -1,9 +1,10 @@
 """`torch.ops.hpu`: the operators that callers reach without going through `hpex`."""
 
 import torch
+from torch import library
 from torch.nn import functional
 
-LIBRARY = torch.library.Library("hpu", "DEF")
+LIBRARY = library.Library("hpu", "DEF")
 
 ADAMW_INPUTS = (
     "Tensor[] gradients, Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor neg_step"

@@ -136,8 +136,9 @@ def test_a_run_resumed_within_an_epoch_takes_all_its_steps(sft, questions):
     flags = ["--do_train", *FLAGS, *flags.split(), "--save_steps", "1", "--lora_dropout", "0", "--packing", "False"]
     sft(*flags, "--dataset_name", "ten.jsonl")
     expected = losses()
+    Path("out").rename("whole")
 
-    sft(*flags, "--dataset_name", "ten.jsonl", "--resume_from_checkpoint", "out/checkpoint-1")
+    sft(*flags, "--dataset_name", "ten.jsonl", "--resume_from_checkpoint", "whole/checkpoint-1")
 
     assert len(expected) == 6  # of which each third has one batch
     assert losses() == pytest.approx(expected, abs=2e-4)

@@ -12,10 +12,13 @@ from optimum.habana.trl import GaudiDPOConfig
 from optimum.habana.utils import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from align import data, modeling, pairs, preference, reference, training
-from align.attention import probe_packing
+from align.data import loading as data
+from align.data.tokenization import SampleTokenizer, tokenize_pairs
 from align.errors import InputError, run_script
-from align.tokenization import SampleTokenizer, tokenize_pairs
+from align.models import loading as modeling
+from align.models.attention import probe_packing
+from align.training import pairs, preference, reference
+from align.training import results as training
 
 RECIPE = {
     "dataset_name": "lvwerra/stack-exchange-paired",

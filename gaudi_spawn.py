@@ -13,8 +13,16 @@ import sys
 from typing import NoReturn
 
 from align.errors import InputError, run_script
-from align.launching import Run, check_script, choose_port, describe, exported_variables, is_this_host, read_hostfile
-from align.supervision import Supervisor
+from align.launch.engines import (
+    Run,
+    check_script,
+    choose_port,
+    describe,
+    exported_variables,
+    is_this_host,
+    read_hostfile,
+)
+from align.launch.supervision import Supervisor
 
 
 class Parser(argparse.ArgumentParser):

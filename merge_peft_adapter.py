@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from align.checkpoints import (
+from align.errors import InputError, run_script
+from align.merge.checkpoints import (
     NotStreamableError,
     find_folder,
     open_checkpoint,
@@ -27,9 +28,8 @@ from align.checkpoints import (
     replace_folder,
     restore_folder,
 )
-from align.errors import InputError, run_script
-from align.merge_plan import MergePlan, find_adapter_file, open_adapter, plan_merge
-from align.merging import check_finite, merge_through_peft, verify_files, write_files
+from align.merge.plan import MergePlan, find_adapter_file, open_adapter, plan_merge
+from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
 
 logger = logging.getLogger("merge_peft_adapter")
 

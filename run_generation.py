@@ -21,7 +21,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError, check_seed, run_script
-from align.generation import (
+from align.generation.decoding import (
     Batch,
     TerminalStreamer,
     TextGenerator,

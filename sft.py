@@ -12,11 +12,13 @@ from functools import partial
 from optimum.habana.trl import GaudiSFTConfig
 from optimum.habana.utils import set_seed
 
-from align import data, modeling, training
-from align.attention import probe_packing
+from align.data import loading as data
+from align.data.tokenization import SampleTokenizer, tokenize_samples
 from align.errors import InputError, run_script
-from align.supervised import SupervisedTrainer, make_batches
-from align.tokenization import SampleTokenizer, tokenize_samples
+from align.models import loading as modeling
+from align.models.attention import probe_packing
+from align.training import results as training
+from align.training.supervised import SupervisedTrainer, make_batches
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
 

@@ -33,9 +33,9 @@ from optimum.habana.trl import GaudiSFTConfig, GaudiSFTTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
-from align import data
-from align.supervised import SupervisedTrainer, make_batches
-from align.tokenization import SampleTokenizer, set_chat_template, tokenize_samples
+from align.data import loading as data
+from align.data.tokenization import SampleTokenizer, set_chat_template, tokenize_samples
+from align.training.supervised import SupervisedTrainer, make_batches
 from habana_frameworks.emulator.graph_counter import count_graphs
 
 LONGEST, BATCH_SIZE, STEPS, COUNTED_STEPS, PROCESSES = 512, 8, 16, 40, 2

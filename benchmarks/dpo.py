@@ -122,8 +122,9 @@ def train_ours(folder: Path, rows: list[dict], flags: dict, callbacks: list, sto
     from optimum.habana.trl import GaudiDPOConfig
     from transformers import AutoConfig, AutoTokenizer
 
-    from align import pairs, preference, training
-    from align.reference import Stored
+    from align.training import pairs, preference
+    from align.training import results as training
+    from align.training.reference import Stored
 
     args = GaudiDPOConfig(use_habana=True, use_lazy_mode=True, **flags)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -14,9 +14,16 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.attention import FAMILIES, choose_attn_implementation, find_visible, probe, probe_packing, segment_mask
+from align.data.packing import IGNORED, PackedCollator, RowDataset
 from align.errors import InputError
-from align.packing import IGNORED, PackedCollator, RowDataset
+from align.models.attention import (
+    FAMILIES,
+    choose_attn_implementation,
+    find_visible,
+    probe,
+    probe_packing,
+    segment_mask,
+)
 
 HPU = torch.device("hpu")
 SIZES = {

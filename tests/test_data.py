@@ -8,9 +8,9 @@ import pytest
 from conftest import write_rows
 from tiny import make_tokenizer
 
-from align.data import DataArguments, load_splits, prepare
+from align.data.loading import DataArguments, load_splits, prepare
+from align.data.tokenization import SampleTokenizer, tokenize_samples
 from align.errors import InputError
-from align.tokenization import SampleTokenizer, tokenize_samples
 
 ROWS = [{"text": f"Hello number {number}, how are you today?"} for number in range(40)]
 
@@ -87,7 +87,7 @@ def test_rows_that_were_prepared_before_come_from_the_cache_until_anything_chang
     assert prepare_text(file).rows.cache_files[0]["filename"] == first
     assert prepare_text(file, max_length=5).rows.cache_files[0]["filename"] != first
     with monkeypatch.context() as patch:
-        patch.setattr("align.data._identify_code", lambda: "another")
+        patch.setattr("align.data.loading._identify_code", lambda: "another")
         assert prepare_text(file).rows.cache_files[0]["filename"] != first
     write_rows(file, [*ROWS[:-1], {"text": "changed"}])
     assert prepare_text(file).rows.cache_files[0]["filename"] != first

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from align.data.formats import FORMATS, RowError, Sample, recognise
 from align.errors import InputError
-from align.formats import FORMATS, RowError, Sample, recognise
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}

@@ -15,8 +15,8 @@ import pytest
 from launches import ENGINES, SAVES, Launch
 
 import gaudi_spawn
-from align import launching
 from align.errors import InputError
+from align.launch import engines as launching
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 
@@ -317,7 +317,7 @@ def test_print_command_shows_what_would_run_and_no_secret(run, monkeypatch, tmp_
     assert "PT_HPU_LAZY_MODE=1" in shown
     assert "HF_TOKEN=..." in shown
     assert "hf_secret" not in shown
-    assert re.search(r"mpirun -n 2 .* -u \S+/align/rank.py\n", shown)
+    assert re.search(r"mpirun -n 2 .* -u \S+/align/launch/rank.py\n", shown)
     assert f"{sys.executable} -u script.py 'a b'" in shown
 
 

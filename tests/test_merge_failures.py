@@ -22,8 +22,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-import align.checkpoints
-import align.merging
+import align.merge.checkpoints
+import align.merge.writing
 import merge_peft_adapter
 from align.errors import InputError
 
@@ -228,7 +228,7 @@ def test_verify_finds_what_a_disk_did_not_keep(inputs, monkeypatch):
     def copy_zeros(tensor, offset, out, size, count):
         os.pwrite(out, bytes(size), offset)
 
-    monkeypatch.setattr(align.merging, "_copy", copy_zeros)
+    monkeypatch.setattr(align.merge.writing, "_copy", copy_zeros)
 
     with pytest.raises(OSError, match="reads back other than it was written"):
         merge_peft_adapter.main(COMMAND)
@@ -251,7 +251,7 @@ def test_file_systems_that_cannot_swap_folders_get_two_renames(number, inputs, m
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(align.checkpoints, "swap_folders", refuse)
+    monkeypatch.setattr(align.merge.checkpoints, "swap_folders", refuse)
     write_json("merged/config.json", {})
 
     merge_peft_adapter.main([*COMMAND, "--overwrite"])
@@ -289,7 +289,7 @@ def test_disks_between_which_the_kernel_cannot_copy_are_copied_through_memory(in
 def test_second_merge_into_the_same_folder_is_refused_while_the_first_writes(inputs):
     write_json("merged/config.json", {"the": "old model"})
 
-    with align.checkpoints.replace_folder(Path("merged"), "--output_name") as folder:
+    with align.merge.checkpoints.replace_folder(Path("merged"), "--output_name") as folder:
         (folder / "config.json").write_text('{"the": "first one\'s"}')
         with pytest.raises(InputError, match="another run is writing .*merged right now"):
             merge_peft_adapter.main([*COMMAND, "--overwrite"])

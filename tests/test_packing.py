@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from align.packing import (
+from align.data.packing import (
     IGNORED,
     NONE,
     BucketCollator,

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tiny import save_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from align import pairs, preference, training
-from align.attention import choose_attn_implementation
-from align.reference import Stored
+from align.models.attention import choose_attn_implementation
+from align.training import pairs, preference
+from align.training import results as training
+from align.training.reference import Stored
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2")
 LOSSES = {

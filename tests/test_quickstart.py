@@ -11,7 +11,7 @@ import pytest
 from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.formats import recognise
+from align.data.formats import recognise
 from quickstart import run as quickstart
 from quickstart.data import COURTESY, PEOPLE, Question, make_model, read_rows, write_data
 

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, write_rows
 from tiny import make_tokenizer, save_model
 
-from align.checkpoints import open_checkpoint
 from align.errors import InputError, run_script
-from align.generation import adapt_transformers, decode_new, plan_batches
+from align.generation.decoding import adapt_transformers, decode_new, plan_batches
+from align.merge.checkpoints import open_checkpoint
 from run_generation import main
 
 FAMILIES = ["llama", "mistral", "mixtral", "qwen2", "gpt2"]

@@ -48,7 +48,7 @@ def losses(output="out"):
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "buckets"])
 def test_losses_equal_plain_transformers_on_each_sample_alone(sft, model, packing, monkeypatch):
-    from align.packing import BucketCollator, PackedCollator
+    from align.data.packing import BucketCollator, PackedCollator
 
     seen = []
     for kind in (PackedCollator, BucketCollator):
@@ -87,7 +87,7 @@ def test_a_run_leaves_adapter_tokenizer_results_and_curves(sft):
 
 
 def test_gradients_do_not_depend_on_how_a_global_batch_is_cut(sft, monkeypatch):
-    from align.supervised import SupervisedTrainer
+    from align.training.supervised import SupervisedTrainer
 
     norms = {}
     step = SupervisedTrainer.training_step
@@ -181,7 +181,7 @@ def test_show_examples_prints_what_is_learnt_in_colour_and_stops(run, model, que
 
 
 def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkeypatch):
-    monkeypatch.setattr("align.training.start_logging", lambda args: None)
+    monkeypatch.setattr("align.training.results.start_logging", lambda args: None)
     sft("--do_train", *FLAGS, "--lora_target_modules", "q_proj", "v_proj", "out_proj", "wte")
     assert "--lora_target_modules: out_proj, wte match no module of this llama model" in caplog.text
     assert set(json.loads(Path("out/adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}

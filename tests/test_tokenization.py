@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tiny import TOKENIZERS, make_tokenizer
 
+from align.data.formats import Sample
+from align.data.tokenization import IGNORED, SampleTokenizer, set_chat_template, tokenize_pairs, tokenize_samples
 from align.errors import InputError
-from align.formats import Sample
-from align.tokenization import IGNORED, SampleTokenizer, set_chat_template, tokenize_pairs, tokenize_samples
 
 CHAT = [
     {"role": "user", "content": "What is two and two?"},

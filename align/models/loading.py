@@ -18,8 +18,8 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from align.data.tokenization import set_chat_template
 from align.errors import InputError
-from align.tokenization import set_chat_template
 
 logger = logging.getLogger(__name__)
 

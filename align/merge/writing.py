@@ -14,9 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, StoredTensor
 from align.errors import InputError
-from align.merge_plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
+from align.merge.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, StoredTensor
+from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -128,7 +128,7 @@ def _write(out: int, memory: memoryview, offset: int) -> int:
 
 
 def _merge(tensor: MergedTensor, offset: int, out: int, check: bool, count: Callable[[int], None]) -> None:
-    from align.merge_arithmetic import all_finite, as_bytes, merged_chunks
+    from align.merge.arithmetic import all_finite, as_bytes, merged_chunks
 
     for start, values in merged_chunks(tensor):
         if check and not all_finite(values):
@@ -155,7 +155,7 @@ def verify_files(plan: MergePlan, written: Checkpoint, samples: int = 16) -> Non
 
 
 def _reads_back(tensor: MergedTensor, written: StoredTensor) -> bool:
-    from align.merge_arithmetic import as_bytes, merged_chunks
+    from align.merge.arithmetic import as_bytes, merged_chunks
 
     if not tensor.is_copy:
         _, values = next(merged_chunks(tensor))
@@ -167,7 +167,7 @@ def _reads_back(tensor: MergedTensor, written: StoredTensor) -> bool:
 
 def check_finite(written: Checkpoint) -> None:
     """The check of values for a model that was not written chunk by chunk."""
-    from align.merge_arithmetic import all_finite, merged_chunks
+    from align.merge.arithmetic import all_finite, merged_chunks
 
     for name, tensor in written.tensors.items():
         if tensor.dtype in FLOATS:
@@ -193,7 +193,7 @@ def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dt
     from peft.utils import load_peft_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from align.merge_arithmetic import TORCH_DTYPES
+    from align.merge.arithmetic import TORCH_DTYPES
 
     weights = load_peft_weights(str(adapter), device="cpu")
     loading = {"torch_dtype": TORCH_DTYPES.get(dtype, "auto")}

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json
 from align.errors import InputError
+from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def _read_prompt_file(path: Path, column_name: str) -> list[str]:
 
 
 def _read_prompt_column(dataset_name: str, split: str, column_name: str) -> list[str]:
-    from align.data import DataArguments, load_splits
+    from align.data.loading import DataArguments, load_splits
 
     arguments = DataArguments(dataset_name=dataset_name, split=split, streaming=False)
     rows = load_splits(arguments, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
@@ -174,7 +174,7 @@ def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_widt
     if bucket_size > 0:
         widths = [-(-(length + 1) // bucket_size) * bucket_size - 1 for length in longest]
     else:
-        from align.packing import choose_buckets
+        from align.data.packing import choose_buckets
 
         number = len({max(MIN_WIDTH, 1 << (length - 1).bit_length()) for length in longest})
         buckets = choose_buckets(longest, number, max_width, multiple_of=-(-max(longest) // WIDTH_CHOICES))
@@ -342,7 +342,7 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     from peft import PeftConfig, get_peft_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    from align.merging import merge_as_trained
+    from align.merge.writing import merge_as_trained
 
     dtype = model.dtype
     try:

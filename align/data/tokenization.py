@@ -10,9 +10,9 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from align.data.formats import Messages, RowError, Sample
+from align.data.packing import IGNORED
 from align.errors import InputError
-from align.formats import Messages, RowError, Sample
-from align.packing import IGNORED
 
 CHAT_TEMPLATES = {
     # Ends every answer with the tokenizer's own EOS, so it needs no token that the model has never seen.

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from align.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, NotStreamableError, StoredTensor, read_tensors
 from align.errors import InputError
+from align.merge.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, NotStreamableError, StoredTensor, read_tensors
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_PART = re.compile(

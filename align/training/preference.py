@@ -15,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.trainer.dpo_config import FDivergenceConstants, FDivergenceType
 from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
 
-from align.attention import segment_mask
 from align.errors import InputError
-from align.pairs import Layout, PairCollator, PairDataset, PairSampler
-from align.reference import Stored, store
-from align.training import StepsInParts, WholeSteps
+from align.models.attention import segment_mask
+from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
+from align.training.reference import Stored, store
+from align.training.results import StepsInParts, WholeSteps
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from optimum.habana.trl import GaudiSFTTrainer
 
-from align.attention import segment_mask
-from align.errors import InputError
-from align.packing import (
+from align.data.packing import (
     IGNORED,
     BucketCollator,
     GroupedSampler,
@@ -22,7 +20,9 @@ from align.packing import (
     group_stream,
     pack_stream,
 )
-from align.training import RightScale, StepsInParts, WholeSteps
+from align.errors import InputError
+from align.models.attention import segment_mask
+from align.training.results import RightScale, StepsInParts, WholeSteps
 
 logger = logging.getLogger(__name__)
 

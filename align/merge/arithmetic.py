@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from align.checkpoints import ITEM_SIZES, StoredTensor
 from align.errors import InputError
-from align.merge_plan import LoraUpdate, MergedTensor
+from align.merge.checkpoints import ITEM_SIZES, StoredTensor
+from align.merge.plan import LoraUpdate, MergedTensor
 
 CHUNK_ELEMENTS = 1 << 20  # in float32 a chunk stays in a core's cache
 CHUNK_ROWS = 64  # for slices narrower than about twelve MKL adds in another order, and the last bit differs

@@ -1,8 +1,8 @@
 """What gaudi_spawn.py knows of nodes and engines: what each must have, and the command that starts it.
 
-An engine (DeepSpeed's launcher, Open MPI, torch.distributed.run) starts `align/rank.py` once a card, never the user's
-script itself. So no argument of the user's ever meets an engine's parser, a shell or ssh, and variables reach other
-nodes over ssh's standard input or Open MPI's own connections, never on a command line.
+An engine (DeepSpeed's launcher, Open MPI, torch.distributed.run) starts `align/launch/rank.py` once a card, never the
+user's script itself. So no argument of the user's ever meets an engine's parser, a shell or ssh, and variables reach
+other nodes over ssh's standard input or Open MPI's own connections, never on a command line.
 """
 
 import base64
@@ -27,8 +27,8 @@ from pathlib import Path
 
 from align.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
-RANK = str(ROOT / "align" / "rank.py")
+ROOT = Path(__file__).resolve().parent.parent.parent
+RANK = str(ROOT / "align" / "launch" / "rank.py")
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
 
 EXPORTED_PREFIXES = ("PT_", "HABANA_", "DEEPSPEED_", "HCCL_", "HF_", "OMP_", "HL_")
@@ -147,7 +147,7 @@ def inspect_node(engine: str, script: str, slots: int, asked_by: str, master_por
 
 def node_command(host: str) -> list[str]:
     """The command that runs `serve_request` on a node; all that it needs to know comes over its standard input."""
-    return [*SSH, host, f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m align.launching"]
+    return [*SSH, host, f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m align.launch.engines"]
 
 
 def serve_request() -> None:

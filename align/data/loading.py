@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from align.data.formats import Format, RowError, Sample, recognise
+from align.data.packing import IGNORED
 from align.errors import InputError
-from align.formats import Format, RowError, Sample, recognise
-from align.packing import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def _checked_rows(file: str, size: int, modified: int, code: str) -> Iterator[di
 @cache
 def _identify_code() -> str:
     """Of what turns files into tokens: rows that other code prepared are not taken from the cache."""
-    files = (Path(__file__).with_name(f"{name}.py") for name in ("data", "formats", "tokenization"))
+    files = (Path(__file__).with_name(f"{name}.py") for name in ("loading", "formats", "tokenization"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

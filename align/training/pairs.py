@@ -3,7 +3,7 @@
 A row is filled from both ends: all but the last token of each prompt from the left, the answers from the right. Each
 answer is headed by the prompt's last token, so that every token that is predicted stands in the row's last columns and
 only those go through the head. A pair of a prompt of p tokens and answers of c and r takes p - 1 + c + r columns, where
-two rows of their own take 2p + c + r. Everything here is numpy: see align/packing.py.
+two rows of their own take 2p + c + r. Everything here is numpy: see align/data/packing.py.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
+from align.data.packing import IGNORED, NONE, GroupedSampler, choose_buckets
 from align.errors import InputError
-from align.packing import IGNORED, NONE, GroupedSampler, choose_buckets
-from align.reference import Stored
+from align.training.reference import Stored
 
 logger = logging.getLogger(__name__)
 

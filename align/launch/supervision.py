@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from align.launching import ENGINES, Run, address_for, node_command
-from align.rank import notice_lost_host
+from align.launch.engines import ENGINES, Run, address_for, node_command
+from align.launch.rank import notice_lost_host
 
 FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
 ENGINE_GRACE = 5.0  # seconds that an engine has to end after its ranks
@@ -47,7 +47,7 @@ def shell_code(returncode: int) -> int:
 
 
 class Rank:
-    """The launcher's end of one rank's connection; `align/rank.py` describes the messages."""
+    """The launcher's end of one rank's connection; `align/launch/rank.py` describes the messages."""
 
     def __init__(self, connection: socket.socket, number: int, host: str):
         self.connection, self.number, self.host = connection, number, host

@@ -1,0 +1,1 @@
+"""Rows to token ids: formats, tokenization, packing, loading."""

@@ -1,0 +1,1 @@
+"""Ranks on cards and nodes, until all of them have ended."""

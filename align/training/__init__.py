@@ -1,0 +1,1 @@
+"""What sft.py and dpo.py are made of."""

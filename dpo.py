@@ -12,13 +12,14 @@ from optimum.habana.trl import GaudiDPOConfig
 from optimum.habana.utils import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from align.cli import parse_arguments, run_script, start_logging
 from align.data import loading as data
 from align.data.tokenization import SampleTokenizer, tokenize_pairs
-from align.errors import InputError, run_script
+from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
-from align.training import pairs, preference, reference
-from align.training import results as training
+from align.training import folders, pairs, preference, reference, results
+from align.upstream_fixes import attention_inputs, gaudi_config
 
 RECIPE = {
     "dataset_name": "lvwerra/stack-exchange-paired",
@@ -149,9 +150,9 @@ def check_preference_arguments(
 
 
 def main() -> None:
-    model_args, lora_args, data_args, preference_args, args = training.parse_arguments(ARGUMENTS, __doc__, RECIPE)
-    training.start_logging(args)
-    checkpoint = training.check_training_arguments(args, model_args.model_name_or_path, preference_args.ref_model)
+    model_args, lora_args, data_args, preference_args, args = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    start_logging(args)
+    checkpoint = folders.check_training_arguments(args, model_args.model_name_or_path, preference_args.ref_model)
     check_preference_arguments(args, preference_args, lora_args)
     set_seed(args.seed)
 
@@ -196,7 +197,7 @@ def main() -> None:
     # Model
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
     packable = preference_args.skip_probe or probe_packing(
-        model, 2 * args.max_length, args.device, **training.attention_inputs(model)
+        model, 2 * args.max_length, args.device, **attention_inputs(model)
     )
     ref_model = None
     trains_adapter, resumes = peft_config is not None, checkpoint is not None
@@ -219,7 +220,7 @@ def main() -> None:
         model=model,
         ref_model=ref_model,
         args=args,
-        gaudi_config=training.gaudi_config(args),
+        gaudi_config=gaudi_config(args),
         layout=layout,
         pairs={name: pairs.PairDataset(split, layout.rows[name], stored.get(name)) for name, split in rows.items()},
         tokenizer=tokenizer,
@@ -228,17 +229,17 @@ def main() -> None:
 
     # Train
     if args.do_train:
-        training.clear_output(args, checkpoint)
+        folders.clear_output(args, checkpoint)
         trainer.add_callback(preference.BeforeTraining(trainer, preference_args.sample_prompts))
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        training.save_results(trainer, "train", {**result.metrics, **trainer.last_logged()})
+        results.save_results(trainer, "train", {**trained.metrics, **trainer.last_logged()})
 
     # Evaluate
     if args.do_eval:
-        training.save_results(trainer, "eval", trainer.evaluate())
+        results.save_results(trainer, "eval", trainer.evaluate())
     if args.do_train:
-        training.save_history(trainer, CURVES)
+        results.save_history(trainer, CURVES)
     trainer.show_answers("after", preference_args.sample_prompts)
 
 

@@ -12,7 +12,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from align.errors import InputError, run_script
+from align.cli import run_script
+from align.errors import InputError
 from align.launch.engines import (
     Run,
     check_script,

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from align.errors import InputError, run_script
+from align.cli import run_script
+from align.errors import InputError
 from align.merge.checkpoints import (
     NotStreamableError,
     find_folder,

@@ -20,13 +20,13 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from align.errors import InputError, check_seed, run_script
+from align.cli import run_script
+from align.errors import InputError, check_seed
 from align.generation.decoding import (
     Batch,
     TerminalStreamer,
     TextGenerator,
     Timing,
-    adapt_transformers,
     decode_new,
     encode_prompts,
     find_folders,
@@ -36,6 +36,7 @@ from align.generation.decoding import (
     plan_batches,
     read_prompts,
 )
+from align.upstream_fixes import adapt_transformers
 
 if TYPE_CHECKING:
     from optimum.habana.transformers.generation import GaudiGenerationConfig

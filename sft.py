@@ -12,13 +12,15 @@ from functools import partial
 from optimum.habana.trl import GaudiSFTConfig
 from optimum.habana.utils import set_seed
 
+from align.cli import parse_arguments, run_script, start_logging
 from align.data import loading as data
 from align.data.tokenization import SampleTokenizer, tokenize_samples
-from align.errors import InputError, run_script
+from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
-from align.training import results as training
+from align.training import folders, results
 from align.training.supervised import SupervisedTrainer, make_batches
+from align.upstream_fixes import attention_inputs, gaudi_config
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
 
@@ -42,9 +44,9 @@ ARGUMENTS = (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments
 
 
 def main() -> None:
-    model_args, lora_args, data_args, batch_args, args = training.parse_arguments(ARGUMENTS, __doc__, RECIPE)
-    training.start_logging(args)
-    checkpoint = training.check_training_arguments(args, model_args.model_name_or_path)
+    model_args, lora_args, data_args, batch_args, args = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    start_logging(args)
+    checkpoint = folders.check_training_arguments(args, model_args.model_name_or_path)
     if batch_args.num_buckets < 1 and not (args.packing or args.pad_max):
         raise InputError(f"--num_buckets: got {batch_args.num_buckets}; give 1 or more, or --packing True")
     set_seed(args.seed)
@@ -79,7 +81,7 @@ def main() -> None:
     # Model
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
     packable = batch_args.skip_probe or probe_packing(
-        model, args.max_seq_length, args.device, **training.attention_inputs(model)
+        model, args.max_seq_length, args.device, **attention_inputs(model)
     )
 
     # Trainer
@@ -94,7 +96,7 @@ def main() -> None:
     trainer = SupervisedTrainer(
         model=model,
         args=args,
-        gaudi_config=training.gaudi_config(args),
+        gaudi_config=gaudi_config(args),
         train=batches.get("train"),
         validation=batches.get("validation"),
         tokenizer=tokenizer,
@@ -103,18 +105,18 @@ def main() -> None:
 
     # Train
     if args.do_train:
-        training.clear_output(args, checkpoint)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        folders.clear_output(args, checkpoint)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        training.save_results(trainer, "train", result.metrics)
+        results.save_results(trainer, "train", trained.metrics)
 
     # Evaluate
     if args.do_eval:
         metrics = trainer.evaluate()
         metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))
-        training.save_results(trainer, "eval", metrics)
+        results.save_results(trainer, "eval", metrics)
     if args.do_train:
-        training.save_history(trainer, {"Loss": ["loss"], "Learning rate": ["learning_rate"]})
+        results.save_history(trainer, {"Loss": ["loss"], "Learning rate": ["learning_rate"]})
 
 
 if __name__ == "__main__":

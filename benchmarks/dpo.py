@@ -123,8 +123,8 @@ def train_ours(folder: Path, rows: list[dict], flags: dict, callbacks: list, sto
     from transformers import AutoConfig, AutoTokenizer
 
     from align.training import pairs, preference
-    from align.training import results as training
     from align.training.reference import Stored
+    from align.upstream_fixes import gaudi_config
 
     args = GaudiDPOConfig(use_habana=True, use_lazy_mode=True, **flags)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -144,7 +144,7 @@ def train_ours(folder: Path, rows: list[dict], flags: dict, callbacks: list, sto
         model=load_policy(folder),
         ref_model=None,
         args=preference.fit_batches(args, layout),
-        gaudi_config=training.gaudi_config(args),
+        gaudi_config=gaudi_config(args),
         layout=layout,
         pairs={"train": pairs.PairDataset(samples, layout.rows["train"], kept)},
         tokenizer=tokenizer,

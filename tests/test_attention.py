@@ -17,13 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from align.data.packing import IGNORED, PackedCollator, RowDataset
 from align.errors import InputError
 from align.models.attention import (
-    FAMILIES,
-    choose_attn_implementation,
     find_visible,
     probe,
     probe_packing,
     segment_mask,
 )
+from align.models.families import FAMILIES, choose_attn_implementation
 
 HPU = torch.device("hpu")
 SIZES = {

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tiny import save_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from align.models.attention import choose_attn_implementation
+from align.models.families import choose_attn_implementation
 from align.training import pairs, preference
-from align.training import results as training
 from align.training.reference import Stored
+from align.upstream_fixes import gaudi_config
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2")
 LOSSES = {
@@ -109,7 +109,7 @@ def make_trainer(folders, tmp_path):
             model=model,
             ref_model=None,
             args=preference.fit_batches(args, layout),
-            gaudi_config=training.gaudi_config(args),
+            gaudi_config=gaudi_config(args),
             layout=layout,
             pairs={"train": pairs.PairDataset(rows, layout.rows["train"], stored)},
             tokenizer=AutoTokenizer.from_pretrained(folders[family]),

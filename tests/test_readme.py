@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from align import cli
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
@@ -23,7 +25,7 @@ def parse(arguments: list[str], monkeypatch) -> None:
     if script == "gaudi_spawn.py":
         parse(module.parse_arguments().command, monkeypatch)
     elif script in ("sft.py", "dpo.py"):
-        parser = module.training.make_parser(module.ARGUMENTS, module.__doc__, module.RECIPE)
+        parser = cli.make_parser(module.ARGUMENTS, module.__doc__, module.RECIPE)
         parsed, unknown = parser.parse_known_args(flags)
         assert unknown == []
         assert parsed.deepspeed is None or (ROOT / parsed.deepspeed).is_file()

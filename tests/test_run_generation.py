@@ -13,9 +13,11 @@ import pytest
 from conftest import ROOT, write_rows
 from tiny import make_tokenizer, save_model
 
-from align.errors import InputError, run_script
-from align.generation.decoding import adapt_transformers, decode_new, plan_batches
+from align.cli import run_script
+from align.errors import InputError
+from align.generation.decoding import decode_new, plan_batches
 from align.merge.checkpoints import open_checkpoint
+from align.upstream_fixes import adapt_transformers
 from run_generation import main
 
 FAMILIES = ["llama", "mistral", "mixtral", "qwen2", "gpt2"]

@@ -181,7 +181,7 @@ def test_show_examples_prints_what_is_learnt_in_colour_and_stops(run, model, que
 
 
 def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkeypatch):
-    monkeypatch.setattr("align.training.results.start_logging", lambda args: None)
+    monkeypatch.setattr("sft.start_logging", lambda args: None)
     sft("--do_train", *FLAGS, "--lora_target_modules", "q_proj", "v_proj", "out_proj", "wte")
     assert "--lora_target_modules: out_proj, wte match no module of this llama model" in caplog.text
     assert set(json.loads(Path("out/adapter_config.json").read_text())["target_modules"]) == {"q_proj", "v_proj"}

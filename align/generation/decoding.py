@@ -4,9 +4,6 @@ Heavy packages are imported where they are used: imports are most of the time to
 """
 
 import contextlib
-import importlib.metadata
-import importlib.util
-import io
 import json
 import logging
 import sys
@@ -200,56 +197,6 @@ def pad_batch(
 
 
 # ---------------------------------------------------------------- model
-
-
-def adapt_transformers() -> None:
-    """Puts optimum-habana's models and generation loop into transformers, without the trainers' import time.
-
-    optimum-habana 1.21.2 imports all its trainers, diffusers and sentence-transformers with any of its modules
-    (habana/__init__.py:19, habana/transformers/__init__.py:19): about 10 s before the first word. These two packages
-    are therefore left unexecuted until something in them is asked for. Can go when a release imports them on demand.
-    """
-    for name in ("optimum.habana", "optimum.habana.transformers"):
-        if name not in sys.modules:
-            _defer_package(name)
-    with contextlib.redirect_stdout(io.StringIO()):  # the modules print which kernels they found
-        from optimum.habana.utils import environment, feature_detection_utils
-
-        # What its own look at the plugin's version finds, without starting pip for it (utils/environment.py:20).
-        build = importlib.metadata.version("habana-torch-plugin")
-        feature_detection_utils.environment = environment.get_environment(build=build)
-        import transformers.generation
-        from optimum.habana.transformers.generation import GaudiGenerationMixin
-        from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
-
-        mixin = transformers.generation.GenerationMixin
-        if mixin.generate is not GaudiGenerationMixin.generate:
-            adapt_transformers_to_gaudi()
-            # Its beam search calls this (generation/utils.py:191), which most models of transformers 4.55 have lost.
-            mixin._reorder_cache = staticmethod(_reorder_cache)
-
-
-def _reorder_cache(cache: Any, beams: "torch.LongTensor") -> tuple[tuple["torch.Tensor", ...], ...]:
-    """Keys and values `[beams, ...]` of every layer, in the order of the chosen beams."""
-    return tuple(tuple(states.index_select(0, beams) for states in layer) for layer in cache)
-
-
-def _defer_package(name: str) -> None:
-    """Makes a package importable whose `__init__` runs when an attribute is asked for that is not a submodule."""
-    spec = importlib.util.find_spec(name)
-    package = importlib.util.module_from_spec(spec)
-
-    def load(attribute: str) -> Any:
-        if attribute.startswith("__") or importlib.util.find_spec(f"{name}.{attribute}") is not None:
-            raise AttributeError(attribute)
-        del package.__getattr__
-        spec.loader.exec_module(package)
-        return getattr(package, attribute)
-
-    package.__getattr__ = load
-    sys.modules[name] = package
-    parent, _, child = name.rpartition(".")
-    setattr(sys.modules[parent], child, package)
 
 
 def find_folders(

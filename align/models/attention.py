@@ -1,7 +1,7 @@
 """Masks that keep samples in one row apart, in the form each model family takes, and a probe that shows they hold.
 
 optimum-habana's models differ in what they make of a 4-D mask, and some go wrong without an error: Mixtral's default
-attention is not even causal when nothing is padded. So the table below says what was found to be exact, and the probe
+attention is not even causal when nothing is padded. So `families.py` says what was found to be exact, and the probe
 tests the loaded model, whatever it is, before it is trained.
 """
 
@@ -14,43 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from align.errors import InputError
+from align.models.families import FAMILIES, Family, choose_attn_implementation
+from align.upstream_fixes import unflatten_masks
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a model type wants its mask; without more it is 1 where a token attends, else 0, in the model's dtype."""
-
-    additive: bool = False  # 0 where a token attends, the dtype's lowest number elsewhere
-    by_layer_type: bool = False  # {"full_attention": mask, "sliding_attention": mask}
-    flattened: bool = False  # the model reshapes the mask to [batch, 1, 1, T * T]: undone on the way to the attention
-    window_margin: int | None = None  # tokens seen beyond config.sliding_window, itself included; None: no window
-    attn_implementation: str | None = None  # the one that is right, where the default is not
-
-
-# Tried with optimum-habana 1.21.2 (tests/test_attention.py). With a 4-D mask none of them applies its window any more,
-# and optimum-habana's own masks reach one token further back than transformers'.
-FAMILIES = {
-    "gemma2": Family(additive=True, by_layer_type=True, window_margin=1),
-    "gpt2": Family(flattened=True),
-    "gptj": Family(flattened=True),
-    "llama": Family(),
-    "mistral": Family(window_margin=1),
-    "mixtral": Family(window_margin=1, attn_implementation="eager"),
-    "phi3": Family(additive=True, window_margin=0),  # transformers' own code
-    "qwen2": Family(),
-    "qwen3": Family(),
-}
-
-
-def choose_attn_implementation(config: PretrainedConfig) -> str | None:
-    """The `attn_implementation` to load this model with; None leaves it to transformers."""
-    family = FAMILIES.get(config.model_type)
-    return family and family.attn_implementation
 
 
 def find_visible(segment_ids: torch.Tensor, branch_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,7 +49,7 @@ def segment_mask(
     """
     family, config = _find_family(model), model.config
     if family.flattened:
-        _unflatten_masks(model)
+        unflatten_masks(model)
     visible = near = find_visible(segment_ids, branch_ids)
     if family.window_margin is not None and config.sliding_window is not None:
         distance = position_ids[:, :, None] - position_ids[:, None, :]
@@ -98,21 +68,6 @@ def _find_family(model: PreTrainedModel) -> Family:
 def _form(visible: torch.Tensor, family: Family, dtype: torch.dtype) -> torch.Tensor:
     mask = visible[:, None].to(dtype)
     return (1 - mask) * torch.finfo(dtype).min if family.additive else mask
-
-
-def _unflatten_masks(model: nn.Module) -> None:
-    for module in model.modules():
-        hooks = module._forward_pre_hooks.values()
-        if type(module).__name__.endswith("Attention") and _unflatten_mask not in hooks:
-            module.register_forward_pre_hook(_unflatten_mask, with_kwargs=True)
-
-
-def _unflatten_mask(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Undoes modeling_gpt2.py:312 of optimum-habana 1.21.2 (and its like), which takes every mask for a 2-D one."""
-    mask, length = kwargs.get("attention_mask"), (args[0] if args else kwargs["hidden_states"]).shape[1]
-    if mask is not None and length > 1 and mask.shape[1:] == (1, 1, length * length):
-        kwargs["attention_mask"] = mask.view(-1, 1, length, length)
-    return args, kwargs
 
 
 # How much of a token's logits rounding may change, by dtype. A mask that leaks changes more than half of them.

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.data.tokenization import set_chat_template
 from align.errors import InputError
+from align.upstream_fixes import keep_ranks_apart
 
 logger = logging.getLogger(__name__)
 
@@ -199,19 +200,8 @@ def load_model(
         from optimum.habana.distributed import apply_zero3_leaf_promotion
 
         apply_zero3_leaf_promotion(model)
-    for module in model.modules():
-        if type(module).__name__ == "GaudiMixtralSparseMoeBlock":
-            module.register_forward_pre_hook(_keep_ranks_apart)
+    keep_ranks_apart(model)
     return model
-
-
-def _keep_ranks_apart(experts: torch.nn.Module, _) -> None:
-    """Undoes modeling_mixtral.py:232-239 of optimum-habana 1.21.2, right for tensor parallelism alone.
-
-    Once DeepSpeed communicates, Mixtral's experts add up the outputs of all ranks, unless they are in training mode
-    (which else only router_jitter_noise heeds). Ranks that share the data would evaluate a sum of different samples.
-    """
-    experts.training = True
 
 
 def _has_experts(config: PretrainedConfig) -> bool:

@@ -19,7 +19,7 @@ from align.errors import InputError
 from align.models.attention import segment_mask
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.training.reference import Stored, store
-from align.training.results import StepsInParts, WholeSteps
+from align.upstream_fixes import StepsInPartsMixin, WholeStepsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.
     return sums.index_add(0, slots.flatten(), values.flatten())[:-1].view(pairs, 2)
 
 
-class PreferenceTrainer(WholeSteps, StepsInParts, GaudiDPOTrainer):
+class PreferenceTrainer(WholeStepsMixin, StepsInPartsMixin, GaudiDPOTrainer):
     """GaudiDPOTrainer's losses on `PairDataset`s; the base under a LoRA adapter is the reference.
 
     Loss, gradient and metrics are means over the pairs of a whole step (rpo_alpha's: over its chosen tokens), however

@@ -22,7 +22,7 @@ from align.data.packing import (
 )
 from align.errors import InputError
 from align.models.attention import segment_mask
-from align.training.results import RightScale, StepsInParts, WholeSteps
+from align.upstream_fixes import RightScaleMixin, StepsInPartsMixin, WholeStepsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int)
     logger.info(f"{name}: {tokens / computed:.1%} of the computed tokens are useful; shapes: {len(batches)} ({shapes})")
 
 
-class SupervisedTrainer(RightScale, WholeSteps, StepsInParts, GaudiSFTTrainer):
+class SupervisedTrainer(RightScaleMixin, WholeStepsMixin, StepsInPartsMixin, GaudiSFTTrainer):
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
     def __init__(self, *, args, train: Batches | None, validation: Batches | None, **kwargs):

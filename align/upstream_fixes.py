@@ -1,0 +1,211 @@
+"""What optimum-habana 1.21.2, DeepSpeed 0.16.9 and accelerate 1.10.1 get wrong, each with its line and its end.
+
+Heavy packages are imported where they are used: run_generation.py needs few of them.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from optimum.habana import GaudiConfig
+    from torch import nn
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- the trainers
+
+
+def attention_inputs(model: "PreTrainedModel") -> dict[str, bool]:
+    """What optimum-habana's trainers pass to the forward of a model whose generation config asks for it."""
+    names = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
+    values = {name: getattr(model.generation_config, name, None) for name in names}
+    return {name: True for name, value in values.items() if value}
+
+
+def gaudi_config(args) -> "GaudiConfig":
+    """The fused optimizer for every flavour of AdamW that --optim can name, else the optimizer that it names.
+
+    Paged and 8-bit AdamW are CUDA implementations of the same update, which Gaudi's FusedAdamW computes.
+    """
+    from optimum.habana import GaudiConfig
+
+    config = GaudiConfig()
+    config.use_fused_adam = args.use_habana and "adamw" in str(args.optim.value)
+    config.use_fused_clip_norm = args.use_habana
+    if config.use_fused_adam and args.optim.value not in ("adamw_torch", "adamw_torch_fused"):
+        logger.info(f"--optim {args.optim.value} runs as FusedAdamW, Gaudi's implementation of the same update")
+    return config
+
+
+class RightScaleMixin:
+    """Divides the loss by the accumulation steps where optimum-habana forgets to.
+
+    optimum-habana 1.21.2 does it inside `if use_lazy_mode and pipelining_fwd_bwd` (transformers/trainer.py:1752), so
+    that elsewhere loss and gradient are too large by that factor unless the model divides by the batch's tokens itself.
+    Can go when that division stands outside.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if not model.training or self._loss_is_scaled(num_items_in_batch):
+            return result
+        steps = self.current_gradient_accumulation_steps
+        return (result[0] / steps, *result[1:]) if return_outputs else result / steps
+
+    def _loss_is_scaled(self, num_items_in_batch) -> bool:
+        takes_count = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        divided_later = self.args.use_lazy_mode and self.args.pipelining_fwd_bwd
+        return (takes_count and num_items_in_batch is not None) or divided_later
+
+
+class WholeStepsMixin:
+    """Takes the last step of an epoch also where a run was resumed within it.
+
+    optimum-habana 1.21.2 counts the batches of a resumed epoch from 0 and compares with those of a whole one
+    (transformers/trainer.py:1005): of a last step with fewer batches the gradient would stay and join the next one's.
+    It is filled up with batches that are `without_loss`. Batches asked for after it are none.
+    """
+
+    def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
+        """Adds the labels up; optimum-habana 1.21.2 (:2813) concatenates them and gives up on batches of two widths."""
+        from transformers import Trainer
+
+        batches, count = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+        if batches:
+            batches += [self.without_loss(batches[-1])] * (num_batches - len(batches))
+        return batches, count
+
+    def without_loss(self, batch: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+        """A batch of the same shape that has neither loss nor gradient."""
+        raise NotImplementedError
+
+
+class StepsInPartsMixin:
+    """Makes FusedAdamW right under ZeRO-3, which steps one part of the weights after the other.
+
+    DeepSpeed 0.16.9 empties the groups of all other parts meanwhile (runtime/zero/stage3.py:986), but FusedAdamW counts
+    the steps of its bias correction by group, empty or not: all parts but the first would be corrected for a later
+    step.
+    """
+
+    def create_optimizer(self) -> "torch.optim.Optimizer":
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer()
+        if is_new and is_deepspeed_zero3_enabled():
+            optimizer.register_step_pre_hook(_show_one_part)
+            optimizer.register_step_post_hook(_show_all_parts)
+        return optimizer
+
+
+def _show_one_part(optimizer: "torch.optim.Optimizer", *_) -> None:
+    optimizer.groups_of_all_parts = optimizer.param_groups
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    for group in optimizer.param_groups:
+        group.pop("step", None)
+        if "steps" in (state := optimizer.state[group["params"][0]]):
+            group["step"] = state["steps"]
+
+
+def _show_all_parts(optimizer: "torch.optim.Optimizer", *_) -> None:
+    for group in optimizer.param_groups:
+        if "step" in group:
+            optimizer.state[group["params"][0]]["steps"] = group["step"]
+    optimizer.param_groups = optimizer.groups_of_all_parts
+
+
+# ---------------------------------------------------------------- the models
+
+
+def keep_ranks_apart(model: "nn.Module") -> None:
+    """Gives each of Mixtral's blocks of experts the hook below."""
+    for module in model.modules():
+        if type(module).__name__ == "GaudiMixtralSparseMoeBlock":
+            module.register_forward_pre_hook(_show_as_training)
+
+
+def _show_as_training(experts: "nn.Module", _) -> None:
+    """Undoes modeling_mixtral.py:232-239 of optimum-habana 1.21.2, right for tensor parallelism alone.
+
+    Once DeepSpeed communicates, Mixtral's experts add up the outputs of all ranks, unless they are in training mode
+    (which else only router_jitter_noise heeds). Ranks that share the data would evaluate a sum of different samples.
+    """
+    experts.training = True
+
+
+def unflatten_masks(model: "nn.Module") -> None:
+    for module in model.modules():
+        hooks = module._forward_pre_hooks.values()
+        if type(module).__name__.endswith("Attention") and _unflatten_mask not in hooks:
+            module.register_forward_pre_hook(_unflatten_mask, with_kwargs=True)
+
+
+def _unflatten_mask(attention: "nn.Module", args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Undoes modeling_gpt2.py:312 of optimum-habana 1.21.2 (and its like), which takes every mask for a 2-D one."""
+    mask, length = kwargs.get("attention_mask"), (args[0] if args else kwargs["hidden_states"]).shape[1]
+    if mask is not None and length > 1 and mask.shape[1:] == (1, 1, length * length):
+        kwargs["attention_mask"] = mask.view(-1, 1, length, length)
+    return args, kwargs
+
+
+# ---------------------------------------------------------------- generation
+
+
+def adapt_transformers() -> None:
+    """Puts optimum-habana's models and generation loop into transformers, without the trainers' import time.
+
+    optimum-habana 1.21.2 imports all its trainers, diffusers and sentence-transformers with any of its modules
+    (habana/__init__.py:19, habana/transformers/__init__.py:19): about 10 s before the first word. These two packages
+    are therefore left unexecuted until something in them is asked for. Can go when a release imports them on demand.
+    """
+    for name in ("optimum.habana", "optimum.habana.transformers"):
+        if name not in sys.modules:
+            _defer_package(name)
+    with contextlib.redirect_stdout(io.StringIO()):  # the modules print which kernels they found
+        from optimum.habana.utils import environment, feature_detection_utils
+
+        # What its own look at the plugin's version finds, without starting pip for it (utils/environment.py:20).
+        build = importlib.metadata.version("habana-torch-plugin")
+        feature_detection_utils.environment = environment.get_environment(build=build)
+        import transformers.generation
+        from optimum.habana.transformers.generation import GaudiGenerationMixin
+        from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
+
+        mixin = transformers.generation.GenerationMixin
+        if mixin.generate is not GaudiGenerationMixin.generate:
+            adapt_transformers_to_gaudi()
+            # Its beam search calls this (generation/utils.py:191), which most models of transformers 4.55 have lost.
+            mixin._reorder_cache = staticmethod(_reorder_cache)
+
+
+def _reorder_cache(cache: Any, beams: "torch.LongTensor") -> tuple[tuple["torch.Tensor", ...], ...]:
+    """Keys and values `[beams, ...]` of every layer, in the order of the chosen beams."""
+    return tuple(tuple(states.index_select(0, beams) for states in layer) for layer in cache)
+
+
+def _defer_package(name: str) -> None:
+    """Makes a package importable whose `__init__` runs when an attribute is asked for that is not a submodule."""
+    spec = importlib.util.find_spec(name)
+    package = importlib.util.module_from_spec(spec)
+
+    def load(attribute: str) -> Any:
+        if attribute.startswith("__") or importlib.util.find_spec(f"{name}.{attribute}") is not None:
+            raise AttributeError(attribute)
+        del package.__getattr__
+        spec.loader.exec_module(package)
+        return getattr(package, attribute)
+
+    package.__getattr__ = load
+    sys.modules[name] = package
+    parent, _, child = name.rpartition(".")
+    setattr(sys.modules[parent], child, package)

@@ -15,7 +15,8 @@ from tiny import make_tokenizer, save_model
 
 from align.cli import run_script
 from align.errors import InputError
-from align.generation.decoding import decode_new, plan_batches
+from align.generation.decoding import decode_new
+from align.generation.prompts import plan_batches
 from align.merge.checkpoints import open_checkpoint
 from align.upstream_fixes import adapt_transformers
 from run_generation import main

@@ -1,0 +1,124 @@
+"""Answers to all prompts: shown, timed, written."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from align.errors import InputError
+from align.generation.decoding import TerminalStreamer, TextGenerator, Timing, decode_new
+from align.generation.prompts import Batch
+
+
+@dataclass
+class OutputArguments:
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for generations.jsonl and generation_results.json."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
+    benchmark: bool = field(
+        default=False, metadata={"help": "Measure speed at exactly --max_new_tokens, into benchmark.json."}
+    )
+    warmup: int = field(default=3, metadata={"help": "Untimed runs over all prompts before a benchmark."})
+    n_iterations: int = field(default=5, metadata={"help": "Timed runs over all prompts of a benchmark."})
+
+
+def prepare_output_dir(arguments: OutputArguments) -> Path | None:
+    if arguments.output_dir is None:
+        return None
+    folder = Path(arguments.output_dir)
+    result = folder / ("benchmark.json" if arguments.benchmark else "generations.jsonl")
+    if result.exists() and not arguments.overwrite_output_dir:
+        raise InputError(f"--output_dir: {folder} holds another run; choose another, or add --overwrite_output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir: {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output_dir: {folder} is not writable")
+    return folder
+
+
+def answer_all(
+    generator: TextGenerator,
+    prompts: list[str],
+    encoded: list[list[int]],
+    batches: list[Batch],
+    show: str | None = None,
+    between: str = "",
+) -> tuple[list[dict[str, Any]], list[Timing]]:
+    """One answer a prompt, in the order of the prompts, and one timing a batch.
+
+    `show`: `stream` prints each text as it appears, `print` as soon as those before it are there; `between` prompt and
+    text.
+    """
+    answers: list[dict[str, Any] | None] = [None] * len(prompts)
+    timings, shown = [], 0
+    for batch in batches:
+        ids = [encoded[place] for place in batch.places]
+        streamer = None
+        if show == "stream":
+            print(prompts[batch.places[0]], end=between, flush=True)
+            streamer = TerminalStreamer(generator.tokenizer, ids[0], generator.end_tokens)
+        new, timing = generator.generate(ids, batch.width, streamer)
+        timings.append(timing)
+        for place, tokens in zip(batch.places, new, strict=True):
+            stopped = tokens[-1] in generator.end_tokens
+            text = decode_new(generator.tokenizer, encoded[place], tokens[:-1] if stopped else tokens)
+            answers[place] = {"prompt": prompts[place], "text": text, "tokens": len(tokens), "stopped": stopped}
+        while show == "print" and shown < len(prompts) and answers[shown] is not None:
+            print(answers[shown]["prompt"] + between + answers[shown]["text"] + "\n", flush=True)
+            shown += 1
+    return answers, timings
+
+
+def describe_speed(timings: list[Timing]) -> dict[str, float]:
+    """Means over batches in seconds, and tokens per second: of the answers alone, and of prompts and answers."""
+    seconds = sum(timing.total for timing in timings)
+    new_tokens = sum(timing.new_tokens for timing in timings)
+    prompt_tokens = sum(timing.prompt_tokens for timing in timings)
+    timed = [timing for timing in timings if timing.first_token is not None]
+    later = [(timing.total - timing.first_token) / (timing.steps - 1) for timing in timed if timing.steps > 1]
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "seconds": round(seconds, 4),
+        "first_token_seconds": round(mean(timing.first_token for timing in timed), 5) if timed else None,
+        "later_token_seconds": round(mean(later), 5) if later else None,
+        "tokens_per_second": round(new_tokens / seconds, 2),
+        "tokens_per_second_with_prompt": round((new_tokens + prompt_tokens) / seconds, 2),
+    }
+
+
+def measure(run: Callable[[], list[Timing]], warmup: int, n_iterations: int) -> dict[str, Any]:
+    """Speed of the timed runs, and what the warm-up needed: graphs that were compiled, memory."""
+    from optimum.habana.utils import get_hpu_memory_stats
+
+    from habana_frameworks.torch.hpu.metrics import metric_localcontext
+
+    with metric_localcontext("graph_compilation") as compilation:
+        for _ in range(warmup):
+            run()
+    timings = [timing for _ in range(n_iterations) for timing in run()]
+    memory = get_hpu_memory_stats()
+    return describe_speed(timings) | {
+        "graphs": dict(compilation.stats())["TotalNumber"] if warmup else None,
+        "memory_gb": memory["memory_allocated (GB)"],
+        "max_memory_gb": memory["max_memory_allocated (GB)"],
+    }
+
+
+def print_table(results: dict[str, Any]) -> None:
+    for name, value in results.items():
+        print(f"{name:30} {value}")
+
+
+def write_json(path: Path, content: dict | list[dict]) -> None:
+    """Writes an object as JSON, or a list as JSON lines; the file appears whole or not at all."""
+    lines = [json.dumps(content, indent=2)] if isinstance(content, dict) else map(json.dumps, content)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.replace(path)

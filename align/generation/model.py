@@ -1,0 +1,156 @@
+"""The model on its card, or each rank's part of it: folders, weights, adapter, tensor parallelism.
+
+Heavy packages are imported where they are used: imports are most of the time to the first word.
+"""
+
+import contextlib
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.errors import InputError
+from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model folder or hub name (default: the base that --peft_model names)."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer: a folder or hub name (default: the adapter's, else the model's)."}
+    )
+    peft_model: str | None = field(
+        default=None, metadata={"help": "Adapter folder or hub name, folded into the model in memory."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 instead of float32."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+def find_folders(
+    model_name_or_path: str | None, tokenizer_name_or_path: str | None, peft_model: str | None
+) -> tuple[Path, Path, Path | None]:
+    """Folders of model, tokenizer and adapter, from the hub where they are not local; the model's files are whole.
+
+    Where no model is named it is the one that the adapter was trained on; where no tokenizer is named it is the
+    adapter's, which may have learnt new tokens, else the model's.
+    """
+    patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
+    adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin")
+    if adapter:
+        recorded = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        model_name_or_path = model_name_or_path or recorded
+    if not model_name_or_path:
+        raise InputError(f"--model_name_or_path: missing, and --peft_model {peft_model} names no base; give one")
+    folder = find_folder(model_name_or_path, "--model_name_or_path", *patterns)
+    if not any(folder.glob("*.safetensors")):
+        folder = find_folder(model_name_or_path, "--model_name_or_path", *patterns, "*.bin")
+    with contextlib.suppress(NotStreamableError):  # which torch can load all the same
+        open_checkpoint(folder)
+    if tokenizer_name_or_path:
+        tokenizer = find_folder(tokenizer_name_or_path, "--tokenizer_name_or_path", *patterns[:-1])
+    else:
+        tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").exists() else folder
+    return folder, tokenizer, adapter or None
+
+
+def load_config_and_tokenizer(
+    folder: Path, tokenizer_folder: Path, trust_remote_code: bool
+) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_name_or_path: no model in {folder}: {_one_line(error)}") from error
+    try:
+        return config, AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--tokenizer_name_or_path: no tokenizer in {tokenizer_folder}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def load_model(
+    folder: Path,
+    adapter: Path | None,
+    vocabulary_size: int,
+    bf16: bool,
+    trust_remote_code: bool,
+    world_size: int,
+    use_hpu_graphs: bool,
+) -> "PreTrainedModel":
+    """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
+
+    Ranks map the same safetensors file, so that a host holds one copy of the model while they cut out their parts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            attn_implementation="eager",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"--model_name_or_path: {folder} cannot be loaded: {_one_line(error)}") from error
+    if loaded["missing_keys"]:
+        raise InputError(f"--model_name_or_path: {folder} holds no weights for {sorted(loaded['missing_keys'])[0]}")
+    if adapter is not None:
+        if vocabulary_size > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(vocabulary_size)
+        model = _fold_adapter(model, adapter)
+    model = model.eval()
+    model = _split(model, dtype, world_size) if world_size > 1 else model.to(torch.device("hpu"))
+    return wrap_in_hpu_graph(model) if use_hpu_graphs else model
+
+
+def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+    from peft import PeftConfig, get_peft_model
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    from align.merge.writing import merge_as_trained
+
+    dtype = model.dtype
+    try:
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
+        loaded = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"--peft_model: {adapter} does not fit the model: {_one_line(error)}") from error
+    if loaded.unexpected_keys:
+        raise InputError(f"--peft_model: {adapter} does not fit the model: it has no {loaded.unexpected_keys[0]}")
+    return merge_as_trained(adapted).to(dtype)
+
+
+def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "PreTrainedModel":
+    """This rank's part of the model under DeepSpeed's tensor parallelism."""
+    import deepspeed
+    from optimum.habana.checkpoint_utils import get_ds_injection_policy
+
+    whole = model.num_parameters()
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the layers it found
+        engine = deepspeed.init_inference(
+            model,
+            dtype=dtype,
+            tensor_parallel={"tp_size": world_size, "tp_grain_size": 1},
+            injection_policy=get_ds_injection_policy(model.config),
+        )
+    if engine.module.num_parameters() >= whole:
+        logger.warning(f"DeepSpeed splits no {model.config.model_type} model: each card holds all of it.")
+    return engine.module

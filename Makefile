@@ -12,7 +12,7 @@ GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.m
 REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
 INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
-.PHONY: help setup quickstart test test-hpu soak lint format bench clean
+.PHONY: help setup quickstart chat test test-hpu soak lint format bench clean
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -34,6 +34,11 @@ endif
 
 quickstart: setup  ## Train, merge, align and ask a small model: the whole pipeline, in minutes
 	$(BIN)/python quickstart/run.py
+
+chat: setup  ## Talk to a model: MODEL=FOLDER, and COMPARE=FOLDER for two side by side
+	@test -n "$(MODEL)" || { echo "Name a model: make chat MODEL=FOLDER"; exit 2; }
+	@$(BIN)/python run_generation.py --chat --model_name_or_path $(MODEL) $(if $(COMPARE),--compare $(COMPARE)) \
+		--use_hpu_graphs --max_new_tokens 256
 
 test: setup  ## Run the tests (no card, no network needed)
 	$(BIN)/python -m pytest -m "not soak"

@@ -3,6 +3,8 @@
     python run_generation.py --model_name_or_path stack-llama-2/ --use_hpu_graphs --use_kv_cache --bf16 \
         --batch_size 1 --max_new_tokens 100 --prompt "Here is my prompt"
 
+    python run_generation.py --model_name_or_path stack-llama-2/ --chat --compare sft/final_merged_checkpoint
+
     python gaudi_spawn.py --world_size 8 --use_deepspeed run_generation.py --model_name_or_path stack-llama-2/ ...
 """
 
@@ -23,6 +25,7 @@ from align.generation.answers import (
     print_table,
     write_json,
 )
+from align.generation.chat import ChatArguments, chat, check_chat
 from align.generation.config import (
     DecodingArguments,
     GaudiArguments,
@@ -39,14 +42,14 @@ from align.upstream_fixes import adapt_transformers
 logger = logging.getLogger("run_generation")
 
 
-Arguments = tuple[ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments]
+Arguments = tuple[ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments, ChatArguments]
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
-        (ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments),
+        (ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments, ChatArguments),
         prog="run_generation.py",
         usage="run_generation.py --model_name_or_path MODEL --prompt PROMPT [flags, see --help]",
         description="Generate text with a causal language model on Gaudi.",
@@ -105,11 +108,16 @@ def main(argv: list[str] | None = None) -> None:
     # Read when torch loads the plugin: newer ones are eager unless told, and HPU graphs of several cards need both.
     os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
     os.environ.setdefault("PT_HPU_ENABLE_LAZY_COLLECTIVES", "true")
-    model_args, prompt_args, decoding_args, gaudi_args, output_args = parse_arguments(argv)
+    model_args, prompt_args, decoding_args, gaudi_args, output_args, chat_args = parse_arguments(argv)
     check_arguments(model_args, decoding_args, gaudi_args, output_args)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+    check_chat(chat_args, prompt_args, decoding_args, gaudi_args, output_args, world_size)
+    if chat_args.chat:
+        chat(chat_args, model_args, decoding_args, gaudi_args)
+        return
 
     # Prompts
     prompts = load_prompts(prompt_args, world_size)

@@ -1,0 +1,241 @@
+"""Talking to a model in the terminal, or to two at once: `run_generation.py --chat` and `--compare`."""
+
+import gc
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.errors import InputError
+from align.generation.answers import OutputArguments
+from align.generation.config import (
+    DecodingArguments,
+    GaudiArguments,
+    check_support,
+    find_end_tokens,
+    find_stop_tokens,
+    make_generation_config,
+)
+from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
+from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
+from align.generation.prompts import PromptArguments
+from align.upstream_fixes import adapt_transformers
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+# For tokenizers without a template: what sft.py and dpo.py make of the columns `question` and `answer`.
+QUESTIONS = (
+    "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ 'Question: ' + message['content'] + '\n\nAnswer:' }}{% else %}"
+    "{{ ' ' + message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+)
+WIDTH = 64  # tokens: prompts are padded to a multiple, as every new shape is a graph that a Gaudi has to compile
+HELP = "/new forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer."
+BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
+
+
+@dataclass
+class ChatArguments:
+    chat: bool = field(default=False, metadata={"help": "Talk to the model in the terminal; Ctrl-C stops an answer."})
+    compare: str | None = field(
+        default=None, metadata={"help": "With --chat: folder of a second model or adapter, which answers the same."}
+    )
+
+
+def check_chat(
+    chat: ChatArguments,
+    prompts: PromptArguments,
+    decoding: DecodingArguments,
+    gaudi: GaudiArguments,
+    output: OutputArguments,
+    world_size: int,
+) -> None:
+    """Flags that have no effect in a conversation."""
+    if chat.compare is not None and not chat.chat:
+        raise InputError("--compare: a second model to talk to; add --chat")
+    if not chat.chat:
+        return
+    if world_size > 1:
+        raise InputError(f"--chat: the keyboard does not reach {world_size} ranks; talk to a model on one card")
+    without = {
+        "prompt": prompts.prompt is not None,
+        "prompt_file": prompts.prompt_file is not None,
+        "dataset_name": prompts.dataset_name is not None,
+        "output_dir": output.output_dir is not None,
+        "num_beams": decoding.num_beams > 1,
+        "batch_size": gaudi.batch_size > 1,
+        "bucket_size": gaudi.bucket_size > 0,
+        "reuse_cache": gaudi.reuse_cache,
+    }
+    for flag, is_given in without.items():
+        if is_given:
+            raise InputError(f"--{flag}: has no effect in a conversation; leave it or --chat out")
+
+
+class Stopped(Exception):
+    """The user wants no more of this answer."""
+
+
+class ChatStreamer(TerminalStreamer):
+    """Shows an answer as it comes, until Ctrl-C; between two tokens, so that the model is left in order."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], end_tokens: list[int]):
+        super().__init__(tokenizer, prompt_ids, end_tokens)
+        self.is_stopped = False
+
+    def stop(self, *_: object) -> None:
+        self.is_stopped = True
+
+    def put(self, ids: "torch.LongTensor") -> None:
+        super().put(ids)
+        if self.is_stopped:
+            raise Stopped
+
+
+@contextmanager
+def stopped_by_interrupt(streamer: ChatStreamer) -> Iterator[None]:
+    """Ctrl-C stops the answer instead of the program."""
+    before = signal.signal(signal.SIGINT, streamer.stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@dataclass
+class Speaker:
+    """A model with its side of the conversation; `room` is the longest prompt in tokens that leaves space to answer."""
+
+    name: str
+    generator: TextGenerator
+    room: int
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.generator.tokenizer.chat_template is None:
+            self.generator.tokenizer.chat_template = QUESTIONS
+            print(f"{self.name} has no chat template; it is asked as `Question: ...`, as after training on questions.")
+
+    def encode(self) -> list[int]:
+        ids = self.generator.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        vocabulary_size = self.generator.model.config.vocab_size
+        if max(ids) >= vocabulary_size:
+            raise InputError(f"{self.name}: token {max(ids)} is beyond the model's vocabulary of {vocabulary_size}")
+        return ids
+
+    def answer(self, question: str) -> None:
+        """Asks with the conversation so far, whose oldest turns give way where the model's context is too short."""
+        self.messages.append({"role": "user", "content": question})
+        forgotten = 0
+        while len(ids := self.encode()) > self.room and len(self.messages) > 1:
+            del self.messages[:2]
+            forgotten += 1
+        if len(ids) > self.room:
+            self.messages.clear()
+            print(f"That is {len(ids)} tokens; the model's context leaves room for {self.room}. Ask something shorter.")
+            return
+        if forgotten:
+            print(f"{DIM}(the oldest {forgotten} of the turns no longer fit its context and are forgotten){PLAIN}")
+        width = min(-(-len(ids) // WIDTH) * WIDTH, self.room)
+        streamer = ChatStreamer(self.generator.tokenizer, ids, self.generator.end_tokens)
+        with stopped_by_interrupt(streamer):
+            try:
+                (new,), _ = self.generator.generate([ids], width, streamer)
+            except Stopped:
+                new = streamer.new_ids
+                print(f" {DIM}(stopped){PLAIN}")
+        ended = bool(new) and new[-1] in self.generator.end_tokens
+        if not ended and not streamer.is_stopped:
+            print(f"{DIM}(cut at --max_new_tokens {self.generator.config.max_new_tokens}){PLAIN}")
+        said = [token for token in new if token not in self.generator.end_tokens]
+        text = decode_new(self.generator.tokenizer, ids, said)
+        self.messages.append({"role": "assistant", "content": text.strip()})
+
+
+def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments) -> Speaker:
+    folder, tokenizer_folder, adapter = find_folders(
+        model_args.model_name_or_path, model_args.tokenizer_name_or_path, model_args.peft_model
+    )
+    config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args.trust_remote_code)
+    stop_tokens = find_stop_tokens(decoding.stop_tokens, tokenizer)
+    room = getattr(config, "max_position_embeddings", sys.maxsize) - decoding.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"--max_new_tokens: {decoding.max_new_tokens} leave no room for a question in the model's context of "
+            f"{config.max_position_embeddings}"
+        )
+    adapt_transformers()
+    vocabulary_size = max(config.vocab_size, len(tokenizer) if adapter else 0)
+    model = load_model(
+        folder, adapter, vocabulary_size, model_args.bf16, model_args.trust_remote_code, 1, gaudi.use_hpu_graphs
+    )
+    check_support(model, gaudi)
+    end_tokens = find_end_tokens(model, tokenizer, stop_tokens)
+    penalty = decoding.repetition_penalty or model.generation_config.repetition_penalty or 1.0
+    generation_config = make_generation_config(model, tokenizer, decoding, gaudi, end_tokens)
+    generator = TextGenerator(
+        model,
+        tokenizer,
+        generation_config,
+        end_tokens=end_tokens,
+        repetition_penalty=penalty,
+        use_hpu_graphs=gaudi.use_hpu_graphs,
+        rows=1,
+    )
+    return Speaker(str(adapter or folder), generator, room)
+
+
+def load_speakers(
+    chat: ChatArguments, model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments
+) -> list[Speaker]:
+    """The model and, with --compare, the second one: a model folder, or an adapter on its own base."""
+    wanted = [model_args]
+    if chat.compare is not None:
+        is_adapter = (Path(chat.compare) / "adapter_config.json").exists()
+        name, adapter = (None, chat.compare) if is_adapter else (chat.compare, None)
+        wanted.append(replace(model_args, model_name_or_path=name, tokenizer_name_or_path=None, peft_model=adapter))
+    return [load_speaker(each, decoding, gaudi) for each in wanted]
+
+
+def chat(
+    chat_args: ChatArguments, model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments
+) -> None:
+    speakers = load_speakers(chat_args, model_args, decoding, gaudi)
+    gc.freeze()
+    gc.enable()
+    from optimum.habana.utils import set_seed  # quick only now
+
+    set_seed(decoding.seed)
+    talk(speakers)
+
+
+def talk(speakers: list[Speaker]) -> None:
+    """Asks every speaker what the user types, line by line, until the end of input."""
+    print(f"{DIM}{HELP}{PLAIN}")
+    while True:
+        try:
+            line = input(f"{BOLD}>>> {PLAIN}" if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print(f"\n{DIM}{HELP}{PLAIN}")
+            continue
+        if line in ("/bye", "/exit", "/quit"):
+            return
+        if line == "/new":
+            for speaker in speakers:
+                speaker.messages.clear()
+            print(f"{DIM}(a new conversation){PLAIN}")
+        elif line.startswith("/"):
+            print(f"{DIM}{HELP}{PLAIN}")
+        elif line:
+            for speaker in speakers:
+                if len(speakers) > 1:
+                    print(f"{BOLD}{speaker.name}{PLAIN}")
+                speaker.answer(line)

@@ -1,0 +1,139 @@
+"""Talking to models in the terminal: history, Ctrl-C, two models side by side.
+
+Run: pytest tests/test_chat.py
+"""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from tiny import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align.errors import InputError
+from align.generation import chat
+from align.generation.chat import ChatArguments, load_speakers
+from align.generation.config import DecodingArguments, GaudiArguments
+from align.generation.model import ModelArguments
+
+
+def ask_plain_transformers(folder, messages, template=None):
+    """The greedy answer of 12 tokens to the conversation so far."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, return_tensors="pt"
+    )
+    output = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def speakers_of(folder, compare=None, **decoding):
+    decoding = DecodingArguments(**{"max_new_tokens": 12, **decoding})
+    model = ModelArguments(model_name_or_path=str(folder))
+    return load_speakers(ChatArguments(chat=True, compare=compare and str(compare)), model, decoding, GaudiArguments())
+
+
+@pytest.mark.parametrize("tokenizer", ["qwen", "gpt2"])
+def test_an_answer_is_that_of_plain_transformers_to_the_whole_conversation(tmp_path, capsys, tokenizer):
+    folder = save_model(tmp_path / "model", tokenizer=tokenizer)
+    template = chat.QUESTIONS if tokenizer == "gpt2" else None
+    (speaker,) = speakers_of(folder)
+    messages = []
+    for question in ("How are you?", "And the capital of France?"):
+        messages.append({"role": "user", "content": question})
+        expected = ask_plain_transformers(folder, messages, template)
+        speaker.answer(question)
+        assert expected.strip() in capsys.readouterr().out
+        messages.append({"role": "assistant", "content": expected.strip()})
+    assert speaker.messages == messages
+
+
+def test_the_oldest_turns_are_forgotten_where_the_context_is_full_and_that_is_said(tmp_path, capsys):
+    folder = save_model(tmp_path / "model", tokenizer="qwen", max_position_embeddings=96)
+    (speaker,) = speakers_of(folder)
+    for _ in range(4):
+        speaker.answer("How are you today?")
+    assert "no longer fit its context and are forgotten" in capsys.readouterr().out
+    assert speaker.messages[0]["role"] == "user"
+    speaker.answer("How are you today? " * 30)
+    assert re.search(r"That is \d+ tokens; the model's context leaves room for 84", capsys.readouterr().out)
+    assert speaker.messages == []
+
+
+def test_commands_are_not_sent_to_the_model(tmp_path, monkeypatch, capsys):
+    speakers = speakers_of(save_model(tmp_path / "model", tokenizer="qwen"))
+    lines = iter(["Hello there", "/new", "/nonsense", "", "/bye", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    chat.talk(speakers)
+    assert speakers[0].messages == []
+    assert next(lines) == "never read"
+    assert capsys.readouterr().out.count(chat.HELP) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compare", "other"], "add --chat"),
+        (["--chat", "--prompt", "Hello"], "--prompt: has no effect in a conversation"),
+        (["--chat", "--output_dir", "out"], "--output_dir: has no effect in a conversation"),
+        (["--chat", "--num_beams", "2"], "--num_beams: has no effect in a conversation"),
+        (["--chat", "--max_new_tokens", "512"], "--max_new_tokens: 512 leave no room"),
+        (["--chat", "--compare", "nowhere"], "nowhere"),
+    ],
+)
+def test_flags_that_do_not_go_with_a_conversation_are_refused(tmp_path, run, flags, message):
+    folder = save_model(tmp_path / "model", tokenizer="qwen")
+    with pytest.raises(InputError, match=message):
+        run("run_generation.py", "--model_name_or_path", folder, *flags)
+
+
+class Terminal:
+    """A program in a terminal of its own, that a test types into and reads from."""
+
+    def __init__(self, *command):
+        self.keyboard, end = pty.openpty()
+        self.process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end, start_new_session=True)
+        os.close(end)
+        self.shown = ""
+
+    def type(self, text):
+        os.write(self.keyboard, text.encode())
+
+    def wait_for(self, pattern, seconds=120):
+        """Waits until the pattern was shown since the last call, and returns what stands before its end."""
+        until = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown, re.DOTALL)):
+            assert time.monotonic() < until, self.shown
+            try:
+                self.shown += os.read(self.keyboard, 4096).decode(errors="replace")
+            except OSError as error:  # the program has ended
+                raise AssertionError(self.shown) from error
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+
+def test_in_a_terminal_both_models_answer_and_ctrl_c_stops_an_answer_not_the_program(tmp_path):
+    names = [str(save_model(tmp_path / name, tokenizer="qwen", seed=seed)) for seed, name in enumerate(("old", "new"))]
+    command = ["--model_name_or_path", names[0], "--chat", "--compare", names[1], "--max_new_tokens", "400"]
+    terminal = Terminal(sys.executable, ROOT / "run_generation.py", *command)
+    try:
+        terminal.wait_for(">>> ")
+        terminal.type("Hello there\n")
+        terminal.wait_for(rf"{re.escape(names[0])}.*?\n.{{3}}")  # the first words are there while it goes on
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for(rf"\(stopped\).*{re.escape(names[1])}.*?\n.{{3}}")
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for(r"\(stopped\).*>>> ")
+        os.killpg(terminal.process.pid, signal.SIGINT)  # with nothing to stop it tells how to end
+        terminal.wait_for("Ctrl-D ends it.*>>> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()

@@ -14,12 +14,13 @@ from typing import NoReturn
 
 from align.cli import run_script
 from align.errors import InputError
-from align.launch.engines import (
-    Run,
+from align.launch.engines import ENGINES, Run, clean_environment
+from align.launch.nodes import (
     check_script,
     choose_port,
     describe,
     exported_variables,
+    inspect_nodes,
     is_this_host,
     read_hostfile,
 )
@@ -45,7 +46,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tag_output", action="store_true", help="begin the output lines of rank n > 0 with [rank n]")
     parser.add_argument(
-        "--grace_period", type=float, default=60, help="seconds that ranks have to finish after SIGINT, SIGTERM, SIGHUP"
+        "--grace_period",
+        type=float,
+        default=60,
+        help="seconds that ranks have to finish after SIGINT, SIGTERM, SIGHUP or SIGUSR1",
+    )
+    parser.add_argument(
+        "--stall_timeout",
+        type=float,
+        default=60,
+        help="seconds after which a run ends in which no rank computes, reads or writes any more; 0 waits for ever",
     )
     parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
     # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
@@ -73,26 +83,32 @@ def plan_run(args: argparse.Namespace) -> Run:
             )
         if args.use_mpi:  # which gives this host the first ranks wherever it stands in the file
             nodes = dict(sorted(nodes.items(), key=lambda node: not is_this_host(node[0])))
+    if args.stall_timeout < 0:
+        raise InputError(f"--stall_timeout {args.stall_timeout:g}: give seconds, or 0 to wait for ever")
     check_script(args.command[0])
     return Run(
-        engine="deepspeed" if args.use_deepspeed else "mpi" if args.use_mpi else "torch",
-        command=args.command,
+        engine=ENGINES["deepspeed" if args.use_deepspeed else "mpi" if args.use_mpi else "torch"],
+        script=args.command,
         nodes=nodes,
         over_ssh=args.hostfile is not None,
         exports=exported_variables(os.environ, args.export),
         master_port=args.master_port,
         tag_output=args.tag_output,
         grace_period=args.grace_period,
+        stall_timeout=args.stall_timeout,
     )
 
 
 def become_script(run: Run) -> None:
     """Runs the script in place of this process; DeepSpeed asks for the variables of a world even if it has one rank."""
-    if run.engine == "deepspeed":
+    os.environ.update(environment := clean_environment(os.environ))
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    if run.engine.key == "deepspeed":
         world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": run.master_addr}
         world["MASTER_PORT"] = choose_port(run.master_port)
         os.environ.update({name: str(value) for name, value in world.items()})
-    os.execv(sys.executable, [sys.executable, *run.command])
+    os.execv(sys.executable, [sys.executable, *run.script])
 
 
 def main() -> None:
@@ -103,8 +119,13 @@ def main() -> None:
     elif run.is_direct:
         become_script(run)
     else:
-        port, cores_per_rank = run.inspect()
-        sys.exit(Supervisor(run, port).supervise(run.engine_commands(port, cores_per_rank)))
+        port, cores_per_rank = inspect_nodes(run)
+        code = Supervisor(run, port).supervise(run.engine.commands(run, port, cores_per_rank))
+        # Not sys.exit: while the interpreter ends, a late signal has its default action again, and would turn a run
+        # that has succeeded into one that was killed, without a word.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

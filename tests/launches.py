@@ -19,7 +19,7 @@ ENGINES = {"mpi": ["--use_mpi"], "torch": [], "deepspeed": ["--use_deepspeed"]}
 SCRIPT_START = """
 import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
-rank = int(os.environ["RANK"])
+rank = int(os.environ.get("RANK", 0))
 def note(name, content=""):
     path = Path(os.environ["PT_NOTES"], f"{name}.{rank}")
     new = path.with_name(f"new {path.name}")

@@ -16,9 +16,9 @@ from launches import ENGINES, SAVES, Launch
 
 import gaudi_spawn
 from align.errors import InputError
-from align.launch import engines as launching
+from align.launch import engines, nodes
 
-engines = pytest.mark.parametrize("engine", ENGINES)
+each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def make_strings(count: int) -> list[str]:
@@ -59,13 +59,21 @@ def make_strings(count: int) -> list[str]:
     return known + ["".join(random.choices(alphabet, k=random.randint(0, 20))) for _ in range(count - len(known))]
 
 
+# What a rank of torchrun or mpirun, a Slurm job of one task and a Kubeflow pod have around them
+OUTER = {"RANK": "7", "WORLD_SIZE": "16", "LOCAL_SIZE": "9", "GROUP_RANK": "3", "ROLE_RANK": "7", "PET_NNODES": "5"}
+OUTER |= {"TORCHELASTIC_RUN_ID": "outer", "PET_NPROC_PER_NODE": "3", "PET_RDZV_ENDPOINT": "nowhere:1"}
+OUTER |= {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6", "OMPI_MCA_ess": "pmi", "PMI_RANK": "5"}
+OUTER |= {"PMIX_NAMESPACE": "outer", "PMIX_RANK": "5", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile"}
+OUTER |= {"SLURM_JOBID": "9", "SLURM_JOB_ID": "9", "SLURM_NODELIST": "node-a", "SLURM_JOB_NODELIST": "node-a"}
+OUTER |= {"SLURM_TASKS_PER_NODE": "1", "SLURM_NPROCS": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1"}
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def reports(request, tmp_path_factory):
     """What the script saw in each of four ranks, more than small hosts have cores, of one launch for each engine."""
     body = "note('seen', json.dumps(dict(arguments=sys.argv[1:], environment={**os.environ}, stdin=sys.stdin.read())))"
     flags = ["--world_size", 4, *ENGINES[request.param]]
-    stale = {"RANK": "7", "LOCAL_SIZE": "9", "OMPI_COMM_WORLD_RANK": "5"}
-    with Launch(tmp_path_factory.mktemp("reports"), flags, body, make_strings(500), **stale) as launch:
+    with Launch(tmp_path_factory.mktemp("reports"), flags, body, make_strings(500), **OUTER) as launch:
         launch.process.stdin.write("for rank 0")
         code, _, errors = launch.wait()
         assert code == 0, errors
@@ -85,6 +93,8 @@ def test_every_rank_knows_its_place(reports):
         assert (environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"]) == ("4", "4")
         assert environment["MASTER_ADDR"] == "127.0.0.1"
         assert "GAUDI_SPAWN" not in environment
+        left = OUTER.items() & environment.items()
+        assert {name for name, _ in left if not name.startswith("SLURM_")} == set()
     assert len({report["environment"]["MASTER_PORT"] for report in reports.values()}) == 1
 
 
@@ -92,14 +102,57 @@ def test_standard_input_is_rank_0s(reports):
     assert [reports[rank]["stdin"] for rank in range(4)] == ["for rank 0", "", "", ""]
 
 
-@pytest.mark.parametrize("engine", ["mpi", "torch"])
+@each_engine
 def test_only_lines_of_other_ranks_are_tagged(engine, tmp_path):
-    body = "print('out', rank); print('err', rank, file=sys.stderr)"
+    body = "os.write(1, b'out %d\\n' % rank); os.write(2, b'err %d\\n' % rank)"
     with Launch(tmp_path, ["--world_size", 2, "--tag_output", *ENGINES[engine]], body) as launch:
         code, output, errors = launch.wait()
     assert code == 0
     assert sorted(output.splitlines()) == ["[rank 1] out 1", "out 0"]
     assert {"[rank 1] err 1", "err 0"} <= set(errors.splitlines())
+
+
+def test_lines_of_megabytes_are_tagged_without_being_read_again_and_again(tmp_path):
+    body = "if rank: print('x' * 20_000_000)"
+    with Launch(tmp_path, ["--world_size", 2, "--tag_output", "--use_mpi"], body) as launch:
+        code, output, _ = launch.wait(timeout=60)
+    assert (code, len(output)) == (0, len("[rank 1] ") + 20_000_000 + 1)
+
+
+FREEZES = {
+    "ends": "if rank == 0: sys.exit(0)",
+    "is stopped": "if rank == 0: os.kill(os.getpid(), signal.SIGSTOP)",
+    "waits as well": "",
+}
+
+
+@pytest.mark.parametrize("freeze", FREEZES.values(), ids=FREEZES)
+def test_a_run_in_which_nothing_happens_any_more_is_ended(freeze, tmp_path):
+    body = f"{freeze}\nsignal.sigtimedwait([signal.SIGUSR2], 600)"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi", "--stall_timeout", 6], body) as launch:
+        code, _, errors = launch.wait(timeout=60)
+        launch.assert_all_gone()
+    assert code == 1
+    assert "no rank has computed, read or written anything for 6 s" in errors
+    assert ("had ended" in errors) == ("exit" in freeze)
+
+
+def test_ranks_that_compute_may_do_so_for_longer_than_others(tmp_path):
+    body = "end = time.monotonic() + 14\nwhile rank and time.monotonic() < end: pass"
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi", "--stall_timeout", 6], body) as launch:
+        assert launch.wait()[0] == 0
+
+
+def test_rank_0_may_ask_its_user_under_open_mpi(tmp_path):
+    body = "if rank == 0: note('answer', input('name? ')); print('thanks')"
+    answer = "import os, pty, sys\n"
+    answer += "sent = []\ndef read(fd):\n    data = os.read(fd, 1024)\n"
+    answer += "    if b'name?' in data and not sent: sent.append(os.write(fd, b'Ada\\n'))\n    return data\n"
+    answer += "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:], read)))"
+    prefix = [sys.executable, "-c", answer]
+    with Launch(tmp_path, ["--world_size", 2, "--use_mpi"], body, prefix=prefix) as launch:
+        assert launch.wait()[0] == 0
+        assert launch.noted("answer") == {0: "Ada"}
 
 
 def test_rank_0_is_heard_at_once_even_within_a_line(tmp_path):
@@ -112,7 +165,7 @@ def test_rank_0_is_heard_at_once_even_within_a_line(tmp_path):
 # Failures
 
 
-@engines
+@each_engine
 def test_the_first_failure_alone_is_told_and_its_exit_code_returned(engine, tmp_path):
     body = """
 note("up")
@@ -267,7 +320,7 @@ def test_a_second_interrupt_kills_at_once(tmp_path):
         launch.assert_all_gone()
 
 
-@engines
+@each_engine
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(3, 23))])
 def test_a_kill_leaves_no_process_and_the_right_exit_code(engine, seed, tmp_path):
     """Kills a rank, or the launcher gently or not, at any time from the start to a second after ranks are up."""
@@ -293,7 +346,7 @@ def test_a_kill_leaves_no_process_and_the_right_exit_code(engine, seed, tmp_path
 
 def test_one_card_runs_the_script_directly(tmp_path):
     body = "note('seen', json.dumps([os.getpid(), sys.argv[1:]])); sys.exit(5)"
-    with Launch(tmp_path, ["--world_size", 1], body, ["--", "a b"], RANK="0") as launch:
+    with Launch(tmp_path, ["--world_size", 1], body, ["--", "a b"]) as launch:
         code, _, _ = launch.wait()
         assert code == 5
         assert json.loads(launch.noted("seen")[0]) == [launch.process.pid, ["--", "a b"]]
@@ -325,8 +378,8 @@ def test_print_command_shows_what_would_run_and_no_secret(run, monkeypatch, tmp_
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_open_mpi_accepts_the_binding_on_any_host(topology, ranks):
     cores = math.prod(map(int, re.findall(r"(?:pack|core):(\d+)", topology)))
-    run = launching.Run("mpi", ["x"], {"localhost": ranks}, False, {}, None, False, 60)
-    mpirun, *rest = run.mpi_command(cores // ranks)
+    run = engines.Run(engines.ENGINES["mpi"], ["x"], {"localhost": ranks}, False, {}, None, False, 60, 60)
+    mpirun, *rest = run.engine.commands(run, 1, cores // ranks)["this host"]
     assert "PE=0" not in " ".join(rest)
     placed = subprocess.run(
         [mpirun, "--display-map", "--do-not-launch", *rest],
@@ -341,7 +394,7 @@ def test_open_mpi_accepts_the_binding_on_any_host(topology, ranks):
 
 def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
     (tmp_path / "hosts").write_text("# all of them\nnode-a slots=8\n\n  node-b   slots=4  # half\n")
-    assert launching.read_hostfile("hosts") == {"node-a": 8, "node-b": 4}
+    assert nodes.read_hostfile("hosts") == {"node-a": 8, "node-b": 4}
 
 
 # Wrong input
@@ -394,15 +447,15 @@ def test_a_port_in_use_is_named(run, tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_that_is_missing_is_named_with_its_package(engine, run, monkeypatch, tmp_path):
     (tmp_path / "script.py").touch()
-    monkeypatch.setattr(launching, "mpirun", lambda: None)
-    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="is not installed: .*pip install"):
         run("gaudi_spawn.py", "--world_size", 2, *ENGINES[engine], "script.py")
 
 
 def test_a_script_that_cannot_be_read_is_named(run, monkeypatch, tmp_path):
     (tmp_path / "script.py").touch()
-    monkeypatch.setattr(launching.os, "access", lambda *_: False)  # root may read everything
+    monkeypatch.setattr(nodes.os, "access", lambda *_: False)  # root may read everything
     with pytest.raises(InputError, match=r"script script\.py cannot be read"):
         run("gaudi_spawn.py", "script.py")
 

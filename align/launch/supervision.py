@@ -3,10 +3,11 @@
 import ctypes
 import hmac
 import json
+import math
 import os
 import queue
-import re
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -17,13 +18,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from align.launch.engines import ENGINES, Run, address_for, node_command
-from align.launch.rank import notice_lost_host
+from align.launch.engines import Run, clean_environment
+from align.launch.nodes import address_for, node_command
+from align.launch.rank import PASSED_ON, notice_lost_host
 
 FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
 ENGINE_GRACE = 5.0  # seconds that an engine has to end after its ranks
-# What an outer launcher said about its own ranks would mislead ours.
-STALE = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|MASTER_(ADDR|PORT)|OMPI_COMM_WORLD_\w+")
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -44,6 +44,19 @@ def say(text: str) -> None:
 def shell_code(returncode: int) -> int:
     """The exit code as a shell gives it: 128 + n for a process that signal n has killed."""
     return returncode if returncode >= 0 else 128 - returncode
+
+
+def relay_terminal(target: int) -> None:
+    """Passes on what is typed, while this process is in the foreground: elsewhere reading would stop it."""
+    with suppress(OSError):
+        while True:
+            if os.tcgetpgrp(0) == os.getpgrp() and select.select([0], [], [], 0.2)[0]:
+                if not (typed := os.read(0, 1 << 16)):
+                    break
+                os.write(target, typed)
+            else:
+                time.sleep(0.2)
+    os.close(target)
 
 
 class Rank:
@@ -71,7 +84,7 @@ class Supervisor:
     def __init__(self, run: Run, master_port: int):
         self.run = run
         self.work = {
-            "command": run.command,
+            "command": run.script,
             "directory": os.getcwd(),
             "master_addr": run.master_addr,
             "master_port": master_port,
@@ -81,13 +94,15 @@ class Supervisor:
         self.events: queue.SimpleQueue = queue.SimpleQueue()  # whose `put` is safe in a signal handler
         self.engines: dict[str, subprocess.Popen] = {}
         self.ranks: dict[int, Rank] = {}
+        self.alive_at = math.inf  # when a rank last did something
+        self.finished: list[Rank] = []  # whose scripts have ended well
         self.started = False  # the scripts start when all ranks are there
         self.code: int | None = None
         self.steps: list[tuple[float, Callable[[], None]]] = []  # when to do what, once the end has begun
 
     def supervise(self, commands: dict[str, list[str]]) -> int:
         """Runs the engine commands (host -> command) and returns the exit code of the whole."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in PASSED_ON:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which is nohup's doing
                 signal.signal(number, lambda number, _: self.events.put((self.on_signal, number)))
         address = address_for(list(self.run.nodes)) if self.run.over_ssh else "127.0.0.1"
@@ -105,11 +120,12 @@ class Supervisor:
 
     def start_engine(self, host: str, command: list[str], variables: dict[str, str]) -> subprocess.Popen:
         """Starts one in a session of its own: Ctrl-C reaches the ranks from here, once, and the engine not at all."""
-        environment = {name: value for name, value in os.environ.items() if not STALE.fullmatch(name)}
+        # Open MPI asks a terminal only where it is in the foreground, which in a session of its own it never is.
+        relays_terminal = self.run.engine.reaches_nodes and sys.stdin is not None and sys.stdin.isatty()
         process = subprocess.Popen(
             node_command(host) if self.run.starts_over_ssh else command,
-            env=environment | variables,
-            stdin=subprocess.PIPE if self.run.starts_over_ssh else None,
+            env=clean_environment(os.environ) | variables,
+            stdin=subprocess.PIPE if self.run.starts_over_ssh or relays_terminal else None,
             start_new_session=True,
             preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - no thread runs yet
         )
@@ -117,6 +133,8 @@ class Supervisor:
             request = {"environment": self.run.exports | variables, "directory": os.getcwd(), "command": command}
             with suppress(BrokenPipeError), process.stdin as stdin:  # its exit code will tell
                 stdin.write(json.dumps(request).encode())
+        elif relays_terminal:
+            threading.Thread(target=relay_terminal, args=[process.stdin.fileno()], daemon=True).start()
         return process
 
     def accept(self, server: socket.socket) -> None:
@@ -138,6 +156,8 @@ class Supervisor:
                     message = json.loads(line)
                     if "code" in message:
                         self.events.put((self.on_end, rank, message["code"], message["lines"]))
+                    elif "alive" in message:
+                        self.events.put((self.on_alive,))
                     else:
                         self.events.put((self.on_signal, message["signal"], rank))
             finally:
@@ -149,6 +169,7 @@ class Supervisor:
             handle, *details = self.events.get(timeout=0.1)
         except queue.Empty:
             self.look_at_engines()
+            self.look_at_the_pulse()
         else:
             handle(*details)
         while self.steps and self.steps[0][0] <= time.monotonic():
@@ -160,10 +181,14 @@ class Supervisor:
             rank.tell(signal=signal.SIGKILL)
         elif len(self.ranks) == self.run.world_size:
             self.started = True
+            self.on_alive()
             self.tell_ranks(work=self.work)
 
     def on_end(self, rank: Rank, returncode: int, lines: list[str]) -> None:
         rank.ended = True
+        self.on_alive()
+        if not returncode:
+            self.finished.append(rank)
         if returncode and self.code is None:
             code = shell_code(returncode)
             how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else "failed"
@@ -194,8 +219,22 @@ class Supervisor:
         if self.code is None and (self.ranks or not self.started) and (None not in codes or any(codes)):
             code = next((shell_code(code) for code in codes if code), 1)
             when = "before its ranks did" if self.started else "before all ranks had started"
-            say(f"{ENGINES[self.run.engine].name} ended {when} (exit code {code})")
+            say(f"{self.run.engine.name} ended {when} (exit code {code})")
             self.end(code, signal.SIGTERM, FAILURE_GRACE)
+
+    def on_alive(self) -> None:
+        self.alive_at = time.monotonic()
+
+    def look_at_the_pulse(self) -> None:
+        """Ranks that all do nothing wait for each other, or for one that has ended or is frozen, and would for long."""
+        limit = self.run.stall_timeout
+        if self.code is None and self.ranks and limit and time.monotonic() - self.alive_at > limit:
+            ended = f"; {', '.join(map(str, self.finished))} had ended" if self.finished else ""
+            say(
+                f"no rank has computed, read or written anything for {limit:g} s: they wait for each other{ended}. "
+                "--stall_timeout 0 waits for ever"
+            )
+            self.end(1, signal.SIGTERM, FAILURE_GRACE)
 
     def end(self, code: int, number: int, grace: float) -> None:
         """Begins the end: signal `number` for the ranks, SIGKILL when their grace is over, and then for the engines."""

@@ -1,0 +1,199 @@
+"""Nodes: what each must have before any rank starts, and how they are reached."""
+
+import glob
+import importlib.metadata
+import json
+import os
+import random
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from align.errors import InputError
+from align.launch.engines import ENGINES, ROOT, SSH, Run
+
+EXPORTED_PREFIXES = ("PT_", "HABANA_", "DEEPSPEED_", "HCCL_", "HF_", "OMP_", "HL_")
+EXPORTED_NAMES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")  # where the other nodes find python's tools and libraries
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Reads lines `host slots=8`; blank lines and comments are fine. Returns host -> slots, in the file's order."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s+slots=([1-9]\d*)", line)
+        if match is None:
+            raise InputError(f"--hostfile {path}, line {number}: expected `host slots=8`, got `{line}`")
+        if match[1] in hosts:
+            raise InputError(f"--hostfile {path}, line {number}: {match[1]} is there twice; give all its slots at once")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise InputError(f"--hostfile {path} names no host; it needs lines like `host slots=8`")
+    return hosts
+
+
+def is_this_host(host: str) -> bool:
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind((host, 0))
+        return True
+    return False
+
+
+def count_cards() -> int:
+    """Gaudi cards that this process may use; the emulator has as many as HABANA_EMULATOR_DEVICES says (default 8)."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version("habana-torch-plugin").endswith("+cpu"):
+            return int(os.environ.get("HABANA_EMULATOR_DEVICES", "8"))
+    if modules := os.environ.get("HABANA_VISIBLE_MODULES"):
+        return len(modules.split(","))
+    return len(glob.glob("/dev/accel/accel[0-9]*") or glob.glob("/dev/hl[0-9]*"))
+
+
+def count_cores() -> int:
+    """Physical cores to bind ranks to; 0 where this process is confined to some of them: its ranks then stay so."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        if not siblings.exists():
+            return 0
+        cores.add(siblings.read_text())
+    return len(cores) if len(os.sched_getaffinity(0)) == os.cpu_count() else 0
+
+
+def choose_port(wanted: int | None) -> int:
+    """A free TCP port; one below the range from which the kernel serves everybody else is likely to stay free."""
+    for port in [wanted] if wanted else random.sample(range(10000, 32768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return port
+    raise InputError(f"--master_port {wanted} is in use; leave the flag out and a free one is chosen")
+
+
+def check_script(script: str) -> None:
+    if not os.path.isfile(script):
+        raise InputError(f"there is no script {script}; its path comes after the launcher's own flags")
+    if not os.access(script, os.R_OK):
+        raise InputError(f"script {script} cannot be read; check its permissions")
+
+
+def inspect_node(engine: str, script: str, slots: int, asked_by: str, master_port: int | None) -> dict[str, int]:
+    """Looks for everything that ranks need on this node. Returns a free port and the cores for binding."""
+    check_script(script)
+    if not ENGINES[engine].is_installed():
+        raise InputError(f"{ENGINES[engine].name} is not installed: {ENGINES[engine].package}")
+    if (cards := count_cards()) < slots:
+        raise InputError(f"{asked_by} is more than the {cards} Gaudi cards of this host")
+    return {"port": choose_port(master_port), "cores": count_cores()}
+
+
+def node_command(host: str) -> list[str]:
+    """The command that runs `serve_request` on a node; all that it needs to know comes over its standard input."""
+    return [*SSH, host, f"cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m align.launch.nodes"]
+
+
+def serve_request() -> None:
+    """The other end of `node_command`: inspects this node or becomes its engine."""
+    request = json.load(sys.stdin)
+    os.environ.update(request["environment"])
+    try:
+        os.chdir(request["directory"])
+        if "command" in request:
+            os.execvp(request["command"][0], request["command"])
+        answer = inspect_node(**request["inspect"])
+    except (InputError, OSError) as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+def inspect_over_ssh(host: str, request: dict) -> dict[str, int]:
+    request = json.dumps(request)
+    node = subprocess.run(node_command(host), input=request, capture_output=True, text=True, check=False)
+    said = [line for line in node.stderr.splitlines() if line.strip()] or ["no reason given"]
+    if node.returncode == 255:
+        raise InputError(f"host {host} cannot be reached: {said[-1]}; `ssh {host} true` must work without a password")
+    if node.returncode != 0:
+        raise InputError(f"host {host} needs this project and its python at the same place as here: {said[-1]}")
+    answer = json.loads(node.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise InputError(f"host {host}: {answer['error']}")
+    return answer
+
+
+def exported_variables(environment: Mapping[str, str], names: list[str]) -> dict[str, str]:
+    """The variables of this process that ranks on other nodes get as well."""
+    if missing := [name for name in names if name not in environment]:
+        raise InputError(f"--export {missing[0]}: no such variable is set")
+    names = [*names, *EXPORTED_NAMES]
+    return {key: environment[key] for key in sorted(environment) if key.startswith(EXPORTED_PREFIXES) or key in names}
+
+
+def inspect_nodes(run: Run) -> tuple[int, int]:
+    """Checks every node before any rank starts. Returns the master port and the cores for each rank."""
+    requests = {
+        host: {
+            "engine": run.engine.key,
+            "script": run.script[0],
+            "slots": slots,
+            "asked_by": f"slots={slots} in the hostfile" if run.over_ssh else f"--world_size {slots}",
+            "master_port": None,
+        }
+        for host, slots in run.nodes.items()
+    }
+    first, *_ = requests
+    requests[first]["master_port"] = run.master_port
+    if not run.over_ssh:
+        answers = [inspect_node(**requests[first])]
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+
+        common = {"environment": run.exports, "directory": os.getcwd()}
+        with ThreadPoolExecutor(len(requests)) as pool:
+            asked = [(host, common | {"inspect": request}) for host, request in requests.items()]
+            answers = list(pool.map(lambda pair: inspect_over_ssh(*pair), asked))
+    cores = min(answer["cores"] // slots for answer, slots in zip(answers, run.nodes.values(), strict=True))
+    return answers[0]["port"], cores
+
+
+def describe(run: Run) -> str:
+    """What would run and where."""
+    script = shlex.join([sys.executable, *([] if run.is_direct else ["-u"]), *run.script])
+    if run.is_direct:
+        return script
+    how = " over ssh" if run.starts_over_ssh else ""
+    cores = count_cores() // max(run.nodes.values())
+    lines = ["variables that reach every rank:"]
+    lines += [f"  {name}={'...' if SECRET.search(name) else shlex.quote(value)}" for name, value in run.exports.items()]
+    for host, command in run.engine.commands(run, choose_port(run.master_port), cores).items():
+        lines += [f"on {host}{how}:", f"  {shlex.join(command)}"]
+    lines += [f"ranks ({', '.join(f'{slots} on {host}' for host, slots in run.nodes.items())}), each:", f"  {script}"]
+    return "\n".join(lines)
+
+
+def address_for(hosts: list[str]) -> str:
+    """The address of this machine at which all hosts can reach it."""
+    addresses = []
+    for host in hosts:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((host, 9))  # sends nothing, but makes the kernel choose a route
+            except OSError as error:
+                raise InputError(f"host {host} cannot be reached: {error.strerror}") from None
+            addresses.append(probe.getsockname()[0])
+    return next((address for address in addresses if not address.startswith("127.")), addresses[0])
+
+
+if __name__ == "__main__":
+    serve_request()

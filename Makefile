@@ -12,7 +12,7 @@ GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.m
 REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
 INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
-.PHONY: help setup quickstart chat test test-hpu soak lint format bench clean
+.PHONY: help setup quickstart chat test test-hpu test-gaudi-host soak mutants lint format bench clean
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -32,6 +32,10 @@ endif
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # some packages ship files for other Pythons
 	@touch $@
 
+$(VENV)/.dev: $(VENV)/.done requirements-dev.txt requirements-lock.txt
+	$(INSTALL) --requirement requirements-dev.txt
+	@touch $@
+
 quickstart: setup  ## Train, merge, align and ask a small model: the whole pipeline, in minutes
 	$(BIN)/python quickstart/run.py
 
@@ -40,21 +44,26 @@ chat: setup  ## Talk to a model: MODEL=FOLDER, and COMPARE=FOLDER for two side b
 	@$(BIN)/python run_generation.py --chat --model_name_or_path $(MODEL) $(if $(COMPARE),--compare $(COMPARE)) \
 		--use_hpu_graphs --max_new_tokens 256
 
-test: setup  ## Run the tests (no card, no network needed)
-	$(BIN)/python -m pytest -m "not soak"
+test: $(VENV)/.dev  ## Run the tests (no card, no network needed); TESTS="tests/test_sft.py" runs some
+	$(BIN)/python -m pytest -m "not soak" --cov=align --cov-report=term:skip-covered $(TESTS)
 
-test-hpu: setup  ## Smoke run for CI on a single Gaudi card
-	$(INSTALL) pytest pytest-timeout
-	$(BIN)/python -m pytest -m hpu
+test-hpu: $(VENV)/.dev  ## Smoke run for CI on a single Gaudi card; figures in runs/test-hpu/report.json
+	$(BIN)/python -m pytest -m hpu $(TESTS)
 
-soak: setup  ## Run the long grids and kill loops
+test-gaudi-host: setup  ## Try these targets on a simulated Gaudi host
+	$(BIN)/python tests/gaudi_host.py
+
+soak: $(VENV)/.dev  ## Run the long grids and kill loops
 	$(BIN)/python -m pytest -m soak
 
-lint: setup  ## Check style
+mutants: $(VENV)/.dev  ## Plant changes in the modules that tests guard, and list those that no test notices
+	$(BIN)/python tests/mutants.py
+
+lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup  ## Fix style
+format: $(VENV)/.dev  ## Fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -14,12 +14,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a name that is n
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 
+EMULATED = version("habana-torch-plugin").endswith("+cpu")
+
+
+class EmulatorModule(pytest.Module):
+    """Tests of the emulator itself, on a host that has the real plugin."""
+
+    def collect(self):
+        pytest.skip("tests the emulator; the plugin here is a real Gaudi's", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if not EMULATED and (module_path.name.startswith("test_emulator") or module_path.parent.name == "conformance"):
+        return EmulatorModule.from_parent(parent, path=module_path)
+    return None
+
+
 def pytest_collection_modifyitems(items):
-    if version("habana-torch-plugin").endswith("+cpu"):
+    if EMULATED:
         no_card = pytest.mark.skip(reason="needs a real Gaudi card; the plugin here is the emulator")
         for item in items:
             if item.get_closest_marker("hpu"):
                 item.add_marker(no_card)
+
+
+TABLES: list[list[dict]] = []
+
+
+@pytest.fixture
+def record_table():
+    """`record_table(rows)` shows these rows of figures at the end of the test session."""
+    return TABLES.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    for rows in TABLES:
+        texts = {type(None): lambda _: "-", float: "{:.4g}".format}
+        cells = [list(rows[0]), *([texts.get(type(cell), str)(cell) for cell in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        terminalreporter.section("figures")
+        for line in cells:
+            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 @pytest.fixture(autouse=True)

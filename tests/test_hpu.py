@@ -1,27 +1,106 @@
-"""A smoke run on one real Gaudi card, for CI: `make test-hpu`. Skipped where the plugin is the emulator."""
+"""A smoke run on one real Gaudi card, for CI: `make test-hpu`. Skipped where the plugin is the emulator.
+
+Each stage is a process of its own, as users start it, with Gaudi's own metrics file. The figures stand in a table at
+the end, and in runs/test-hpu/report.json, so that owners of a card can send them.
+"""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import write_rows
+from conftest import ROOT, write_rows
 from tiny import save_model
 
 pytestmark = pytest.mark.hpu
+REPORT = ROOT / "runs" / "test-hpu"
+COMMON = "--dataset_name pairs.jsonl --do_train --do_eval --bf16 --max_steps 8 --logging_steps 1".split()
+STAGES = {
+    "sft": ["sft.py", "--model_name_or_path", "model", "--output_dir", "sft", "--max_seq_length", "128", *COMMON],
+    "merge": ["merge_peft_adapter.py", "--adapter_model_name", "sft", "--output_name", "merged"],
+    "dpo": [
+        *("dpo.py", "--model_name_or_path", "merged", "--output_dir", "dpo", "--eval_steps", "4"),
+        *("--max_prompt_length", "32", "--max_length", "64", *COMMON),
+    ],
+    "merge again": ["merge_peft_adapter.py", "--adapter_model_name", "dpo", "--output_name", "aligned"],
+    "generate": [
+        *("run_generation.py", "--model_name_or_path", "aligned", "--prompt", "hello", "--output_dir", "text"),
+        *"--use_hpu_graphs --use_kv_cache --bf16 --max_new_tokens 32".split(),
+    ],
+}
 
 
-def test_a_small_model_is_tuned_merged_aligned_and_asked_on_the_card(run, tmp_path):
-    save_model(tmp_path / "model")
-    rows = [{"question": f"what is {i}?", "response_j": f"It is {i}.", "response_k": "No."} for i in range(40)]
+def read_metrics(stage: str) -> dict[str, float]:
+    """The last count of each metric that Gaudi's plugin wrote, `{metric_name: TotalNumber}`."""
+    counts: dict[str, float] = {}
+    for path in sorted(Path().glob(f"{stage}-metrics*.json*")):
+        for entry in json.loads(path.read_text()):
+            statistics = entry["statistics"]
+            counts[entry["metric_name"]] = dict(statistics).get("TotalNumber")
+    return counts
+
+
+def read_results(folder: str) -> dict[str, float]:
+    for name in ("all_results.json", "generation_results.json"):
+        if (path := Path(folder, name)).exists():
+            return json.loads(path.read_text())
+    return {}
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """Runs the stages; one row of figures each."""
+    folder = tmp_path_factory.mktemp("card")
+    before = os.getcwd()
+    os.chdir(folder)
+    save_model(folder / "model")
+    rows = [{"question": f"what is {i}?", "response_j": f"It is {i}.", "response_k": "No."} for i in range(80)]
     write_rows("pairs.jsonl", rows)
-    common = "--dataset_name pairs.jsonl --do_train --do_eval --bf16 --max_steps 3 --logging_steps 1".split()
-    run("sft.py", "--model_name_or_path", "model", "--output_dir", "sft", "--max_seq_length", "128", *common)
-    run("merge_peft_adapter.py", "--adapter_model_name", "sft", "--output_name", "merged")
-    limits = ["--max_prompt_length", "32", "--max_length", "64"]
-    run("dpo.py", "--model_name_or_path", "merged", "--output_dir", "dpo", "--eval_steps", "2", *limits, *common)
-    ask = "--use_hpu_graphs --use_kv_cache --bf16 --max_new_tokens 8 --prompt hello --output_dir text".split()
-    run("run_generation.py", "--model_name_or_path", "merged", *ask)
+    table = []
+    for stage, (script, *flags) in STAGES.items():
+        metrics = {"PT_HPU_METRICS_FILE": str(folder / f"{stage}-metrics.json")}
+        metrics["PT_HPU_METRICS_DUMP_TRIGGERS"] = "process_exit"
+        began = time.monotonic()
+        ran = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags],
+            env=os.environ | metrics,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        results, counts = read_results({"generate": "text"}.get(stage, stage)), read_metrics(stage)
+        table.append(
+            {
+                "stage": stage,
+                "seconds": round(time.monotonic() - began, 1),
+                "loss": results.get("train_loss"),
+                "eval_loss": results.get("eval_loss"),
+                "memory_gb": results.get("max_memory_allocated (GB)"),
+                "graphs": counts.get("graph_compilation"),
+                "recompilations": counts.get("recipe_cache"),
+                "tokens_per_second": results.get("tokens_per_second", results.get("train_tokens_per_second")),
+            }
+        )
+    REPORT.mkdir(parents=True, exist_ok=True)
+    about = {name: version(name) for name in ("habana-torch-plugin", "torch", "optimum-habana", "transformers")}
+    (REPORT / "report.json").write_text(json.dumps({"versions": about, "stages": table}, indent=2) + "\n")
+    for path in folder.glob("*-metrics*.json*"):
+        shutil.copy(path, REPORT)
+    yield table
+    os.chdir(before)
 
-    for stage in ("sft", "dpo"):
-        assert json.loads(Path(stage, "all_results.json").read_text())["eval_loss"] > 0
-    assert json.loads(Path("text/generations.jsonl").read_text())["prompt"] == "hello"
+
+def test_a_small_model_is_tuned_merged_aligned_and_asked_on_the_card(figures, record_table):
+    record_table(figures)
+
+    by_stage = {row["stage"]: row for row in figures}
+    assert by_stage["sft"]["eval_loss"] > 0
+    assert abs(by_stage["dpo"]["loss"]) < 1
+    assert by_stage["generate"]["tokens_per_second"] > 0
+    assert by_stage["sft"]["graphs"], "Gaudi's metrics file says nothing of graphs"

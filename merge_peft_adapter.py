@@ -29,15 +29,26 @@ from align.merge.checkpoints import (
     replace_folder,
     restore_folder,
 )
-from align.merge.plan import MergePlan, find_adapter_file, open_adapter, plan_merge
+from align.merge.plan import (
+    Adapter,
+    MergePlan,
+    changes_nothing,
+    find_adapter_file,
+    find_untouched,
+    open_adapter,
+    plan_merge,
+)
 from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
 
 logger = logging.getLogger("merge_peft_adapter")
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours and safetensors' names
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
-TOKENIZER_FILES += ("chat_template*", "spiece.model", "sentencepiece*.model", "tokenization_*.py")
-MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py")
+TOKENIZER_FILES += ("chat_template*", "spiece.model", "sentencepiece*.model", "tokenization_*.py", "tekken.json")
+TOKENIZER_FOLDERS = ("additional_chat_templates",)
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*.model")
+VOCABULARIES += ("tekken.json",)  # a tokenizer has at least one of them
+MODEL_FILES = ("config.json", "generation_config.json", "*processor_config.json", "params.json", "*.py")
 MODEL_FILES += ("LICENSE*", "NOTICE*", "USE_POLICY*")
 RECORD = "merge_info.json"
 
@@ -132,7 +143,10 @@ def record_merge(base_name: str, base: Path, adapter_name: str, adapter: Path) -
 
 def write_companions(folder: Path, base: Path, adapter: Path, config: dict | None, merges: list[dict]) -> None:
     """Everything but the weights: configuration, tokenizer (the adapter's, where it has one), lineage, model card."""
-    tokenizer = adapter if (adapter / "tokenizer_config.json").exists() else base
+    tokenizer = find_tokenizer(adapter, base)
+    for name in TOKENIZER_FOLDERS:
+        if (tokenizer / name).is_dir():
+            shutil.copytree(tokenizer / name, folder / name, dirs_exist_ok=True)
     for source, patterns in ((base, MODEL_FILES), (tokenizer, TOKENIZER_FILES)):
         for path in source.iterdir():
             belongs = any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
@@ -151,6 +165,16 @@ def write_companions(folder: Path, base: Path, adapter: Path, config: dict | Non
     )
 
 
+def find_tokenizer(adapter: Path, base: Path) -> Path:
+    """The adapter's folder where it holds a tokenizer that is whole, else the base's."""
+    if not (adapter / "tokenizer_config.json").exists():
+        return base
+    if any(path for name in VOCABULARIES for path in adapter.glob(name)):
+        return adapter
+    logger.warning("Warning: the tokenizer of %s has no vocabulary (tokenizer.json); the base's is taken.", adapter)
+    return base
+
+
 def compare_vocabularies(folder: Path, embedded: int) -> None:
     if not (folder / "tokenizer_config.json").exists():
         logger.warning("Warning: neither adapter nor base has a tokenizer, so the merged model has none.")
@@ -159,6 +183,17 @@ def compare_vocabularies(folder: Path, embedded: int) -> None:
     beyond = [token["content"] for number, token in tokens.items() if int(number) >= embedded]
     if beyond:
         logger.warning("Warning: the tokenizer has tokens beyond the model's %d: %s.", embedded, " ".join(beyond))
+
+
+def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
+    """Tells of an adapter that changes less than it says."""
+    if changes_nothing(adapter):
+        logger.warning("Warning: every update of %s is zero, so the merged model is the base.", adapter.file)
+    if untouched := find_untouched(plan, adapter.config):
+        logger.warning(
+            "Warning: %s changes %d modules and not %d others that its target_modules name, such as %s.",
+            *(adapter.file, len(adapter.parts), len(untouched), untouched[0]),
+        )
 
 
 def write_weights(plan: MergePlan, folder: Path, workers: int, verify: bool) -> None:
@@ -196,7 +231,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--adapter_model_name: {adapter} has no adapter_config.json; give an adapter's folder")
     adapter_config = read_json(adapter / "adapter_config.json")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
-    output = Path(os.path.abspath(args.output_name))
+    if not args.output_name.strip():
+        raise InputError("--output_name: is empty; name a folder for the merged model")
+    output = Path(os.path.realpath(args.output_name))
     restore_folder(output)
     check_output(output, args.overwrite, {"--base_model_name": base, "--adapter_model_name": adapter})
     if args.push_to_hub:
@@ -206,7 +243,9 @@ def main(argv: list[str] | None = None) -> None:
     base_config = read_json(base / "config.json")
     dtype = DTYPES.get(args.dtype)
     try:
-        plan = plan_merge(open_checkpoint(base), base_config, open_adapter(adapter, adapter_config), dtype)
+        opened = open_adapter(adapter, adapter_config)
+        plan = plan_merge(open_checkpoint(base), base_config, opened, dtype)
+        report_gaps(plan, opened)
     except NotStreamableError as reason:
         plan = None
         logger.info("Merging through PEFT, with the whole model in memory: %s", reason)
@@ -229,9 +268,9 @@ def main(argv: list[str] | None = None) -> None:
             if plan and plan.vocabulary:
                 compare_vocabularies(folder, plan.vocabulary)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        raise InputError(f"--output_name: the disk of {output} is full ({error.strerror}); nothing is left") from None
+        raise InputError(f"--output_name: {output} cannot be written ({error.strerror}); nothing is left") from None
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # getrusage counts the parent's too
     seconds = time.monotonic() - start
     logger.info("Wrote %s: %.2f GB in %.1f s, peak memory %d MB", output, needed / 1e9, seconds, int(peak[1]) / 976.6)

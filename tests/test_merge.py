@@ -182,10 +182,13 @@ def test_what_cannot_be_streamed_goes_through_peft_and_says_so(reason, settings,
     save_base("base")
     save_adapter("adapter", load_base("base"), target_modules=["q_proj"], **settings)
     reference = PeftModel.from_pretrained(load_base("base"), "adapter").merge_and_unload()
+    invalid = {"temperature": 0.5, "do_sample": False}  # transformers refuses to save it
+    Path("base/generation_config.json").write_text(json.dumps(invalid))
 
     merged = merge()
 
     assert_same_bits(merged, reference.state_dict())
+    assert json.loads(Path("merged/generation_config.json").read_text()) == invalid
     assert f"Merging through PEFT, with the whole model in memory: {reason}" in caplog.text
 
 

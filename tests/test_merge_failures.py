@@ -23,9 +23,11 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import align.merge.checkpoints
-import align.merge.writing
 import merge_peft_adapter
 from align.errors import InputError
+from align.merge.checkpoints import open_checkpoint
+from align.merge.plan import open_adapter, plan_merge
+from align.merge.writing import verify_files
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "vocab_size": 32}
 ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 2, "lora_alpha": 4}
@@ -90,6 +92,11 @@ def overwrite_header(path):
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(b"garbage")
+
+
+def rename_adapter(old, new):
+    tensors = load_file(ADAPTER_WEIGHTS)
+    save_file({name.replace(old, new): tensor for name, tensor in tensors.items()}, ADAPTER_WEIGHTS)
 
 
 BAD_INPUTS = {
@@ -159,6 +166,25 @@ BAD_INPUTS = {
         lambda: change_json("adapter/adapter_config.json", layer_replication=[[0, 1]]),
         "layer_replication",
     ),
+    "adapter of a newer PEFT": (
+        lambda: change_json("adapter/adapter_config.json", alora_invocation_tokens=[1, 2]),
+        "adapter/adapter_config.json: alora_invocation_tokens is set, which PEFT 0.17 does not know",
+    ),
+    "adapter of a part that the base lacks": (
+        lambda: rename_adapter("base_model.model.", "base_model.model.vision_tower."),
+        "vision_tower.model.layers.0.self_attn.q_proj.lora_A.weight finds no place in base (llama)",
+    ),
+    "adapter is empty": (lambda: save_file({}, ADAPTER_WEIGHTS), f"{ADAPTER_WEIGHTS}: holds no tensor"),
+    "base with NaN in a tensor that is copied": (
+        lambda: change_tensors(
+            "base/model-00002.safetensors", lm_head__weight=torch.full((32, 8), torch.nan).bfloat16()
+        ),
+        "lm_head.weight would hold NaN or infinity: did the run that wrote base/model-00002.safetensors diverge",
+    ),
+    "place of the unfinished model is a link": (
+        lambda: [Path("photos").mkdir(), Path(".merged.partial").symlink_to("photos")],
+        ".merged.partial, where the model would be written first, is a link to elsewhere",
+    ),
     "output is a file": (lambda: Path("merged").write_text(""), "merged is a file; name a folder"),
     "output exists": (lambda: write_json("merged/config.json", {}), "merged exists; add --overwrite"),
 }
@@ -187,6 +213,7 @@ def test_wrong_input_is_one_clear_line_and_writes_nothing(case, inputs):
         (["--num_workers", "0"], "--num_workers: got 0"),
         (["--output_name", "base"], "base is or holds --base_model_name base"),
         (["--output_name", "adapter"], "adapter is or holds --adapter_model_name adapter"),
+        (["--output_name", ""], "--output_name: is empty"),
         (["--output_name", ".", "--overwrite"], " is or holds --base_model_name"),
         (["--output_name", "photos", "--overwrite"], "photos holds no model, so it stays"),
         (["--output_name", "base/config.json/merged"], "base/config.json/merged (Not a directory)"),
@@ -224,16 +251,147 @@ def test_verify_false_writes_values_that_are_not_finite(inputs):
     assert not load_file("merged/model-00001.safetensors")[f"{Q_PROJ}.weight"].isfinite().all()
 
 
-def test_verify_finds_what_a_disk_did_not_keep(inputs, monkeypatch):
-    def copy_zeros(tensor, offset, out, size, count):
-        os.pwrite(out, bytes(size), offset)
+@pytest.mark.parametrize("call", ["copy_file_range", "pwrite"])
+def test_verify_finds_what_a_disk_did_not_keep(call, inputs, monkeypatch):
+    def write_zeros(*arguments):
+        if call == "pwrite":
+            out, memory, offset = arguments
+            return write(out, bytes(len(memory)), offset)
+        _, out, size, _, offset = arguments
+        return write(out, bytes(size), offset)
 
-    monkeypatch.setattr(align.merge.writing, "_copy", copy_zeros)
+    write = os.pwrite
+    monkeypatch.setattr(os, call, write_zeros)
 
     with pytest.raises(OSError, match="reads back other than it was written"):
         merge_peft_adapter.main(COMMAND)
 
-    assert sorted(path.name for path in inputs.iterdir()) == ["adapter", "base"]
+
+def test_verify_finds_a_tensor_in_another_file_than_was_planned(inputs):
+    merge_peft_adapter.main(COMMAND)
+    base, adapter = open_checkpoint(Path("base")), open_adapter(Path("adapter"), ADAPTER)
+    plan = plan_merge(base, CONFIG, adapter, None)
+    verify_files(plan, open_checkpoint(Path("merged")))
+    for name, other in (("model-00001", "model-00002"), ("model-00002", "model-00001")):
+        os.rename(f"merged/{name}.safetensors", f"merged/{other}.new")
+    for path in Path("merged").glob("*.new"):
+        path.rename(path.with_suffix(".safetensors"))
+    index = Path("merged/model.safetensors.index.json")
+    places = json.loads(index.read_text())["weight_map"]
+    swapped = {
+        "model-00001.safetensors": "model-00002.safetensors",
+        "model-00002.safetensors": "model-00001.safetensors",
+    }
+    write_json(index, {"weight_map": {name: swapped[file] for name, file in places.items()}})
+
+    with pytest.raises(OSError, match="was not written as planned"):
+        verify_files(plan, open_checkpoint(Path("merged")))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("base_model.model.", "base_model.model._orig_mod."),
+        ("base_model.model.", "module.base_model.model."),
+        ("layers.0.", "layers.0._fsdp_wrapped_module."),
+    ],
+)
+def test_wrappers_of_a_training_loop_are_no_part_of_a_name(before, after, inputs):
+    merge_peft_adapter.main(COMMAND)
+    rename_adapter(before, after)
+
+    merge_peft_adapter.main([*COMMAND, "--output_name", "again"])
+
+    for file in ("model-00001.safetensors", "model-00002.safetensors"):
+        assert Path("again", file).read_bytes() == Path("merged", file).read_bytes()
+
+
+def test_an_adapter_that_changes_nothing_or_half_of_its_modules_is_told(inputs, caplog):
+    change_json("adapter/adapter_config.json", target_modules=["q_proj", "v_proj"])
+    change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.zeros(8, 2)})
+
+    merge_peft_adapter.main(COMMAND)
+
+    assert "every update of adapter/adapter_model.safetensors is zero" in caplog.text
+    assert "changes 1 modules and not 1 others" in caplog.text
+    assert "model.layers.0.self_attn.v_proj" in caplog.text
+
+
+def test_a_tied_base_that_stores_its_head_gets_the_trained_tokens_in_both(inputs):
+    change_json("base/config.json", tie_word_embeddings=True)
+    embedding = load_file("base/model-00002.safetensors")["model.embed_tokens.weight"]
+    change_tensors("base/model-00002.safetensors", lm_head__weight=embedding.clone())
+    change_json("adapter/adapter_config.json", trainable_token_indices={"embed_tokens": [3]})
+    rows = {"base_model__model__model__embed_tokens__token_adapter__trainable_tokens_delta": torch.ones(1, 8)}
+    change_tensors(ADAPTER_WEIGHTS, **rows)
+
+    merge_peft_adapter.main(COMMAND)
+
+    merged = load_file("merged/model-00002.safetensors")
+    assert merged["model.embed_tokens.weight"][3].eq(1).all()
+    assert merged["lm_head.weight"].equal(merged["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_that_was_trained_to_other_values_than_the_embedding_is_untied(inputs):
+    change_json("base/config.json", tie_word_embeddings=True)
+    change_tensors("base/model-00002.safetensors", lm_head__weight=None)
+    index = json.loads(Path("base/model.safetensors.index.json").read_text())["weight_map"]
+    write_json(
+        "base/model.safetensors.index.json", {"weight_map": {k: v for k, v in index.items() if k != "lm_head.weight"}}
+    )
+    change_json("adapter/adapter_config.json", modules_to_save=["embed_tokens", "lm_head"])
+    values = {"base_model__model__model__embed_tokens__weight": torch.ones(32, 8)}
+    values["base_model__model__lm_head__weight"] = torch.full((32, 8), 2.0)
+    change_tensors(ADAPTER_WEIGHTS, **values)
+
+    merge_peft_adapter.main(COMMAND)
+
+    merged = load_file("merged/model-00002.safetensors")
+    assert merged["model.embed_tokens.weight"].eq(1).all()
+    assert merged["lm_head.weight"].eq(2).all()
+    assert json.loads(Path("merged/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_pattern_of_ranks_is_for_whole_names_alone(inputs):
+    change_json("adapter/adapter_config.json", r=2, rank_pattern={"q": 4}, alpha_pattern={"layers.0.self_attn.q": 99})
+    merge_peft_adapter.main(COMMAND)
+    change_json("adapter/adapter_config.json", rank_pattern={}, alpha_pattern={})
+
+    merge_peft_adapter.main([*COMMAND, "--output_name", "again"])
+
+    file = "model-00001.safetensors"
+    assert Path("again", file).read_bytes() == Path("merged", file).read_bytes()
+
+
+def test_a_link_is_written_through_and_stays(inputs):
+    Path("disk").mkdir()
+    Path("merged").symlink_to("disk/model")
+
+    merge_peft_adapter.main(COMMAND)
+    merge_peft_adapter.main([*COMMAND, "--overwrite"])
+
+    assert Path("merged").is_symlink()
+    assert Path("disk/model/config.json").is_file()
+
+
+def test_a_tokenizer_without_its_vocabulary_is_taken_from_the_base(inputs, caplog):
+    for folder, content in (("base", "base"), ("adapter", "adapter")):
+        write_json(f"{folder}/tokenizer_config.json", {"chat_template": content})
+    write_json("base/tokenizer.json", {})
+    write_json("base/additional_chat_templates/tool.jinja", "tools")
+    write_json("base/tekken.json", {})
+    write_json("base/params.json", {})
+    write_json("base/video_preprocessor_config.json", {})
+    change_json("base/config.json", dtype="bfloat16", torch_dtype="bfloat16")
+
+    merge_peft_adapter.main(COMMAND)
+
+    assert json.loads(Path("merged/tokenizer_config.json").read_text()) == {"chat_template": "base"}
+    names = {"tokenizer.json", "tekken.json", "params.json", "video_preprocessor_config.json"}
+    assert names <= {path.name for path in Path("merged").iterdir()}
+    assert Path("merged/additional_chat_templates/tool.jinja").exists()
+    assert "has no vocabulary" in caplog.text
+    assert len({"dtype", "torch_dtype"} & json.loads(Path("merged/config.json").read_text()).keys()) == 1
 
 
 def test_overwrite_replaces_the_whole_folder(inputs):
@@ -321,7 +479,7 @@ def test_disk_that_fills_up_during_the_merge_leaves_nothing(small_disk, tmp_path
     save_shards(tmp_path, rows=100_000)
     monkeypatch.setattr(merge_peft_adapter, "check_disk", lambda *_: None)  # as if someone else took the space
 
-    with pytest.raises(InputError, match=r"the disk of .* is full \(No space left on device\); nothing is left"):
+    with pytest.raises(InputError, match=r"merged cannot be written \(No space left on device\); nothing"):
         merge_peft_adapter.main(["--adapter_model_name", "adapter", "--output_name", str(small_disk / "merged")])
 
     assert list(small_disk.iterdir()) == []

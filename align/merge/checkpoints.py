@@ -185,6 +185,10 @@ def replace_folder(output: Path, flag: str) -> Iterator[Path]:
     """
     partial = output.with_name(f".{output.name}.partial")
     previous = _previous(output)
+    if partial.is_symlink():
+        raise InputError(
+            f"{flag}: {partial}, where the model would be written first, is a link to elsewhere; remove it"
+        )
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)

@@ -14,6 +14,18 @@ ADAPTER_PART = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
 )
 TOKENS = ".token_adapter.trainable_tokens_delta"
+# What torch.compile, DDP, FSDP and checkpointing put around a model that PEFT, or a training loop, has saved
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
+# What a checkpoint of the bare model lacks (`base_model_prefix` in transformers), as gpt2 on the hub does
+BASE_PREFIXES = ("transformer", "model", "gpt_neox", "backbone")
+# What PEFT 0.17 writes for LoRA, and means nothing but what the code below reads
+KNOWN_KEYS = set(
+    "task_type peft_type auto_mapping base_model_name_or_path revision inference_mode r target_modules exclude_modules "
+    "lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern megatron_config megatron_core trainable_token_indices loftq_config "
+    "eva_config corda_config use_dora use_qalora qalora_group_size layer_replication runtime_config lora_bias "
+    "target_parameters peft_version ensure_weight_tying arrow_config".split()
+)
 # Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
 BASE_WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.\w+$)")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
@@ -110,23 +122,27 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
         raise InputError(f"{folder}/adapter_config.json has no peft_type, so it is not one that PEFT wrote")
     if config.get("layer_replication"):
         raise InputError(f"{folder}: has layer_replication, whose layers share weights and so cannot be merged")
+    check_keys(folder, config)
     init = config.get("init_lora_weights")
     reasons = {
         f"the adapter is {config.get('peft_type')}, not LoRA": config.get("peft_type") != "LORA",
         "the adapter has target_parameters": config.get("target_parameters"),
         f"init_lora_weights={init} changes the base too": init not in HARMLESS_INITS,
         "the adapter was trained with Megatron": config.get("megatron_config"),
+        "the adapter is QALoRA's": config.get("use_qalora"),
     }
     for reason, applies in reasons.items():
         if applies:
             raise NotStreamableError(reason)
+    if not tensors:
+        raise InputError(f"{file}: holds no tensor: save the adapter again")
     adapter = Adapter(folder, config, file)
     for tensor in tensors:
         if 0 in tensor.shape:
             raise InputError(
                 f"{file}: {tensor.name} is empty, as ZeRO-3 leaves what is saved without gathering: save it again"
             )
-        name = tensor.name.removeprefix("base_model.model.")
+        name = WRAPPERS.sub("", WRAPPERS.sub("", tensor.name).removeprefix("base_model.model."))
         if part := ADAPTER_PART.fullmatch(name.removesuffix(".weight") if "magnitude" in name else name):
             adapter.parts.setdefault(part[1], {})[part[2]] = tensor
         elif name.endswith(TOKENS):
@@ -136,6 +152,18 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
         else:
             adapter.values[name.replace(".modules_to_save.", ".")] = tensor
     return adapter
+
+
+def check_keys(folder: Path, config: dict) -> None:
+    """Refuses what a newer PEFT may have changed the adapter's meaning by; settings that are off mean nothing."""
+    active = [
+        name for name, value in config.items() if name not in KNOWN_KEYS and value not in (None, False, [], {}, "")
+    ]
+    if config.get("peft_type") == "LORA" and active:
+        raise InputError(
+            f"{folder}/adapter_config.json: {active[0]} is set, which PEFT 0.17 does not know, so the merged model "
+            "might not be the one that was trained; merge it with the PEFT that wrote it"
+        )
 
 
 def plan_merge(base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None) -> MergePlan:
@@ -186,6 +214,8 @@ class _Planner:
                     f"{self.adapter.file}: resizes {self.embedding} from {vocabulary} to {resized} rows, but not "
                     f"{self.head}: save the adapter with save_embedding_layers=True"
                 )
+        if self.dtype or "torch_dtype" in self.config:
+            self.config.pop("dtype", None)  # transformers 5's name of it
         if self.dtype:
             self.config["torch_dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.dtype]
         files = {file: [] for file in self.base.files}
@@ -197,8 +227,9 @@ class _Planner:
     def _missing_prefix(self, stored: dict[str, StoredTensor]) -> str:
         """`transformer.` where the checkpoint was saved from the bare GPT2Model, as gpt2 on the hub was."""
         for module in self.adapter.parts:
-            if f"{module}.weight" not in stored and f"{module.partition('.')[2]}.weight" in stored:
-                return f"{module.partition('.')[0]}."
+            prefix, _, rest = module.partition(".")
+            if f"{module}.weight" not in stored and f"{rest}.weight" in stored and prefix in BASE_PREFIXES:
+                return f"{prefix}."
         return ""
 
     def _as_is(self, name: str, tensor: StoredTensor) -> MergedTensor:
@@ -230,6 +261,14 @@ class _Planner:
         if values.shape != (len(numbers), *old.shape[1:]) or not all(0 <= row < old.shape[0] for row in numbers):
             raise self._misfit(values, old)
         self.tensors[old.name] = replace(old, tokens=(tuple(numbers), values))
+        if old.name == self.embedding and self.head in self.tensors and self._stores_its_tied_head():
+            self.tensors[self.head] = replace(self.tensors[self.head], tokens=(tuple(numbers), values))
+
+    def _stores_its_tied_head(self) -> bool:
+        tied = self.config.get("tie_word_embeddings")
+        return bool(
+            _same_bytes(self.tensors[self.embedding].source, self.tensors[self.head].source) if tied is None else tied
+        )
 
     def _become_classifier(self) -> None:
         """A causal base that an adapter turned into a classifier loses its language head and tells its labels."""
@@ -282,6 +321,8 @@ class _Planner:
             raise InputError(f"{self.adapter.file}: {module} has no {min(missing)}: save the adapter again")
         a, b, magnitude = parts[needed[0]], parts[needed[1]], parts.get("lora_magnitude_vector")
         weight = self.tensors.get(f"{module}.weight")
+        if weight is None and {"text_config", "vision_config"} & self.config.keys():
+            raise NotStreamableError(f"the names in {self.base.folder} may not be those of the model's modules")
         if weight is None:
             raise self._homeless(a)
         if len(a.shape) > 2:
@@ -335,6 +376,32 @@ class _Planner:
             f"{self.adapter.file}: {tensor.name} {list(tensor.shape)} does not fit {target.name} {list(target.shape)} "
             f"of {self.base.folder}: the adapter is for another model"
         )
+
+
+def find_untouched(plan: MergePlan, config: dict) -> list[str]:
+    """Modules that `target_modules` names and no tensor of the adapter changes: of a whole adapter there are none."""
+    targets = config.get("target_modules")
+    limited = any(config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if not isinstance(targets, list) or limited:
+        return []
+    named = [
+        tensor for tensor in plan.tensors if any(f".{tensor.name}".endswith(f".{name}.weight") for name in targets)
+    ]
+    return [tensor.name.removesuffix(".weight") for tensor in named if tensor.is_copy and len(tensor.shape) == 2]
+
+
+def changes_nothing(adapter: Adapter) -> bool:
+    """Whether all its updates are zero, as those of a LoRA adapter are before its first step."""
+    ends = [parts.get("lora_B.weight") or parts.get("lora_embedding_B") for parts in adapter.parts.values()]
+    others = adapter.tokens or adapter.values or adapter.base_values or adapter.config.get("use_dora")
+    return not others and all(end is not None and _is_zero(end) for end in ends)
+
+
+def _is_zero(tensor: StoredTensor) -> bool:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        sizes = itertools.chain(itertools.repeat(1 << 20, tensor.nbytes >> 20), [tensor.nbytes % (1 << 20)])
+        return all(file.read(size).count(0) == size for size in sizes)
 
 
 def _safetensors_name(file: str) -> str:

@@ -29,7 +29,7 @@ def write_files(plan: MergePlan, folder: Path, workers: int, check: bool, report
     """
     Writes the plan's files and their index into `folder`; `report` gets every count of bytes written.
 
-    With `check` a NaN or an infinity among the changed values raises InputError.
+    With `check` a NaN or an infinity raises InputError, among the changed values as among those that are copied.
     """
     lock = threading.Lock()
 
@@ -53,6 +53,9 @@ def write_files(plan: MergePlan, folder: Path, workers: int, check: bool, report
 
             torch.set_num_threads(1)  # the workers are the threads
             jobs += [pool.submit(_merge, *job, check, count) for job in merges]
+            if check:
+                copied = [tensor for tensor in plan.tensors if tensor.is_copy and tensor.dtype in FLOATS]
+                jobs += [pool.submit(_check_copied, tensor) for tensor in copied]
             for job in as_completed(jobs):
                 job.result()
             list(pool.map(os.fsync, outs))
@@ -136,6 +139,13 @@ def _merge(tensor: MergedTensor, offset: int, out: int, check: bool, count: Call
         count(_write(out, as_bytes(values), offset + start * ITEM_SIZES[tensor.dtype]))
 
 
+def _check_copied(tensor: MergedTensor) -> None:
+    from align.merge.arithmetic import all_finite, merged_chunks
+
+    if not all(all_finite(values) for _, values in merged_chunks(tensor)):
+        raise _not_finite(tensor.name, tensor.source.path)
+
+
 def verify_files(plan: MergePlan, written: Checkpoint, samples: int = 16) -> None:
     """
     Reads back what was written: every tensor in its place, with its shape and dtype; the first chunk of some changed
@@ -191,7 +201,7 @@ def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dt
     """What cannot be streamed: PEFT merges the whole model in memory and transformers saves it into `folder`."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
     from align.merge.arithmetic import TORCH_DTYPES
 
@@ -216,7 +226,10 @@ def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dt
     placed = get_peft_model_state_dict(adapted, save_embedding_layers=has_bases)
     if homeless := sorted(set(weights) - set(placed)):
         raise InputError(f"--adapter_model_name: {adapter}: {homeless[0]} finds no place in {base}")
-    merge_as_trained(adapted).save_pretrained(folder)
+    merged = merge_as_trained(adapted)
+    merged.generation_config = GenerationConfig()  # an invalid one could not be saved; the base's own file is copied
+    merged.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def merge_as_trained(adapted: "PeftModel") -> "PreTrainedModel":

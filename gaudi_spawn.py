@@ -3,6 +3,7 @@
 One node:      python gaudi_spawn.py --world_size 8 --use_deepspeed sft.py --model_name_or_path ...
 Several nodes: python gaudi_spawn.py --hostfile hosts.txt --use_mpi sft.py --model_name_or_path ...
 
+To learn before what it will do, on any computer: add --rehearse.
 With neither --use_deepspeed nor --use_mpi, torch.distributed.run starts the ranks.
 """
 
@@ -25,6 +26,7 @@ from align.launch.nodes import (
     read_hostfile,
 )
 from align.launch.supervision import Supervisor
+from align.rehearsal import rehearse
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--world_size", type=int, help="number of cards; default 1, or all slots of the hostfile")
     parser.add_argument("--hostfile", help="file with a line `host slots=8` for each node")
@@ -58,9 +60,10 @@ def parse_arguments() -> argparse.Namespace:
         help="seconds after which a run ends in which no rank computes, reads or writes any more; 0 waits for ever",
     )
     parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
+    rehearse.add_flags(parser)
     # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
     parser.add_argument("command", nargs=argparse.PARSER, metavar="script", help="the script and its arguments")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def plan_run(args: argparse.Namespace) -> Run:
@@ -113,6 +116,8 @@ def become_script(run: Run) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    if args.rehearse:
+        sys.exit(rehearse.rehearse(args, lambda arguments: plan_run(parse_arguments(arguments))))
     run = plan_run(args)
     if args.print_command:
         print(describe(run))

@@ -1,0 +1,34 @@
+"""Runs one stage of a rehearsal: a script's own main() on a dry card, in a process that may not take much memory.
+
+    python -m align.rehearsal.stage PLAN.json
+
+The plan names the script, its arguments, and the file to write what was seen to.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+GIB = 1 << 30
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    if "memory_limit_gb" in plan:  # address space: a rehearsal fails alone and takes the host's memory from nobody
+        limit = int(plan["memory_limit_gb"] * GIB)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    began, seen = time.monotonic(), {}
+    try:
+        from align.rehearsal.watching import watch
+
+        watch(plan, seen)
+    finally:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        seen["host"] = {"seconds": time.monotonic() - began, "memory_gb": usage.ru_maxrss / (1 << 20)}
+        Path(plan["seen"]).write_text(json.dumps(seen, indent=1))
+
+
+if __name__ == "__main__":
+    main()

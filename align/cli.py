@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
+from align.ranges import limit
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -25,6 +26,7 @@ def make_parser(dataclasses: Sequence[type], description: str, defaults: Mapping
 
     parser = ArgumentParser(dataclasses, description=description, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS, **defaults)
+    limit(parser)
     return parser
 
 

@@ -191,7 +191,7 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
     ("flags", "message"),
     [
         ("--do_trian", "unknown argument '--do_trian'; did you mean --do_train?"),
-        ("--learning_rate fast", "argument --learning_rate.*: invalid float value: 'fast'"),
+        ("--learning_rate fast", "--learning_rate: got 'fast'; give a number, more than 0"),
         ("--output_dir out", "nothing to do: give --do_train, --do_eval or both"),
         ("--do_train --model_name_or_path nowhere", "--model_name_or_path: no model at nowhere"),
         ("--do_train --tokenizer_name_or_path nowhere", "--tokenizer_name_or_path: no tokenizer at nowhere"),
@@ -200,7 +200,7 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
         ("--do_train --lora_target_modules (q", r"'\(q' is no regular expression"),
         ("--do_train --lora_target_modules q_proj .*up_proj", r"'.\*up_proj' is no module's name"),
         ("--do_train --seed -1", "--seed: got -1; give 0 to 4294967295"),
-        ("--do_train --lora_r 0", "--lora_r: got 0; the rank is 1 or more"),
+        ("--do_train --lora_r 0", "--lora_r: got 0; give 1 or more"),
         ("--do_train --packing False --num_buckets 0", "--num_buckets: got 0; give 1 or more"),
         ("--do_train --use_habana False", "cannot be used without `--use_habana`"),
         ("--do_train --resume_from_checkpoint True", "--resume_from_checkpoint: no checkpoint at out"),

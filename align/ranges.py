@@ -1,0 +1,132 @@
+"""The table of ranges: which numbers each flag of the training scripts takes. Nothing else is ever a number."""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from align.errors import InputError
+
+INFINITE = math.inf
+
+
+@dataclass(frozen=True)
+class Range:
+    """From `low` to `high`, both included unless `above` or `below` says otherwise; `special` is allowed as well."""
+
+    low: float
+    high: float = INFINITE
+    above: bool = False  # more than `low`
+    below: bool = False  # less than `high`
+    special: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        if value == self.special:
+            return True
+        over = value > self.low if self.above else value >= self.low
+        under = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and over and under
+
+    def __str__(self) -> str:
+        if not (self.above or self.below) and self.high < INFINITE:
+            return f"{self.low:g} to {self.high:.10g}"
+        over = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
+        under = "" if self.high == INFINITE else f", {'less than' if self.below else 'at most'} {self.high:.10g}"
+        return over + under + ("" if self.special is None else f", or {self.special:g}")
+
+
+COUNT = Range(1)
+COUNT_OR_NONE = Range(0)
+POSITIVE = Range(0, above=True)
+SHARE = Range(0, 1)
+SHARE_BELOW_1 = Range(0, 1, below=True)
+SEED = Range(0, 2**32 - 1)  # what numpy can be seeded with
+
+RANGES = {
+    # LoRA
+    "lora_r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE_BELOW_1,
+    # Data
+    "shuffle_buffer": COUNT,
+    "size_valid_set": COUNT,
+    "validation_split_percentage": Range(0, 100, above=True, below=True),
+    "max_train_samples": COUNT,
+    "max_eval_samples": COUNT,
+    "num_workers": COUNT,
+    "max_bad_rows": SHARE,
+    "show_examples": COUNT_OR_NONE,
+    "max_seq_length": Range(2),  # a first token, and one that is learnt
+    "max_length": Range(2),
+    "max_prompt_length": COUNT,
+    # Batches
+    "num_buckets": Range(1, special=-1),
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "eval_accumulation_steps": COUNT,
+    "dataloader_num_workers": COUNT_OR_NONE,
+    "dataloader_prefetch_factor": COUNT,
+    # Optimisation
+    "learning_rate": POSITIVE,
+    "weight_decay": SHARE,
+    "adam_beta1": SHARE_BELOW_1,
+    "adam_beta2": SHARE_BELOW_1,
+    "adam_epsilon": Range(0, 1, above=True),
+    "max_grad_norm": COUNT_OR_NONE,
+    "num_train_epochs": COUNT_OR_NONE,
+    "max_steps": Range(1, special=-1),
+    "warmup_ratio": SHARE,
+    "warmup_steps": COUNT_OR_NONE,
+    "label_smoothing_factor": SHARE_BELOW_1,
+    "neftune_noise_alpha": POSITIVE,
+    "seed": SEED,
+    "data_seed": SEED,
+    # Preferences
+    "beta": POSITIVE,
+    "label_smoothing": Range(0, 0.5, below=True),
+    "f_alpha_divergence_coef": POSITIVE,
+    "ref_model_mixup_alpha": SHARE,
+    "ref_model_sync_steps": COUNT,
+    "rpo_alpha": COUNT_OR_NONE,
+    "sample_prompts": COUNT_OR_NONE,
+    # Logs, evaluation, checkpoints: below 1 is a share of all steps
+    "logging_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "eval_delay": COUNT_OR_NONE,
+    "save_steps": POSITIVE,
+    "save_total_limit": COUNT,
+    # Gaudi
+    "torch_empty_cache_steps": COUNT,
+    "ddp_bucket_cap_mb": COUNT,
+    "ddp_timeout": COUNT,
+    "cache_size_limit": COUNT,
+    "max_hpu_graphs": COUNT,
+    "context_parallel_size": COUNT,
+    "throughput_warmup_steps": COUNT_OR_NONE,
+    "profiling_warmup_steps": COUNT_OR_NONE,
+    "profiling_steps": COUNT_OR_NONE,
+    "profiling_warmup_steps_eval": COUNT_OR_NONE,
+    "profiling_steps_eval": COUNT_OR_NONE,
+}
+
+
+def limit(parser: argparse.ArgumentParser) -> None:
+    """Lets the parser refuse what `RANGES` does not hold, before anything else reads it."""
+    for action in parser._actions:
+        if action.dest in RANGES and callable(action.type):
+            action.type = _limited(action.dest, action.type, RANGES[action.dest])
+
+
+def _limited(name: str, read: Callable[[str], float], allowed: Range) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = read(text)
+        except ValueError:
+            kind = "a whole number" if read is int else "a number"
+            raise InputError(f"--{name}: got {text!r}; give {kind}, {allowed}") from None
+        if value not in allowed:
+            raise InputError(f"--{name}: got {text}; give {allowed}")
+        return value
+
+    return parse

@@ -3,6 +3,8 @@ else two loopback addresses. Only the transport of ssh is a stand-in. Run: pytes
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launches import ENGINES, SAVES, Launch
+from conftest import ROOT
+from launches import ENGINES, SAVES, SCRIPT_START, Launch
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 ARGUMENTS = ["two words; $HOME", ":", "", "`id`", 'say "hi"', "it's", "a\nb", "*", "#", "--", "漢"]
@@ -148,3 +151,71 @@ def test_a_node_with_too_few_cards_is_named(nodes):
         host = next(iter(nodes.hosts))
         problem = "slots=2 in the hostfile is more than the 1 Gaudi cards of this host"
         assert errors == f"gaudi_spawn.py: error: host {host}: {problem}\n"
+
+
+# Slurm's own commands: what they print and set, as far as the recipe sees it
+SCONTROL = """#!/bin/sh
+case $1 in
+show) printf '%s\\n' {hosts};;
+requeue) echo "$2" > requeued;;
+esac
+"""
+SRUN = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift; done
+export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_TASKS_PER_NODE=1 SLURM_STEP_NODELIST=node-a
+export PMI_RANK=0 PMI_SIZE=1 PMIX_RANK=0 PMIX_NAMESPACE=slurm.pmix.9.0
+exec "$@"
+"""
+JOB = {"SLURM_JOB_ID": "9", "SLURM_JOBID": "9", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NODELIST": "node-[a-b]"}
+JOB |= {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2"}
+
+
+def test_the_recipe_for_slurm_saves_and_is_queued_again(nodes, tmp_path):
+    page = (ROOT / "docs" / "many-cards.md").read_text(encoding="utf-8")
+    job = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "sft.py").write_text(
+        SCRIPT_START + SAVES.replace("sys.exit(0)", "sys.exit(128 + number)").replace("SIGHUP", "SIGUSR1")
+    )
+    (tmp_path / "gaudi_spawn.py").symlink_to(ROOT / "gaudi_spawn.py")
+    (tmp_path / "job.sh").write_text(job.replace("slots=8", "slots=1"))
+    tools = tmp_path / "tools"
+    shutil.copytree(nodes.folder / "bin", tools)
+    for name, text in (("scontrol", SCONTROL.replace("{hosts}", " ".join(nodes.hosts))), ("srun", SRUN)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    enter = next(iter(nodes.hosts.values()))
+    variables = os.environ | JOB | {"PATH": path, "PT_NOTES": str(notes)}
+    with subprocess.Popen(
+        [*enter, "bash", "job.sh"], cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True
+    ) as run:
+        deadline = time.monotonic() + 120
+        while len(list(notes.glob("up.[01]"))) < 2:
+            assert run.poll() is None, run.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher = next(
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if b"gaudi_spawn.py" in (words := (folder / "cmdline").read_bytes())
+            and b"hosts-9.txt" in words
+            and b"python" in words[:60]
+        )
+        os.kill(launcher, signal.SIGUSR1)
+        code = run.wait(timeout=60)
+
+    assert code == 138
+    assert {path.read_text() for path in notes.glob("saved.[01]")} == {"SIGUSR1"}
+    assert (tmp_path / "requeued").read_text() == "9\n"
+
+
+def test_the_environment_of_a_kubernetes_mpi_job_starts_the_ranks_of_its_hostfile(nodes):
+    body = "note('seen', os.environ['LOCAL_RANK'])"
+    operator = {"OMPI_MCA_orte_keep_fqdn_hostnames": "true", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile"}
+    operator |= {"OMPI_MCA_plm_rsh_agent": "ssh -o ConnectionAttempts=10", "K_MPI_JOB_ROLE": "launcher"}
+    with nodes.launch("mpi", [], body, **operator) as launch:
+        code, _, errors = launch.wait()
+        assert code == 0, errors
+        assert launch.noted("seen") == {0: "0", 1: "1", 2: "0"}

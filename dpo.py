@@ -18,7 +18,7 @@ from align.data.tokenization import SampleTokenizer, tokenize_pairs
 from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
-from align.training import folders, pairs, preference, reference, results
+from align.training import checkpoints, folders, pairs, preference, reference, results
 from align.upstream_fixes import attention_inputs, gaudi_config
 
 RECIPE = {
@@ -101,7 +101,14 @@ class PreferenceArguments:
     )
 
 
-ARGUMENTS = (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, PreferenceArguments, GaudiDPOConfig)
+ARGUMENTS = (
+    modeling.ModelArguments,
+    modeling.LoraArguments,
+    data.DataArguments,
+    PreferenceArguments,
+    checkpoints.RunArguments,
+    GaudiDPOConfig,
+)
 
 
 def check_preference_arguments(
@@ -150,9 +157,11 @@ def check_preference_arguments(
 
 
 def main() -> None:
-    model_args, lora_args, data_args, preference_args, args = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    model_args, lora_args, data_args, preference_args, run_args, args = parsed
     start_logging(args)
-    checkpoint = folders.check_training_arguments(args, model_args.model_name_or_path, preference_args.ref_model)
+    used = model_args.model_name_or_path, preference_args.ref_model
+    checkpoint = folders.check_training_arguments(args, run_args, *used)
     check_preference_arguments(args, preference_args, lora_args)
     set_seed(args.seed)
 
@@ -189,9 +198,15 @@ def main() -> None:
     rows = {
         name: pairs.collect(part.rows, per_device * args.world_size * args.max_steps) for name, part in prepared.items()
     }
+    models = {
+        "--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash),
+        "--ref_model": checkpoints.identify_model(ref_args.model_name_or_path, ref_config._commit_hash),
+    }
+    this_run = checkpoints.Run.of("dpo.py", parsed, prepared, models)
+    this_run.check(checkpoint)
     stored = {}
     if args.precompute_ref_log_probs:
-        about = (reference.identify_model(ref_args.model_name_or_path, ref_config), model_args, args.bf16)
+        about = models["--ref_model"], model_args.torch_dtype, model_args.use_flash_attention, args.bf16
         stored = reference.find(preference_args.ref_log_probs_dir, rows, *about)
 
     # Model
@@ -226,10 +241,11 @@ def main() -> None:
         tokenizer=tokenizer,
         peft_config=peft_config,
     )
+    trainer.watch(this_run, run_args)
 
     # Train
     if args.do_train:
-        folders.clear_output(args, checkpoint)
+        folders.clear_output(args, run_args, checkpoint)
         trainer.add_callback(preference.BeforeTraining(trainer, preference_args.sample_prompts))
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

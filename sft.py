@@ -18,7 +18,7 @@ from align.data.tokenization import SampleTokenizer, tokenize_samples
 from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
-from align.training import folders, results
+from align.training import checkpoints, folders, results
 from align.training.supervised import SupervisedTrainer, make_batches
 from align.upstream_fixes import attention_inputs, gaudi_config
 
@@ -40,13 +40,21 @@ class BatchArguments:
     )
 
 
-ARGUMENTS = (modeling.ModelArguments, modeling.LoraArguments, data.DataArguments, BatchArguments, GaudiSFTConfig)
+ARGUMENTS = (
+    modeling.ModelArguments,
+    modeling.LoraArguments,
+    data.DataArguments,
+    BatchArguments,
+    checkpoints.RunArguments,
+    GaudiSFTConfig,
+)
 
 
 def main() -> None:
-    model_args, lora_args, data_args, batch_args, args = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    model_args, lora_args, data_args, batch_args, run_args, args = parsed
     start_logging(args)
-    checkpoint = folders.check_training_arguments(args, model_args.model_name_or_path)
+    checkpoint = folders.check_training_arguments(args, run_args, model_args.model_name_or_path)
     if batch_args.num_buckets < 1 and not (args.packing or args.pad_max):
         raise InputError(f"--num_buckets: got {batch_args.num_buckets}; give 1 or more, or --packing True")
     set_seed(args.seed)
@@ -78,6 +86,10 @@ def main() -> None:
         data.show_examples(next(iter(prepared.values())).rows, tokenizer, data_args.show_examples)
         return
 
+    models = {"--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash)}
+    this_run = checkpoints.Run.of("sft.py", parsed, prepared, models)
+    this_run.check(checkpoint)
+
     # Model
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
     packable = batch_args.skip_probe or probe_packing(
@@ -102,10 +114,11 @@ def main() -> None:
         tokenizer=tokenizer,
         peft_config=peft_config,
     )
+    trainer.watch(this_run, run_args)
 
     # Train
     if args.do_train:
-        folders.clear_output(args, checkpoint)
+        folders.clear_output(args, run_args, checkpoint)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         results.save_results(trainer, "train", trained.metrics)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from align.errors import InputError
+from align.errors import InputError, ResultError, Stopped
 from align.ranges import limit
 
 if TYPE_CHECKING:
@@ -63,12 +63,13 @@ def start_logging(args) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; an `InputError` becomes `script.py: error: ...` and exit code 2.
+    """Runs a script's `main`. Exit codes: 2 for an `InputError`, 3 for a `ResultError`, 128 + signal when `Stopped`.
 
-    Every rank says so, as any of them may be the first to end; gaudi_spawn.py shows it once.
+    Every rank says why, as any of them may be the first to end; gaudi_spawn.py shows it once.
     """
     try:
         main()
-    except InputError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, ResultError, Stopped) as error:
+        kind = "" if isinstance(error, Stopped) else "error: "
+        print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr)
+        sys.exit({InputError: 2, ResultError: 3}.get(type(error)) or 128 + error.number)

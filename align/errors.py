@@ -1,4 +1,4 @@
-"""Wrong input ends in one clear line on standard error and exit code 2: align/cli.py."""
+"""How a run ends otherwise than well, in one clear line on standard error: align/cli.py gives the exit codes."""
 
 
 class InputError(Exception):
@@ -9,3 +9,15 @@ def check_seed(seed: int) -> None:
     """Refuses what numpy cannot be seeded with."""
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed: got {seed}; give 0 to {2**32 - 1}")
+
+
+class ResultError(Exception):
+    """What the run has made cannot be trusted. The message is one line; the exit code is 3."""
+
+
+class Stopped(Exception):
+    """A signal has ended the run, which has saved before. The message is one line; the exit code is 128 + `number`."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number

@@ -96,6 +96,8 @@ RANGES = {
     "eval_delay": COUNT_OR_NONE,
     "save_steps": POSITIVE,
     "save_total_limit": COUNT,
+    "save_seconds": COUNT_OR_NONE,
+    "max_nonfinite_steps": COUNT,
     # Gaudi
     "torch_empty_cache_steps": COUNT,
     "ddp_bucket_cap_mb": COUNT,

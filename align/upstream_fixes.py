@@ -8,9 +8,12 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
+import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from align.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +125,54 @@ def _show_all_parts(optimizer: "torch.optim.Optimizer", *_) -> None:
         if "step" in group:
             optimizer.state[group["params"][0]]["steps"] = group["step"]
     optimizer.param_groups = optimizer.groups_of_all_parts
+
+
+def load_deepspeed_safely() -> None:
+    """Makes DeepSpeed load its checkpoints without running what is pickled in them.
+
+    DeepSpeed 0.16.9 loads with `weights_only=False` (runtime/checkpoint_engine/torch_checkpoint_engine.py:28). Can go
+    when it does not.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    TorchCheckpointEngine.load = _load_tensors
+
+
+def _load_tensors(_, path: str, map_location: Any = None) -> Any:
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--resume: {path} holds more than tensors and is not loaded: {reason}") from error
+
+
+def check_deepspeed_steps(accelerator: Any, may_step: Callable[[bool], bool]) -> None:
+    """Lets `may_step(gradients are finite)` decide over each of DeepSpeed's steps.
+
+    accelerate 1.10.1 takes the step inside its `backward` (utils/deepspeed.py:278), and DeepSpeed 0.16.9 looks for
+    values that are not finite under fp16 alone (zero/stage3.py:2043, stage_1_and_2.py:1844). Both of its ZeRO
+    optimizers leave a step out whose `overflow` is set.
+    """
+    from accelerate.utils import DeepSpeedEngineWrapper
+
+    class CheckedEngine(DeepSpeedEngineWrapper):
+        def backward(self, loss: "torch.Tensor", sync_gradients: bool = True, **kwargs) -> None:
+            self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+            self.engine.backward(loss, **kwargs)
+            if sync_gradients:
+                optimizer = self.engine.optimizer
+                optimizer.overflow = not may_step(not optimizer.has_overflow())
+                self.engine.step()
+                optimizer.overflow = False  # so that the schedule goes on
+
+    if not isinstance(accelerator.deepspeed_engine_wrapped, CheckedEngine):
+        accelerator.deepspeed_engine_wrapped = CheckedEngine(accelerator.deepspeed_engine_wrapped.engine)
 
 
 # ---------------------------------------------------------------- the models

@@ -205,7 +205,10 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
         ("--do_train --use_habana False", "cannot be used without `--use_habana`"),
         ("--do_train --resume_from_checkpoint True", "--resume_from_checkpoint: no checkpoint at out"),
         ("--do_train --output_dir file", "--output_dir: file is a file; name a folder"),
-        ("--do_train --output_dir held", r"--output_dir: held holds another run \(adapter_config.json\); add --resume"),
+        (
+            "--do_train --output_dir held",
+            r"--output_dir: held holds another run \(adapter_config.json\); add --resume auto",
+        ),
         ("--do_train --flash_attention_causal_mask --attn_implementation gaudi_fused_sdpa", "add --packing False"),
     ],
 )

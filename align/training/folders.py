@@ -3,15 +3,16 @@
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from align.errors import InputError, check_seed
+from align.training import checkpoints
+from align.training.checkpoints import UNFINISHED, RunArguments
 
 RUN_FILES = ("adapter_config.json", "adapter_model.*", "model*.safetensors", "pytorch_model*", "checkpoint-*")
+LEFTOVERS = (f"{UNFINISHED}*", "failed-*", "bad_batch.jsonl", checkpoints.MANIFEST)
 RESULT_FILES = ("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json")
 
 
-def check_training_arguments(args, *models: str | None) -> str | None:
+def check_training_arguments(args, run_args: RunArguments, *models: str | None) -> str | None:
     """Finds what cannot work before anything is loaded; returns the checkpoint to resume from, if any.
 
     `models` are those that the run reads, which it must not replace.
@@ -24,33 +25,64 @@ def check_training_arguments(args, *models: str | None) -> str | None:
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output_dir: {output} is a file; name a folder")
-    wanted = args.resume_from_checkpoint
-    if wanted in (None, "False", "false"):
-        held = next((path for name in RUN_FILES for path in output.glob(name)), None)
-        if args.do_train and held is not None and not args.overwrite_output_dir:
-            raise InputError(
-                f"--output_dir: {output} holds another run ({held.name}); add --resume_from_checkpoint True to go on "
-                "with it, --overwrite_output_dir to replace it, or name another folder"
-            )
-        replaced = [output.resolve(), *(path.resolve() for path in output.glob("checkpoint-*"))]
-        used = next((model for model in models if model and Path(model).resolve() in replaced), None)
-        if args.do_train and held is not None and used is not None:
-            raise InputError(f"--overwrite_output_dir would replace {used}, which this run reads; name another folder")
-        return None
+    if not args.save_safetensors:
+        raise InputError(
+            "--save_safetensors False: weights are saved as safetensors alone, which run no code when read"
+        )
+    if args.auto_find_batch_size:
+        raise InputError(
+            "--auto_find_batch_size: batches have few fixed shapes here; try --per_device_train_batch_size by hand"
+        )
+    return find_checkpoint(args, run_args, *models) if args.do_train else None
+
+
+def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | None:
+    """The checkpoint that --resume or --resume_from_checkpoint ask for; refuses to write over another run unasked."""
+    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    wanted = None if wanted in (None, "False", "false") else wanted
+    ranks = args.process_index, args.world_size
+    if run_args.resume == "auto" and (wanted or args.overwrite_output_dir):
+        other = "--resume_from_checkpoint" if wanted else "--overwrite_output_dir"
+        raise InputError(f"--resume auto contradicts {other}; give one of them")
+    if run_args.resume == "auto":
+        return _as_text(checkpoints.find_last(output, *ranks))
     if wanted in ("True", "true"):
-        checkpoint, place = get_last_checkpoint(str(output)) if output.is_dir() else None, output
-    else:
-        checkpoint = place = wanted
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        raise InputError(f"--resume_from_checkpoint: no checkpoint at {place}")
-    return checkpoint
+        found = checkpoints.find_last(output, *ranks)
+        if found is None:
+            raise InputError(f"--resume_from_checkpoint: no checkpoint at {output}; --resume auto begins without one")
+        return _as_text(found)
+    if wanted:
+        if not Path(wanted).is_dir():
+            raise InputError(f"--resume_from_checkpoint: no checkpoint at {wanted}")
+        if damage := checkpoints.shared_damage(Path(wanted), *ranks):
+            raise InputError(f"--resume_from_checkpoint: {wanted} cannot be resumed: {damage}")
+        if not checkpoints.read_manifest(Path(wanted))["resumable"]:
+            raise InputError(f"--resume_from_checkpoint: {wanted} was made with --save_only_model: it has no optimizer")
+        return wanted
+    held = next((path for name in RUN_FILES for path in output.glob(name)), None)
+    if held is not None and not args.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir: {output} holds another run ({held.name}); add --resume auto to go on "
+            "with it, --overwrite_output_dir to replace it, or name another folder"
+        )
+    replaced = [output.resolve(), *(path.resolve() for path in output.glob("checkpoint-*"))]
+    used = next((model for model in models if model and Path(model).resolve() in replaced), None)
+    if held is not None and used is not None:
+        raise InputError(f"--overwrite_output_dir would replace {used}, which this run reads; name another folder")
+    return None
 
 
-def clear_output(args, checkpoint: str | None) -> None:
+def _as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def clear_output(args, run_args: RunArguments, checkpoint: str | None) -> None:
     """Removes what an earlier run left in --output_dir, where --overwrite_output_dir asks for it (rank 0).
 
     Else that run's last checkpoint might be resumed from, or its adapter be loaded on top of newly trained weights.
+    What --resume auto has to begin anew left no checkpoint that is whole.
     """
-    if checkpoint is None and args.overwrite_output_dir and args.should_save:
-        for path in [path for name in RUN_FILES + RESULT_FILES for path in Path(args.output_dir).glob(name)]:
+    if checkpoint is None and (args.overwrite_output_dir or run_args.resume == "auto") and args.should_save:
+        names = RUN_FILES + RESULT_FILES + LEFTOVERS
+        for path in [path for name in names for path in Path(args.output_dir).glob(name)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -4,21 +4,25 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from optimum.habana import GaudiConfig, GaudiTrainer
 from optimum.habana.trl import GaudiDPOConfig, GaudiDPOTrainer
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_model, save_model
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.dpo_config import FDivergenceConstants, FDivergenceType
 from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
 
+from align.data.packing import NONE
 from align.errors import InputError
 from align.models.attention import segment_mask
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.training.reference import Stored, store
+from align.training.reliable import ReliableMixin
 from align.upstream_fixes import StepsInPartsMixin, WholeStepsMixin
 
 logger = logging.getLogger(__name__)
@@ -27,6 +31,7 @@ SMOOTHED = ("sigmoid", "robust", "exo_pair")  # the losses that --label_smoothin
 DIVERGING = (*SMOOTHED, "hinge", "ipo")  # the losses that --f_divergence_type has an effect on
 LOSSES = (*DIVERGING, "sppo_hard", "nca_pair")
 MIXING = ("aot", "aot_pair", "bco_pair")
+SYNCED_REFERENCE = "reference.safetensors"
 SAMPLED_TOKENS = 128  # of each answer that is shown
 SLACK = 1.125  # a micro-batch may be this much larger than the padded pairs that it replaces
 
@@ -113,7 +118,7 @@ def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.
     return sums.index_add(0, slots.flatten(), values.flatten())[:-1].view(pairs, 2)
 
 
-class PreferenceTrainer(WholeStepsMixin, StepsInPartsMixin, GaudiDPOTrainer):
+class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GaudiDPOTrainer):
     """GaudiDPOTrainer's losses on `PairDataset`s; the base under a LoRA adapter is the reference.
 
     Loss, gradient and metrics are means over the pairs of a whole step (rpo_alpha's: over its chosen tokens), however
@@ -241,6 +246,15 @@ class PreferenceTrainer(WholeStepsMixin, StepsInPartsMixin, GaudiDPOTrainer):
         with model.disable_adapter():
             return self._score(model if self.is_deepspeed_enabled else model.get_base_model(), inputs)[0]
 
+    def describe_rows(self, batch: Mapping[str, torch.Tensor]) -> list[dict]:
+        pairs = [int(index) for index in batch["indices"] if index != NONE]
+        columns = {"prompt": "prompt_input_ids", "chosen": "chosen_input_ids", "rejected": "rejected_input_ids"}
+        decode = self.processing_class.decode
+        return [
+            {"row": index, **{name: decode(self.train_dataset.pairs[index][key]) for name, key in columns.items()}}
+            for index in pairs
+        ]
+
     # Loss and metrics
 
     def _total(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
@@ -318,6 +332,34 @@ class PreferenceTrainer(WholeStepsMixin, StepsInPartsMixin, GaudiDPOTrainer):
         """The last training metrics that were logged, as `train_rewards/margins` and so on."""
         entry = next((entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry), {})
         return {f"train_{name}": value for name, value in entry.items() if "/" in name}
+
+    # In a checkpoint
+
+    def progress(self) -> dict:
+        """The sums that were not logged yet, of all ranks."""
+        totals = self.totals.get("train", {})
+        stacked = torch.stack([total.float() for total in totals.values()]) if totals else torch.zeros(0)
+        sums = self.accelerator.reduce(stacked.to(self.args.device), "sum").tolist() if totals else []
+        return {**super().progress(), "totals": dict(zip(totals, sums, strict=True))}
+
+    def restore_progress(self, progress: Mapping) -> None:
+        super().restore_progress(progress)
+        share = float(self.args.process_index == 0)  # they are added up over ranks again
+        totals = {
+            name: torch.tensor(total * share, device=self.args.device) for name, total in progress["totals"].items()
+        }
+        self.totals = {"train": totals} if totals else {}
+
+    def save_more(self, folder: Path) -> None:
+        """The reference that --sync_ref_model has moved."""
+        if self.args.sync_ref_model and self.args.should_save:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            save_model(reference, str(folder / SYNCED_REFERENCE))
+
+    def load_more(self, folder: Path) -> None:
+        if self.args.sync_ref_model:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            load_model(reference, folder / SYNCED_REFERENCE, device="cpu")
 
     # Before and after training
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from datasets import Dataset, config
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import PretrainedConfig
 
 from align.errors import InputError
+from align.training.checkpoints import all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -26,24 +27,30 @@ class Stored:
     values: np.ndarray | None
 
 
-def identify_model(name: str, model_config: PretrainedConfig) -> str:
-    """What changes when the model's files do: their sizes and times in a local folder, the commit on the hub."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"{name} {model_config._commit_hash}"
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
-    return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-
-
 def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> dict[str, Stored]:
-    """What is stored for each split; the file's name is a hash of the split's content and all that is in `about`."""
+    """What is stored for each split; the file's name is a hash of the split's content and all that is in `about`.
+
+    Ranks on nodes with disks of their own agree: what one of them lacks all compute. All ranks call it.
+    """
     folder = Path(folder or config.HF_DATASETS_CACHE / "reference_log_probs")
     found = {}
     for name, split in splits.items():
         key = hashlib.sha256(repr((split._fingerprint, *about)).encode()).hexdigest()[:32]
         path = folder / f"{key}.safetensors"
-        found[name] = Stored(path, _load(path, len(split)) if path.exists() else None)
-        logger.info(f"{name}: reference log-probs {'from' if path.exists() else 'will be stored in'} {path}")
+        values = problem = None
+        try:
+            values = _load(path, len(split)) if path.exists() else None
+        except InputError as error:
+            problem = error
+        if problem := next(filter(None, all_ranks(problem)), None):
+            raise problem
+        if any(missing := all_ranks(values is None)):
+            if not all(missing):
+                ranks = ", ".join(str(rank) for rank, is_missing in enumerate(missing) if is_missing)
+                logger.info(f"{name}: ranks {ranks} do not have the reference log-probs of the others")
+            values = None
+        found[name] = Stored(path, values)
+        logger.info(f"{name}: reference log-probs {'will be stored in' if values is None else 'from'} {path}")
     return found
 
 
@@ -51,12 +58,18 @@ def _load(path: Path, pairs: int) -> np.ndarray:
     """What is there must be whole and fit."""
     try:
         with safe_open(path, framework="numpy") as file:
-            key, values = (file.metadata() or {}).get("key"), file.get_tensor("log_probs")
+            told, values = file.metadata() or {}, file.get_tensor("log_probs")
     except (SafetensorError, OSError) as error:
         raise InputError(f"--ref_log_probs_dir: {path} is damaged ({error}); delete it to compute it anew") from error
-    if key != path.stem or values.shape != (pairs, 2) or not np.isfinite(values).all():
+    if told.get("key") != path.stem or values.shape != (pairs, 2) or not np.isfinite(values).all():
         raise InputError(f"--ref_log_probs_dir: {path} is of another run or broken; delete it to compute it anew")
+    if told.get("xxh3_128") != _checksum(values):
+        raise InputError(f"--ref_log_probs_dir: {path} is damaged: not what was written; delete it to compute it anew")
     return values
+
+
+def _checksum(values: np.ndarray) -> str:
+    return xxhash.xxh3_128(values.tobytes()).hexdigest()
 
 
 def store(stored: Stored, values: np.ndarray, write: bool) -> None:
@@ -65,5 +78,6 @@ def store(stored: Stored, values: np.ndarray, write: bool) -> None:
     if write:
         stored.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = stored.path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"log_probs": stored.values}, unfinished, metadata={"key": stored.path.stem})
+        told = {"key": stored.path.stem, "xxh3_128": _checksum(stored.values)}
+        save_file({"log_probs": stored.values}, unfinished, metadata=told)
         os.replace(unfinished, stored.path)

@@ -22,6 +22,7 @@ from align.data.packing import (
 )
 from align.errors import InputError
 from align.models.attention import segment_mask
+from align.training.reliable import ReliableMixin
 from align.upstream_fixes import RightScaleMixin, StepsInPartsMixin, WholeStepsMixin
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int)
     logger.info(f"{name}: {tokens / computed:.1%} of the computed tokens are useful; shapes: {len(batches)} ({shapes})")
 
 
-class SupervisedTrainer(RightScaleMixin, WholeStepsMixin, StepsInPartsMixin, GaudiSFTTrainer):
+class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsInPartsMixin, GaudiSFTTrainer):
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
     def __init__(self, *, args, train: Batches | None, validation: Batches | None, **kwargs):
@@ -121,6 +122,27 @@ class SupervisedTrainer(RightScaleMixin, WholeStepsMixin, StepsInPartsMixin, Gau
 
     def without_loss(self, batch):
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+    def describe_rows(self, batch):
+        """A packed row is taken apart into its samples; of a stream they have no number."""
+        for place, ids in enumerate(batch["input_ids"].numpy()):
+            segments = (batch.get("segment_ids", batch.get("attention_mask"))[place]).numpy()
+            for segment in np.unique(segments[segments > 0]):
+                sample = ids[segments == segment]
+                yield {
+                    "row": self._find_sample(sample),
+                    "text": self.processing_class.decode(sample),
+                    "input_ids": sample.tolist(),
+                }
+
+    def _find_sample(self, ids: np.ndarray) -> int | None:
+        """The number of that sample among the training samples."""
+        rows = self.batches["train"].rows
+        if not isinstance(rows, RowDataset):
+            return None
+        alike = np.flatnonzero(rows.lengths == len(ids))
+        found = (int(row) for row in alike if np.array_equal(rows.samples[[row]]["input_ids"][0].as_py(), ids))
+        return next(found, None)
 
     def _prepare_inputs(self, inputs):
         """On the device: segment ids become the mask that keeps packed samples apart; nothing is cached in training."""

@@ -1,0 +1,336 @@
+"""Checkpoints that are whole or not there, and what a run must have in common with the one that wrote them.
+
+A checkpoint is written as `unfinished-checkpoint-N`. When all ranks have written their part, `manifest.json` lists
+every file with its size and hash, everything is flushed to the disk, and one rename makes it `checkpoint-N`.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+
+from align.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+UNFINISHED = "unfinished-"
+CHUNK = 1 << 22  # bytes read at once
+PIECE = 1 << 16  # bytes of a piece of a large file
+PACKAGES = ("optimum-habana", "transformers", "accelerate", "peft", "trl", "torch", "habana-torch-plugin")
+SECRETS = ("token", "hub_token", "push_to_hub_token")
+
+
+@dataclass
+class RunArguments:
+    """How a run goes on after an interruption, and when it gives up."""
+
+    resume: str = field(
+        default="no",
+        metadata={
+            "help": "`auto` goes on from the last whole checkpoint in --output_dir, and begins where there is none.",
+            "choices": ["no", "auto"],
+        },
+    )
+    save_seconds: float = field(default=0, metadata={"help": "Save a checkpoint every so many seconds too; 0: do not."})
+    max_nonfinite_steps: int = field(
+        default=3,
+        metadata={"help": "End the run when so many steps in all had a loss or gradient that is not finite."},
+    )
+
+
+# ---------------------------------------------------------------- files
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128: against accidents, at the speed of memory."""
+    digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK)
+    with open(path, "rb") as file:
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or the entries of a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Paths within `folder`, in an order that all ranks agree on; the manifest itself is not among them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [str(path.relative_to(folder)) for path in paths if path != folder / MANIFEST]
+
+
+def seal(folder: Path, rank: int, ranks: int) -> dict[str, dict]:
+    """Flushes and describes this rank's share of the files: size and hash by name."""
+    described = {}
+    for name in list_files(folder)[rank::ranks]:
+        path = folder / name
+        described[name] = {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
+        sync(path)
+    return described
+
+
+def commit(folder: Path, final: Path, files: Mapping[str, dict], about: Mapping[str, Any]) -> None:
+    """Makes the sealed `folder` the checkpoint `final`: from here on it is whole."""
+    manifest = {"version": MANIFEST_VERSION, **about, "files": dict(sorted(files.items()))}
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync(path)
+    if final.exists():  # of the same step, from before a resume
+        shutil.rmtree(final)
+    os.rename(folder, final)
+    sync(final.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file that appears with all of its content or not at all."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """None where there is none, or no whole one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        known = manifest["version"] == MANIFEST_VERSION and all(
+            entry["xxh3_128"] for entry in manifest["files"].values()
+        )
+        return manifest if known and isinstance(manifest["step"], int) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What keeps `folder` from being a whole checkpoint; of several ranks each reads its share of the files."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        missing = not (folder / MANIFEST).is_file()
+        return f"{MANIFEST} is missing: not finished, or of another program" if missing else f"{MANIFEST} is damaged"
+    if more := sorted(set(list_files(folder)) - set(manifest["files"])):
+        return f"{more[0]} is not in its {MANIFEST}"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+    for name in list(manifest["files"])[rank::ranks]:
+        try:
+            changed = hash_file(folder / name) != manifest["files"][name]["xxh3_128"]
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if changed:
+            return f"{name} is not what was written"
+    return None
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def all_ranks(value: Any) -> list:
+    """`value` of every rank, by rank."""
+    return gather_object([value]) if _distributed() else [value]
+
+
+def on_rank_0(compute: Callable[[], Any]) -> Any:
+    """What `compute()` gives on rank 0, for all ranks; an `InputError` there is one everywhere."""
+    outcome: Any = None
+    if not _distributed() or torch.distributed.get_rank() == 0:
+        try:
+            outcome = compute()
+        except InputError as error:
+            outcome = error
+    outcome = all_ranks(outcome)[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """Those in `output`, the newest first, whole or not."""
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def shared_damage(folder: Path, rank: int, ranks: int) -> str | None:
+    return next(filter(None, all_ranks(find_damage(folder, rank, ranks))), None)
+
+
+def find_last(output: Path, rank: int, ranks: int) -> Path | None:
+    """The newest whole checkpoint; those after it are named in one line each."""
+    unfinished = sorted(path.name for path in output.glob(f"{UNFINISHED}checkpoint-*"))
+    for name in all_ranks(unfinished)[0]:
+        logger.warning(f"{output / name} was being written when its run ended; it is left out")
+    for name in all_ranks([path.name for path in list_checkpoints(output)])[0]:
+        damage = shared_damage(output / name, rank, ranks)
+        if damage is None and not read_manifest(output / name)["resumable"]:
+            damage = "made with --save_only_model: it holds no optimizer"
+        if damage is None:
+            return output / name
+        logger.warning(f"{output / name} cannot be resumed ({damage}); looking for the one before it")
+    return None
+
+
+# ---------------------------------------------------------------- which run it is of
+
+# What decides the rows, their order, the loss or the shape of the optimizer's state. Whatever else differs is told.
+SAME = {
+    "seed", "data_seed", "packing", "pad_max", "max_seq_length", "max_length", "max_prompt_length", "truncation",
+    "train_on_prompt", "share_prompts", "gradient_accumulation_steps", "streaming", "shuffle_buffer", "split", "subset",
+    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "bf16", "torch_dtype", "optim",
+    "loss_type", "beta", "label_smoothing", "rpo_alpha", "reference_free", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps", "f_divergence_type", "f_alpha_divergence_coef", "ignore_data_skip", "disable_dropout",
+}  # fmt: skip
+# What changes with every command, or has no say in what is learnt
+UNTOLD = {
+    "resume", "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "logging_dir", "run_name", "local_rank",
+    "model_name_or_path", "tokenizer_name_or_path", "ref_model", "dataset_name", "deepspeed", "deepspeed_plugin",
+    "distributed_state", "accelerator_config", "world_size",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A run as its checkpoints describe it."""
+
+    flags: dict[str, Any]
+    facts: dict[str, str]  # what must not differ, beside the flags in SAME
+
+    @classmethod
+    def of(cls, script: str, parsed: Iterable, prepared: Mapping[str, Any], models: Mapping[str, str]) -> "Run":
+        """`parsed` are the dataclasses of the command line, `prepared` the splits, `models` what identifies each."""
+        *_, data_args, args = [each for each in parsed if hasattr(each, "dataset_name") or hasattr(each, "output_dir")]
+        flags = {one.name: _plain(getattr(each, one.name, None)) for each in parsed for one in fields(each)}
+        flags = {name: value for name, value in flags.items() if name not in SECRETS and not name.startswith("_")}
+        train = prepared.get("train")
+        facts = {
+            "script": script,
+            **models,
+            "--dataset_name": train and on_rank_0(lambda: identify_rows(train.rows, data_args.dataset_name)),
+            "--deepspeed": _sharing(args),
+            "number of rows of all ranks (--per_device_train_batch_size x ranks)": str(
+                args.per_device_train_batch_size * args.world_size
+            ),
+        }
+        return cls(flags | {"world_size": args.world_size}, facts)
+
+    def check(self, checkpoint: str | None) -> None:
+        """Refuses a checkpoint of a run that learnt something else; tells what else has changed since."""
+        if checkpoint is None:
+            return
+        folder, manifest = Path(checkpoint), read_manifest(Path(checkpoint))
+        then, facts = manifest["flags"], manifest["facts"]
+        for name, value in self.facts.items():
+            if name in facts and facts[name] != value:
+                short = f"{_short(facts[name])} then, {_short(value)} now"
+                raise InputError(f"--resume: {folder} was made with another {name}: {short}")
+        changed = {name: (then[name], value) for name, value in self.flags.items() if name in then}
+        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        for name, (before, now) in changed.items():
+            if name in SAME:
+                raise InputError(
+                    f"--resume: {folder} was made with --{name} {_short(before)}, this is {_short(now)}; "
+                    "give the same, or another --output_dir"
+                )
+        sharded = self.facts["--deepspeed"] != "none"
+        if sharded and manifest["world_size"] != self.flags["world_size"]:
+            raise InputError(
+                f"--resume: {folder} holds the shards of {manifest['world_size']} ranks, these are "
+                f"{self.flags['world_size']}; DeepSpeed puts them together for as many alone"
+            )
+        told = [f"--{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items() if name not in UNTOLD]
+        if manifest["world_size"] != self.flags["world_size"]:
+            told.append(f"ranks {manifest['world_size']} -> {self.flags['world_size']} (dropout is drawn anew)")
+        if told:
+            logger.info(f"changed since {folder}: {', '.join(told)}")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _sharing(args: Any) -> str:
+    if args.deepspeed is None:
+        return "none"
+    config = args.hf_deepspeed_config.config
+    return f"ZeRO-{config.get('zero_optimization', {}).get('stage', 0)}"
+
+
+def software() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def identify_rows(rows: Dataset | IterableDataset, name: str) -> str:
+    """A hash of all tokens; of a stream, which nobody has read, of its name and what a local file holds."""
+    digest = xxhash.xxh3_128()
+    if isinstance(rows, IterableDataset):
+        path = Path(name).expanduser()
+        return f"stream {identify_files([path]) if path.is_file() else name}"
+    columns = [column for column in rows.column_names if column not in ("length", "trained")]
+    table = rows.select_columns([*columns]).with_format("arrow")
+    for part in table.iter(batch_size=10_000):
+        for column in columns:
+            array = part[column].combine_chunks()
+            digest.update(array.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(array.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def identify_files(paths: Iterable[Path]) -> str:
+    """A hash of names, sizes and content; of files beyond 64 MiB it reads 1024 pieces.
+
+    Another model's weights differ nearly everywhere, and those of a merge in every layer.
+    """
+    digest = xxhash.xxh3_128()
+    for path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(PIECE, size // 1024)):
+                file.seek(start)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def identify_model(name: str, commit: str | None) -> str:
+    """What changes when the model does: its files in a local folder, the commit on the hub. All ranks call it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name} {commit}"
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    return on_rank_0(lambda: identify_files([*weights, folder / "config.json"]))

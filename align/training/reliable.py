@@ -1,0 +1,470 @@
+"""What makes a run survive and its result be trusted, for every trainer: checkpoints, resuming, signals, bad steps."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import SaveStrategy
+
+from align.errors import InputError, ResultError, Stopped
+from align.training import checkpoints
+from align.training.checkpoints import UNFINISHED, Run, RunArguments, all_ranks
+from align.training.gate import MOVED, Gate, Movement
+from align.upstream_fixes import check_deepspeed_steps, load_deepspeed_safely
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+STATE = "trainer_state.json"
+PICKLED_ARGUMENTS = "training_args.bin"  # nobody reads it, and it would have to be unpickled
+
+
+class ReliableMixin:
+    """Stands first among a trainer's classes. `watch` tells it of the run."""
+
+    def watch(self, run: Run, run_args: RunArguments) -> None:
+        self.run, self.run_args = run, run_args
+        self.gate = Gate(self.model)
+        self.movement: Movement | None = None
+        self.signal = 0  # that this rank got
+        self.stopped_by = 0  # that all ranks agree on
+        self.nonfinite_steps = 0
+        self.saved_at, self.saved_step = time.monotonic(), None
+        self.losses: list[torch.Tensor] = []  # of the step's micro-batches
+        self.step_batches: list[Mapping] = []
+        self.grad_norm: torch.Tensor | None = None
+        self.carried_loss = 0.0  # that was not logged before the checkpoint
+        self.resumed: dict | None = None  # the manifest
+        self.hashes_order = self.hash_order()
+        self.add_callback(_AfterEachStep(self))
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        folder = resume_from_checkpoint and Path(resume_from_checkpoint)
+        self.resumed, self.resumed_from = checkpoints.read_manifest(folder) if folder else None, folder
+        if self.resumed and self.resumed["order"] != self.hashes_order:
+            raise InputError(
+                f"--resume: {folder} was made with rows in another order, so that its steps would be other ones: other "
+                "data, batch size or ranks; give what it was made with, or another --output_dir"
+            )
+        if self.is_deepspeed_enabled:
+            load_deepspeed_safely()
+        with self._heed_signals():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.stopped_by:
+            name, saved = (
+                signal.Signals(self.stopped_by).name,
+                Path(self.args.output_dir, f"checkpoint-{self.saved_step}"),
+            )
+            raise Stopped(
+                f"{name}: stopped after step {self.state.global_step}; {saved} is saved, and the same command with "
+                "--resume auto goes on from there",
+                self.stopped_by,
+            )
+        self._correct_speed(output.metrics)
+        return output
+
+    def _correct_speed(self, metrics: dict[str, float]) -> None:
+        """optimum-habana 1.21.2 divides the samples of all steps by the time of those since the resume."""
+        if self.resumed:
+            share = (self.state.global_step - self.resumed["step"]) / max(1, self.state.max_steps)
+            for name in ("train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"):
+                if name in metrics:
+                    metrics[name] = round(metrics[name] * share, 3)
+
+    def _inner_training_loop(self, batch_size=None, **kwargs):
+        """With the batch size of the command line, where a resume would take that of the checkpoint."""
+        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """No epoch where the checkpoint has all steps: the loop would take one more."""
+        epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        finished = self.resumed is not None and self.resumed["step"] >= max_steps
+        if finished:
+            logger.info(f"all {max_steps} steps were taken before; nothing is left to train")
+        return (0 if finished else epochs, *others, max_steps)
+
+    def hash_order(self) -> str | None:
+        """Of what each step of the first epoch trains on; None where nobody can tell before, as of a stream."""
+        sampler = self._get_train_sampler() if self.train_dataset is not None else None
+        if sampler is None:
+            return None
+        digest = xxhash.xxh3_128(np.fromiter(sampler, np.int64).tobytes())
+        rows = getattr(self.train_dataset, "rows", None)
+        for part in ("members", "starts"):
+            digest.update(np.ascontiguousarray(getattr(rows, part, ())).tobytes())
+        return digest.hexdigest()
+
+    # Steps
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.step_batches.append(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _agree(self, gradients_are_finite: bool | None = None) -> bool:
+        """Once a step, before it is taken: what all ranks shall do about it. Returns whether it may be taken."""
+        losses = torch.stack([loss.float().reshape(()) for loss in self.losses]).tolist()
+        finite = self._are_finite(losses, gradients_are_finite)
+        due = self.run_args.save_seconds and time.monotonic() - self.saved_at >= self.run_args.save_seconds
+        bad, stopped_by, due = self._highest([not finite, self.signal, bool(due) and self.is_world_process_zero()])
+        self.stopped_by = self.stopped_by or stopped_by
+        self.save_is_due = bool(due or self.stopped_by)
+        if bad:
+            self._skip_step(losses)
+        else:
+            self.movement.rates += self._get_learning_rate()
+        self.losses, self.step_batches = [], []
+        return not bad
+
+    def _highest(self, votes: list) -> list[int]:
+        """The highest of each vote among all ranks."""
+        if self.args.world_size == 1:
+            return [int(vote) for vote in votes]
+        votes = torch.tensor([int(vote) for vote in votes], dtype=torch.int32, device=self.args.device)
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+        return votes.tolist()
+
+    def _are_finite(self, losses: list[float], gradients_are_finite: bool | None) -> bool:
+        if gradients_are_finite is None:
+            gradients_are_finite = self._has_finite_gradients()
+        return gradients_are_finite and bool(np.isfinite(losses).all())
+
+    def _has_finite_gradients(self) -> bool:
+        norm, self.grad_norm = self.grad_norm, None
+        if norm is None:  # --max_grad_norm 0
+            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            norm = torch.stack([each.float().norm() for each in gradients]).sum() if gradients else torch.zeros(())
+        return bool(torch.as_tensor(norm).isfinite().all())
+
+    def _skip_step(self, losses: list[float]) -> None:
+        self.nonfinite_steps += 1
+        step, limit = self.state.global_step + 1, self.run_args.max_nonfinite_steps
+        suspects = [not np.isfinite(loss) for loss in losses]
+        rows = [
+            {"step": step, "rank": self.args.process_index, "loss": str(loss), **row}
+            for batch, loss, suspect in zip(self.step_batches, losses, suspects, strict=True)
+            for row in (self.describe_rows(batch) if suspect or not any(suspects) else ())
+        ]
+        where = [bool(any(suspects)) for suspects in all_ranks(suspects)]
+        told = [row for rank, part in enumerate(all_ranks(rows)) if where[rank] or not any(where) for row in part]
+        path = Path(self.args.output_dir, "bad_batch.jsonl")
+        if self.is_world_process_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in told)
+        names = ", ".join(dict.fromkeys(str(row.get("row", "?")) for row in told))
+        names = names if len(names) < 200 else f"{names[:200]}..."
+        what = "a loss" if any(where) else "the gradient"
+        line = f"step {step}: {what} is not finite; the step is not taken. Its rows ({names}) are in {path}"
+        if self.nonfinite_steps >= limit:
+            raise ResultError(f"{line}. This was number {self.nonfinite_steps} of --max_nonfinite_steps {limit}")
+        logger.warning(line)
+
+    def describe_rows(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """What a batch was made of: `row`, its place in the training rows, `text` and `input_ids`."""
+        raise NotImplementedError
+
+    # Signals
+
+    @contextlib.contextmanager
+    def _heed_signals(self) -> Iterator[None]:
+        """A signal waits for the end of the step; a second SIGINT does not."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+
+        def note(number: int, _) -> None:
+            if number == signal.SIGINT and self.signal == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            self.signal = self.signal or number
+
+        try:
+            for number in SIGNALS:
+                if before[number] != signal.SIG_IGN:  # nohup's doing, or the caller's
+                    signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # Saving
+
+    def _state_to_save(self) -> dict[str, torch.Tensor]:
+        """What is trained of an adapter, else the whole model, on the CPU of the rank that saves.
+
+        All ranks must call it. optimum-habana 1.21.2 gathers the frozen base as well (transformers/trainer.py:1808),
+        under ZeRO-3 on the host of rank 0: 140 GB for a 70B.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel) and is_deepspeed_zero3_enabled():
+            return self.deepspeed._zero3_consolidated_16bit_state_dict() or {}
+        tensors = model.state_dict(keep_vars=True) if not isinstance(model, PeftModel) else self._adapter_state(model)
+        gathered = contextlib.nullcontext()
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            gathered = deepspeed.zero.GatheredParameters(list(tensors.values()))
+        with gathered, torch.no_grad():
+            copies: dict[int, torch.Tensor] = {}  # tied tensors stay so
+            for tensor in tensors.values() if self.args.should_save else ():
+                copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=is_deepspeed_zero3_enabled()))
+            return {name: copies[id(tensor)] for name, tensor in tensors.items() if id(tensor) in copies}
+
+    @staticmethod
+    def _adapter_state(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+        weights = dict(model.named_parameters())
+        state = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        if any("lora_embedding" in name for name in state):  # PEFT then saves the embedding itself too
+            for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+                held = {id(weight) for weight in module.parameters()}
+                state |= {name: weight for name, weight in weights.items() if id(weight) in held}
+        return state
+
+    def _write_model(self, folder: Path) -> str | None:
+        """Writes model or adapter and looks at it; returns what is wrong. All ranks must call it."""
+        changed = self._highest([self.movement.count_changed()])[0] if self.movement else None
+        state = self._state_to_save()
+        if not self.args.should_save:
+            return None
+        if changed == 0 and self.movement.rates > MOVED:
+            return f"no weight has changed since the run began, at a learning rate of {self.args.learning_rate:g}"
+        try:
+            self._save(str(folder), state_dict=state)
+            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            self.passed = self.gate.check(folder, state)
+            if changed is not None:
+                self.passed |= {"changed": changed, "trained": len(self.movement.weights)}
+        except ResultError as error:
+            return str(error).replace(UNFINISHED, "")
+        return None
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Whole or not there: `align/training/checkpoints.py`."""
+        step = self.state.global_step
+        if self.saved_step == step or (self.resumed and self.resumed["step"] == step):
+            return
+        self.store_flos()
+        final = Path(self.args.output_dir, f"checkpoint-{step}")
+        folder = final.with_name(UNFINISHED + final.name)
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        problem = self._write_model(folder)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+        self.save_more(folder)
+        progress = self.progress()
+        if self.args.should_save:
+            self._note_best(final)
+            self._note_callbacks()
+            self.state.save_to_json(str(folder / STATE))
+        self.accelerator.wait_for_everyone()
+        problem = next(filter(None, all_ranks(problem)), None)
+        if problem:
+            self._reject(folder, final, problem)
+        parts = all_ranks(checkpoints.seal(folder, self.args.process_index, self.args.world_size))
+        if self.args.should_save:
+            checkpoints.commit(
+                folder, final, {name: entry for part in parts for name, entry in part.items()}, self._about(progress)
+            )
+            self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        self.saved_at, self.saved_step = time.monotonic(), step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _about(self, progress: Mapping) -> dict[str, Any]:
+        return {
+            "step": self.state.global_step,
+            "world_size": self.args.world_size,
+            "resumable": not self.args.save_only_model,
+            "software": checkpoints.software(),
+            "facts": self.run.facts,
+            "order": self.hashes_order,
+            "gate": self.passed,
+            "progress": progress,
+            "flags": self.run.flags,
+        }
+
+    def _reject(self, folder: Path, final: Path, problem: str) -> None:
+        kept = final.with_name(f"failed-{final.name}")
+        if self.args.should_save:
+            shutil.rmtree(kept, ignore_errors=True)
+            os.rename(folder, kept)
+        raise ResultError(f"{problem}; kept as {kept}")
+
+    def _note_best(self, final: Path) -> None:
+        if self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH) and self.state.best_global_step:
+            best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
+    def _note_callbacks(self) -> None:
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if hasattr(callback, "state"):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The final model: beside, looked at, then moved in. The weights come last."""
+        output = Path(output_dir or self.args.output_dir)
+        folder = output / f"{UNFINISHED}final"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        problem = next(filter(None, all_ranks(self._write_model(folder))), None)
+        if problem:
+            self._reject(folder, output / "final", problem)
+        if self.args.should_save:
+            files = checkpoints.seal(folder, 0, 1)
+            progress = {"total_loss": self._total_loss_scalar}
+            about = json.dumps({**self._about(progress), "files": files}, indent=1, default=str)
+            for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
+                os.replace(folder / name, output / name)
+            checkpoints.write_whole(output / checkpoints.MANIFEST, about)
+            checkpoints.sync(output)
+            folder.rmdir()
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_more(self, folder: Path) -> None:
+        """What else a trainer keeps in a checkpoint. All ranks call it."""
+
+    def load_more(self, folder: Path) -> None:
+        """Its counterpart."""
+
+    # Going on
+
+    def progress(self) -> dict[str, Any]:
+        """What the trainer adds up beside its state. All ranks call it."""
+        unlogged = self._nested_gather(self.unlogged).mean().item() if self.unlogged is not None else 0.0
+        return {
+            "total_loss": self._total_loss_scalar,
+            "unlogged_loss": unlogged,
+            "last_logged_step": self._globalstep_last_logged,
+            "nonfinite_steps": self.nonfinite_steps,
+        }
+
+    unlogged: torch.Tensor | None = None
+    save_is_due = False
+    passed: dict | None = None
+
+    def restore_progress(self, progress: Mapping[str, Any]) -> None:
+        self._total_loss_scalar = progress["total_loss"]
+        self._globalstep_last_logged = progress["last_logged_step"]
+        self.nonfinite_steps = progress["nonfinite_steps"]
+        if self.resumed["step"] >= self.state.max_steps:
+            self._total_loss_scalar += progress["unlogged_loss"]
+        else:
+            self.carried_loss = progress["unlogged_loss"]
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
+        tr_loss += self.carried_loss
+        self.carried_loss, self.unlogged = 0.0, tr_loss
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer()
+        if is_new:
+            kept = ("params", "step")
+            groups = optimizer.param_groups
+            self.wanted_groups = [{name: group[name] for name in group if name not in kept} for group in groups]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The optimizer's moments are the checkpoint's; the learning rate and what else flags say are the flags'."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
+            return
+        groups = self.optimizer.param_groups
+        scheduler = self.lr_scheduler
+        scheduler.base_lrs = [wanted["lr"] for wanted in self.wanted_groups]
+        rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
+        for group, wanted, rate in zip(groups, self.wanted_groups, scheduler._last_lr, strict=True):
+            group.update({**wanted, "initial_lr": wanted["lr"], "lr": rate})
+
+
+class _AfterEachStep(TrainerCallback):
+    """Where the trainer's loop lets others in."""
+
+    def __init__(self, trainer: ReliableMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        trainer.movement = Movement(trainer.model)
+        trainer.saved_at = time.monotonic()
+        if trainer.resumed:
+            state.compute_steps(args, state.max_steps)  # else the checkpoint's intervals would hold, not the flags'
+            trainer.restore_progress(trainer.resumed["progress"])
+            trainer.load_more(trainer.resumed_from)
+        if trainer.is_deepspeed_enabled:
+            check_deepspeed_steps(trainer.accelerator, trainer._agree)
+        else:
+            self._record_norm()
+        self._record_losses()
+
+    def _record_losses(self) -> None:
+        trainer = self.trainer
+        backward = trainer.accelerator.backward
+
+        def record(loss, **kwargs):
+            trainer.losses.append(loss.detach())
+            backward(loss, **kwargs)
+
+        trainer.accelerator.backward = record
+
+    def _record_norm(self) -> None:
+        """Keeps the norm that the clipping computes, whichever of the two clips."""
+        trainer = self.trainer
+        clipper, name = trainer.accelerator, "clip_grad_norm_"
+        if trainer.FusedNorm is not None:
+            clipper, name = trainer.FusedNorm, "clip_norm"
+        clip = getattr(clipper, name)
+
+        def record(*args, **kwargs):
+            trainer.grad_norm = clip(*args, **kwargs)
+            return trainer.grad_norm
+
+        setattr(clipper, name, record)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        if not trainer.is_deepspeed_enabled and not trainer._agree():
+            trainer.accelerator.gradient_state._set_sync_gradients(False)  # accelerate then leaves the step out
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.save_is_due:
+            control.should_save, self.trainer.save_is_due = True, False
+        if self.trainer.stopped_by:
+            control.should_training_stop, control.should_evaluate = True, False
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.stopped_by:
+            control.should_evaluate = False
+        return control

@@ -1,0 +1,44 @@
+"""What goes wrong in the runs of tests/forks.py, as it would in the world."""
+
+import os
+import signal
+
+import torch
+import transformers.trainer
+from transformers import TrainerCallback
+
+
+def signal_rank_1_in_step_3() -> None:
+    """As Slurm does shortly before the time is over."""
+    _call_in_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+
+
+def poison_rank_1_in_step_2() -> None:
+    """A loss that is not finite, as a bad row makes it."""
+    from optimum.habana import GaudiTrainer
+
+    training_step = GaudiTrainer.training_step
+    poison = []
+    _call_in_step(2, lambda: poison.append(True))
+
+    def poisoned(self, *args, **kwargs):
+        hook = None
+        if poison:
+            poison.clear()
+            head = self.model.get_output_embeddings()
+            hook = head.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+        loss = training_step(self, *args, **kwargs)
+        if hook is not None:
+            hook.remove()
+        return loss
+
+    GaudiTrainer.training_step = poisoned
+
+
+def _call_in_step(step: int, what) -> None:
+    class InStep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == step and args.process_index == args.world_size - 1:
+                what()
+
+    transformers.trainer.DEFAULT_CALLBACKS.append(InStep())

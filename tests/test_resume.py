@@ -1,0 +1,452 @@
+"""Runs that are interrupted and go on as if they were not. Run: pytest tests/test_resume.py"""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_rows
+from safetensors.torch import load_file
+from test_dpo import make_rows
+from tiny import save_model
+from transformers import TrainerCallback
+
+from align.errors import InputError, ResultError, Stopped
+
+COMMON = "--logging_steps 3 --disable_tqdm True --bf16 False --save_steps 2 --warmup_steps 0 --eval_strategy no".split()
+COMMON += "--learning_rate 1e-2".split()
+SCRIPTS = {
+    "sft.py": "--do_train --max_steps 6 --max_seq_length 64 --per_device_train_batch_size 2",
+    "dpo.py": "--max_steps 6 --max_prompt_length 48 --max_length 96 --gradient_accumulation_steps 2",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "questions.jsonl", make_rows(80))
+
+
+@pytest.fixture
+def train(run, model, questions):
+    """`train("sft.py", flags, output=...)`; later flags win."""
+
+    def train(script, *flags, output="out", **replaced):
+        paths = {"--model_name_or_path": model, "--dataset_name": questions, "--output_dir": output}
+        paths = [part for pair in paths.items() for part in pair]
+        return run(script, *SCRIPTS[script].split(), *COMMON, *paths, *flags)
+
+    return train
+
+
+class StopAt(TrainerCallback):
+    """Does something at the end of a step, as the machine would."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.what()
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """`at_step(4, function)` calls it once, at the end of that step of the next run."""
+    import transformers.trainer
+
+    before = list(transformers.trainer.DEFAULT_CALLBACKS)
+
+    def at_step(step, what):
+        callbacks = [*before, StopAt(step, what)]
+        monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
+
+    return at_step
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would, but for this process."""
+
+
+def die():
+    raise Killed
+
+
+def weights(output="out"):
+    name = next(name for name in ("adapter_model.safetensors", "model.safetensors") if Path(output, name).exists())
+    return load_file(Path(output, name))
+
+
+def assert_same_run(one, other):
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+    results = [json.loads(Path(output, "all_results.json").read_text()) for output in (one, other)]
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], abs=1e-6)
+
+
+def losses(output):
+    history = json.loads(Path(output, "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+WAYS = {
+    "sft packed": ("sft.py", []),
+    "sft buckets": ("sft.py", ["--packing", "False", "--num_buckets", 3]),
+    "sft stream": ("sft.py", ["--streaming", True, "--size_valid_set", 5]),
+    "sft full": ("sft.py", ["--use_peft", False, "--learning_rate", "1e-3"]),
+    "dpo": ("dpo.py", []),
+    "dpo synced": (
+        "dpo.py",
+        ["--use_peft", False, "--sync_ref_model", "--ref_model_sync_steps", 2, "--learning_rate", "1e-3"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "flags"), WAYS.values(), ids=WAYS)
+def test_a_killed_run_resumes_to_the_weights_of_one_that_was_not(train, at_step, script, flags):
+    train(script, *flags, output="whole")
+    at_step(5, die)
+    with pytest.raises(Killed):
+        train(script, *flags, "--resume", "auto")
+    at_step(0, die)
+
+    train(script, *flags, "--resume", "auto")
+
+    assert_same_run("out", "whole")
+    assert losses("out") == losses("whole")
+
+
+def test_a_finished_run_that_is_resumed_trains_nothing(train):
+    train("sft.py")
+    before = weights(), json.loads(Path("out/all_results.json").read_text())["train_loss"]
+
+    for _ in range(2):
+        train("sft.py", "--resume", "auto")
+
+    assert sorted(path.name for path in Path("out").glob("*checkpoint*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
+    assert json.loads(Path("out/all_results.json").read_text())["train_loss"] == pytest.approx(before[1], abs=1e-6)
+    assert all(torch.equal(tensor, weights()[name]) for name, tensor in before[0].items())
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, model, questions):
+    """A run of each script that was stopped after step 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for script, flags in SCRIPTS.items():
+        paths = ["--model_name_or_path", str(model), "--dataset_name", str(questions)]
+        arguments = [*flags.split(), *COMMON, "--max_steps", "4", *paths, "--output_dir", str(folder / script)]
+        before, sys.argv = sys.argv, [script, *arguments]
+        importlib.import_module(script.removesuffix(".py")).main()
+        sys.argv = before
+    return folder
+
+
+OTHERS = {
+    "seed": ("sft.py", ["--seed", 1], "--seed 42, this is 1"),
+    "rank of the adapter": ("sft.py", ["--lora_r", 4], "--lora_r 8, this is 4"),
+    "targets": ("sft.py", ["--lora_target_modules", "v_proj"], "--lora_target_modules None, this is ['v_proj']"),
+    "all weights": ("sft.py", ["--use_peft", False], "--use_peft True, this is False"),
+    "packing": ("sft.py", ["--packing", False], "--packing True, this is False"),
+    "length": ("sft.py", ["--max_seq_length", 32], "another --dataset_name|--max_seq_length 64, this is 32"),
+    "accumulation": ("sft.py", ["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps 1, this is 2"),
+    "batch size": ("sft.py", ["--per_device_train_batch_size", 4], "another number of rows"),
+    "fewer rows": ("sft.py", ["--max_train_samples", 40], "another --dataset_name"),
+    "optimizer": ("sft.py", ["--optim", "sgd"], "--optim adamw_torch, this is sgd"),
+    "pairs a step": ("dpo.py", ["--per_device_train_batch_size", 4], "another number of rows"),
+    "beta": ("dpo.py", ["--beta", 0.5], "--beta 0.1, this is 0.5"),
+    "loss": ("dpo.py", ["--loss_type", "ipo"], "--loss_type sigmoid, this is ipo"),
+}
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), OTHERS.values(), ids=OTHERS)
+def test_what_decides_the_steps_must_be_as_it_was(train, stopped, monkeypatch, script, flags, message):
+    monkeypatch.setattr("align.models.loading.load_model", die)  # refused before that
+
+    with pytest.raises(InputError) as refused:
+        train(script, "--resume", "auto", *flags, output=stopped / script)
+
+    assert re.search(message.replace("[", r"\[").replace("]", r"\]"), str(refused.value)), refused.value
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["model", "data", "reference"])
+def test_another_model_or_data_set_is_refused_by_name(train, stopped, tmp_path, what):
+    script = "dpo.py" if what == "reference" else "sft.py"
+    flag = {"model": "--model_name_or_path", "data": "--dataset_name", "reference": "--ref_model"}[what]
+    other = (
+        save_model(tmp_path / "other", seed=1) if what != "data" else write_rows("other.jsonl", make_rows(80, seed=1))
+    )
+
+    with pytest.raises(InputError, match=f"was made with another {flag}: "):
+        train(script, "--resume", "auto", flag, other, output=stopped / script)
+
+
+def test_the_same_model_and_data_in_another_place_are_the_same(train, model, questions, tmp_path):
+    train("sft.py", "--max_steps", 4, "--lr_scheduler_type", "constant")
+    shutil.copytree(model, "copy")
+    shutil.copy(questions, "copy.jsonl")
+
+    flags = ["--model_name_or_path", "copy", "--dataset_name", "copy.jsonl", "--lr_scheduler_type", "constant"]
+    train("sft.py", "--resume", "auto", *flags)
+
+    train("sft.py", "--lr_scheduler_type", "constant", output="whole")
+    assert_same_run("out", "whole")
+
+
+def test_another_learning_rate_and_schedule_hold_from_the_resume_on(train, stopped):
+    shutil.copytree(stopped / "sft.py", "out")
+    flags = ["--learning_rate", "2e-3", "--lr_scheduler_type", "constant", "--weight_decay", 0.1, "--logging_steps", 1]
+
+    said = train("sft.py", "--resume", "auto", *flags).err
+
+    assert "--learning_rate 0.01 -> 0.002" in said
+    assert "--lr_scheduler_type linear -> constant" in said
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in history if entry["step"] > 4 and "loss" in entry] == [2e-3, 2e-3]
+
+
+def test_resume_auto_begins_where_there_is_nothing_and_without_it_nothing_is_replaced(train):
+    train("sft.py", "--resume", "auto", "--max_steps", 2)
+
+    with pytest.raises(InputError, match="holds another run .*; add --resume auto to go on"):
+        train("sft.py")
+    with pytest.raises(InputError, match="--resume auto contradicts --overwrite_output_dir"):
+        train("sft.py", "--resume", "auto", "--overwrite_output_dir")
+
+
+def test_a_checkpoint_without_optimizer_says_so(train):
+    train("sft.py", "--save_only_model", "--max_steps", 2)
+
+    with pytest.raises(InputError, match="checkpoint-2 was made with --save_only_model"):
+        train("sft.py", "--resume_from_checkpoint", "out/checkpoint-2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(train, at_step, number):
+    at_step(3, lambda: os.kill(os.getpid(), number))
+
+    with pytest.raises(Stopped, match=f"{signal.Signals(number).name}: stopped after step 4; out/checkpoint-4") as stop:
+        train("sft.py", "--save_strategy", "no")
+
+    assert stop.value.number == number
+    assert [path.name for path in Path("out").glob("*checkpoint-*")] == ["checkpoint-4"]
+    assert not Path("out/adapter_model.safetensors").exists()
+
+
+def test_checkpoints_by_the_clock(train):
+    train("sft.py", "--save_strategy", "no", "--save_seconds", "1e-9", "--max_steps", 3)
+
+    assert sorted(path.name for path in Path("out").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+
+
+# ---------------------------------------------------------------- steps and results
+
+
+@pytest.fixture
+def poisoned(model, tmp_path):
+    """A model that is not finite where it meets one word, and rows of which one has it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    word = tokenizer("~", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight[word] = torch.nan
+    loaded.save_pretrained("poisoned")
+    tokenizer.save_pretrained("poisoned")
+    rows = make_rows(40)
+    rows[7]["question"] += " ~"
+    return ["--model_name_or_path", "poisoned", "--dataset_name", write_rows(Path("rows.jsonl"), rows)]
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_a_row_that_is_not_finite_is_left_out_named_and_kept(train, poisoned, script):
+    steps = ["--max_steps", 20, "--skip_probe", True] + (["--packing", False] if script == "sft.py" else [])
+
+    said = train(script, *poisoned, *steps, "--save_strategy", "no").err
+
+    assert re.search(
+        r"step \d+: a loss is not finite; the step is not taken. Its rows \(.*7.*\) are in out/bad_batch", said
+    )
+    kept = [json.loads(line) for line in Path("out/bad_batch.jsonl").read_text().splitlines()]
+    assert any("~" in str(row) for row in kept)
+    assert 7 in [row["row"] for row in kept]
+    assert all(tensor.isfinite().all() for tensor in weights().values())
+
+
+def test_a_run_whose_steps_stay_not_finite_ends(train, poisoned):
+    rows = write_rows(Path("all.jsonl"), [{**row, "question": "~"} for row in make_rows(20)])
+
+    with pytest.raises(ResultError, match="number 2 of --max_nonfinite_steps 2"):
+        train("sft.py", *poisoned, "--dataset_name", rows, "--skip_probe", True, "--max_nonfinite_steps", 2)
+
+    assert not list(Path("out").glob("*checkpoint*"))
+
+
+def spoil(name, change):
+    """Changes a tensor after it was written and before it is looked at."""
+
+    def spoiled(self, folder, state):
+        path = next(Path(folder).glob("*model.safetensors"))
+        tensors = load_file(path)
+        key = next(key for key in tensors if name in key)
+        tensors[key] = change(tensors[key])
+        tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        from safetensors.torch import save_file
+
+        save_file(tensors, path, metadata={"format": "pt"})
+        return CHECK(self, folder, state)
+
+    from align.training.gate import Gate
+
+    CHECK = Gate.check
+    return spoiled
+
+
+FAULTS = {
+    "half": (lambda tensor: tensor[: len(tensor) // 2].contiguous(), "was saved as"),
+    "empty": (lambda tensor: tensor[:0].contiguous(), "was saved as"),
+    "gone": (lambda tensor: None, "is not among what was saved"),
+    "not finite": (lambda tensor: tensor * torch.inf, "not finite"),
+    "another": (lambda tensor: tensor + 1, "otherwise than it is in memory"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("peft", [True, False], ids=["adapter", "full"])
+def test_what_is_saved_wrongly_never_gets_its_name(train, monkeypatch, peft, change, message):
+    monkeypatch.setattr("align.training.gate.Gate.check", spoil("q_proj", change))
+
+    with pytest.raises(ResultError, match=f"{message}.*; kept as out/failed-checkpoint-1"):
+        train("sft.py", "--use_peft", peft, "--max_steps", 1, "--save_steps", 1)
+
+    assert not list(Path("out").glob("checkpoint-*"))
+
+
+def test_weights_that_training_did_not_change_are_no_result(train, monkeypatch):
+    monkeypatch.setattr("habana_frameworks.torch.hpex.optimizers.FusedAdamW.step", lambda self, closure=None: None)
+
+    with pytest.raises(ResultError, match="no weight has changed .* kept as out/failed-checkpoint-2"):
+        train("sft.py", "--max_steps", 2)
+
+
+def test_every_save_loads_in_plain_peft_and_transformers(train):
+    train("sft.py", "--max_steps", 2)
+    train("sft.py", "--max_steps", 2, "--use_peft", False, output="full")
+    code = """
+import sys
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+for folder in ("out", "out/checkpoint-2"): AutoPeftModelForCausalLM.from_pretrained(folder)
+for folder in ("full", "full/checkpoint-2"): AutoModelForCausalLM.from_pretrained(folder)
+assert "optimum.habana" not in sys.modules
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+# ---------------------------------------------------------------- torn checkpoints
+
+TEARS = {
+    "no manifest": lambda folder, file: (folder / "manifest.json").unlink(),
+    "half a manifest": lambda folder, file: (folder / "manifest.json").write_text('{"version": 1, "fil'),
+    "an empty manifest": lambda folder, file: (folder / "manifest.json").write_text("{}"),
+    "a file gone": lambda folder, file: file.unlink(),
+    "a file cut": lambda folder, file: file.write_bytes(file.read_bytes()[:-1]),
+    "a file empty": lambda folder, file: file.write_bytes(b""),
+    "a bit flipped": lambda folder, file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "a file too many": lambda folder, file: (folder / "more").touch(),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory, stopped):
+    """Two checkpoints of each kind: an adapter's, a whole model's, and shards as DeepSpeed lays them out."""
+    from align.training import checkpoints
+
+    folder = tmp_path_factory.mktemp("kinds")
+    shutil.copytree(stopped / "sft.py", folder / "adapter")
+    for kind, names in {
+        "full": ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+        "zero3": ["latest", "rng_state_0.pth", "rng_state_1.pth"]
+        + [f"global_step4/zero_pp_rank_{rank}_{part}" for rank in (0, 1) for part in ("model.pt", "optim.pt")],
+    }.items():
+        for step in (2, 4):
+            staged = folder / kind / f"unfinished-checkpoint-{step}"
+            for name in names:
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                (staged / name).write_bytes(os.urandom(5000))
+            files = checkpoints.seal(staged, 0, 2) | checkpoints.seal(staged, 1, 2)
+            checkpoints.commit(staged, folder / kind / f"checkpoint-{step}", files, {"step": step, "resumable": True})
+    return folder
+
+
+@pytest.mark.parametrize("tear", TEARS.values(), ids=TEARS)
+@pytest.mark.parametrize("kind", ["adapter", "full", "zero3"])
+def test_a_torn_checkpoint_is_named_in_one_line_and_the_one_before_it_taken(kinds, kind, tear, caplog, tmp_path):
+    from align.training import checkpoints
+
+    folder = shutil.copytree(kinds / kind, tmp_path / "torn")
+    for name in checkpoints.list_files(folder / "checkpoint-4"):
+        torn = shutil.copytree(folder, tmp_path / "one", dirs_exist_ok=True)
+        caplog.clear()
+        tear(torn / "checkpoint-4", torn / "checkpoint-4" / name)
+
+        assert checkpoints.find_last(torn, 0, 1) == torn / "checkpoint-2"
+
+        assert len(caplog.records) == 1
+        assert "checkpoint-4 cannot be resumed (" in caplog.text
+        shutil.rmtree(torn)
+
+
+class CrashPoint:
+    """Dies when the `number`-th file below an unfinished folder is opened or renamed; counts them."""
+
+    def __init__(self):
+        self.number, self.seen, self.is_on = 0, 0, False
+        sys.addaudithook(self)
+
+    def __call__(self, event, arguments):
+        if (
+            self.is_on
+            and event in ("open", "os.rename", "shutil.rmtree")
+            and "unfinished-checkpoint-4" in str(arguments[0])
+        ):
+            self.seen += 1
+            if self.seen == self.number:
+                raise Killed
+
+
+CRASH = CrashPoint()
+
+
+@pytest.mark.parametrize("number", [*range(1, 40, 4), *(pytest.param(n, marks=pytest.mark.soak) for n in range(2, 40))])
+def test_a_save_that_dies_at_any_file_leaves_a_run_that_goes_on(train, stopped, number):
+    CRASH.number, CRASH.seen, CRASH.is_on = number, 0, True
+    try:
+        with pytest.raises(Killed):
+            train("sft.py", "--max_steps", 4)
+    finally:
+        CRASH.is_on = False
+    assert not Path("out/checkpoint-4").exists()
+
+    train("sft.py", "--max_steps", 4, "--resume", "auto")
+
+    assert_same_run("out", stopped / "sft.py")

@@ -1,0 +1,202 @@
+"""Runs on one and two ranks that are killed wherever they are, stopped, or damaged, and go on with the same command.
+
+Run: pytest tests/test_resume_soak.py, or pytest -m soak tests/test_resume_soak.py (200 kills; SOAK_KILLS and SOAK_SEED
+choose others).
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_rows
+from forks import Nursery, Run, write_configs
+from safetensors.torch import load_file
+from test_dpo import make_rows
+from tiny import save_model
+
+COMMON = "--logging_steps 3 --disable_tqdm True --bf16 False --save_steps 2 --warmup_steps 0 --eval_strategy no".split()
+COMMON += "--learning_rate 1e-2 --max_steps 8 --save_total_limit 2 --num_workers 1 --resume auto".split()
+SFT = "--do_train --max_seq_length 64 --per_device_train_batch_size 2".split()
+DPO = "--max_prompt_length 48 --max_length 96 --gradient_accumulation_steps 2".split()
+FULL = "--use_peft False --learning_rate 1e-3".split()
+WAYS = {
+    "sft packed": ("sft.py", SFT, "one"),
+    "sft buckets": ("sft.py", [*SFT, "--packing", "False"], "one"),
+    "sft stream": ("sft.py", [*SFT, "--streaming", "True", "--size_valid_set", "5"], "one"),
+    "sft full": ("sft.py", SFT + FULL, "one"),
+    "dpo": ("dpo.py", DPO, "one"),
+    "dpo full": ("dpo.py", DPO + FULL, "one"),
+    "sft ddp": ("sft.py", SFT, "ddp"),
+    "dpo ddp": ("dpo.py", DPO, "ddp"),
+    "sft zero2": ("sft.py", SFT, "zero2"),
+    "sft full zero3": ("sft.py", SFT + FULL, "zero3"),
+    "dpo zero3": ("dpo.py", DPO, "zero3"),
+}
+
+
+class Bench:
+    """One folder, one model, one data set, and runs by name."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.nursery = folder, Nursery()
+        save_model(folder / "model")
+        write_rows(folder / "pairs.jsonl", make_rows(80))
+        self.configs = write_configs(folder)
+        self.took: dict[str, float] = {}
+
+    def start(self, way: str, output: str, *flags, before: str = "") -> Run:
+        script, own, sharing = WAYS[way]
+        paths = ["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl", "--output_dir", output]
+        deepspeed = ["--deepspeed", self.configs[sharing]] if sharing in self.configs else []
+        ranks = 1 if sharing == "one" else 2
+        command = [*COMMON, *own, *paths, *deepspeed, *flags]
+        return Run(self.nursery, self.folder, script, command, ranks, before)
+
+    def finish(self, way: str, output: str, *flags) -> str:
+        """Runs to the end; returns what was said."""
+        run = self.start(way, output, *flags)
+        codes = run.wait()
+        assert not any(codes), f"{way} ended with {codes}:\n{run.said()[-5000:]}"
+        return run.said()
+
+    def whole(self, way: str) -> str:
+        """The run that nobody interrupts, made once."""
+        output = f"whole {way}"
+        if way not in self.took:
+            began = time.monotonic()
+            self.finish(way, output)
+            self.took[way] = time.monotonic() - began
+        return output
+
+    def kill(self, way: str, output: str, in_save: bool, rng: random.Random) -> str:
+        """Returns where the run was when it died."""
+        run = self.start(way, output)
+        if in_save:
+            return "in a save" if run.kill_in_save(self.folder / output, rng.randint(1, 4), rng) else "beside a save"
+        time.sleep(rng.uniform(0.1, 1) * self.took[way])
+        ended = not run.runs()
+        run.signal(signal.SIGKILL)
+        run.wait()
+        return "after its end" if ended else "anywhere"
+
+    def weights(self, output: str) -> dict[str, torch.Tensor]:
+        folder = self.folder / output
+        adapter = folder / "adapter_model.safetensors"
+        return load_file(adapter if adapter.exists() else folder / "model.safetensors")
+
+    def assert_same(self, output: str, whole: str) -> None:
+        left, right = self.weights(output), self.weights(whole)
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            assert torch.equal(tensor, right[name]), f"{output}: {name} differs"
+        results = [json.loads((self.folder / each / "train_results.json").read_text()) for each in (output, whole)]
+        assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    bench = Bench(tmp_path_factory.mktemp("soak"))
+    yield bench
+    bench.nursery.close()
+
+
+def kill_and_resume(bench: Bench, ways: list[str], kills: int, seed: int) -> dict[str, int]:
+    """A third of the runs die inside a save, a fifth die twice. Returns how often one died where."""
+    rng, where, number = random.Random(seed), {}, 0
+    while sum(where.values()) < kills:
+        way = ways[number % len(ways)]
+        whole, output = bench.whole(way), f"{seed} {number} {way}"
+        places = [bench.kill(way, output, number % 3 == 0, rng) for _ in range(1 + (number % 5 == 4))]
+        for place in places:
+            where[place] = where.get(place, 0) + 1
+        bench.finish(way, output)
+        bench.assert_same(output, whole)
+        print(f"{sum(where.values())} of {kills}: {way}, killed {', '.join(places)}: the same weights", flush=True)
+        number += 1
+    return where
+
+
+def test_runs_killed_anywhere_resume_to_the_weights_of_those_that_were_not(bench):
+    kill_and_resume(bench, ["sft packed", "dpo full", "sft full zero3"], kills=3, seed=0)
+
+
+@pytest.mark.parametrize("way", ["sft ddp", "sft full zero3"])
+def test_a_signal_to_one_rank_stops_all_after_a_step_with_a_checkpoint(bench, way):
+    run = bench.start(way, f"signal {way}", before="signal_rank_1_in_step_3")
+
+    assert run.wait() == [128 + signal.SIGUSR1] * 2, run.said()
+    assert "SIGUSR1: stopped after step 3" in run.said()
+    assert [path.name for path in (bench.folder / f"signal {way}").glob("*checkpoint-3")] == ["checkpoint-3"]
+    bench.finish(way, f"signal {way}")
+    bench.assert_same(f"signal {way}", bench.whole(way))
+
+
+@pytest.mark.parametrize("way", ["sft ddp", "sft zero2", "sft full zero3"])
+def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none_and_its_rows_are_kept(bench, way):
+    run = bench.start(way, f"poison {way}", "--max_steps", 4, before="poison_rank_1_in_step_2")
+
+    assert run.wait() == [0, 0], run.said()
+    assert "step 2: a loss is not finite; the step is not taken" in run.said()
+    rows = [json.loads(line) for line in (bench.folder / f"poison {way}" / "bad_batch.jsonl").read_text().splitlines()]
+    assert {row["rank"] for row in rows} == {1}
+    assert all("Question: What is" in row["text"] and isinstance(row["row"], int) for row in rows)
+    for name, tensor in bench.weights(f"poison {way}").items():
+        assert tensor.isfinite().all(), name
+
+
+def test_a_shard_that_is_damaged_sends_the_run_back_to_the_checkpoint_before(bench):
+    whole = bench.whole("sft full zero3")
+    bench.finish("sft full zero3", "damaged")
+    shard = next((bench.folder / "damaged" / "checkpoint-8").rglob("*rank_1*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+    said = bench.finish("sft full zero3", "damaged")
+
+    assert said.count("checkpoint-8 cannot be resumed") == 1
+    assert f"{shard.name} is not what was written" in said
+    bench.assert_same("damaged", whole)
+
+
+def test_code_planted_in_a_shard_is_not_run(bench):
+    bench.finish("sft zero2", "planted", "--max_steps", 4)
+    folder = bench.folder / "planted" / "checkpoint-4"
+    shard = next(folder.rglob("*rank_0*optim_states.pt"))
+    plant(shard, bench.folder / "it ran")
+
+    run = bench.start("sft zero2", "planted")
+
+    assert run.wait()[0] == 2, run.said()
+    assert f"{shard.name} holds more than tensors and is not loaded" in run.said()
+    assert not (bench.folder / "it ran").exists()
+
+
+def plant(shard: Path, proof: Path) -> None:
+    """Replaces a shard by a pickle that runs code, and its manifest by one that fits: as an attacker would."""
+    from align.training.checkpoints import hash_file
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(proof),)
+
+    torch.save({"optimizer_state_dict": Code()}, shard)
+    folder = next(parent for parent in shard.parents if (parent / "manifest.json").exists())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][str(shard.relative_to(folder))] = {"size": shard.stat().st_size, "xxh3_128": hash_file(shard)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(8 * 3600)
+def test_every_killed_run_resumes_to_the_weights_of_one_that_was_not(bench):
+    kills = int(os.environ.get("SOAK_KILLS", "200"))
+    where = kill_and_resume(bench, list(WAYS), kills, seed=int(os.environ.get("SOAK_SEED", "1")))
+
+    print(where)
+    assert where["in a save"] >= kills // 8

@@ -107,7 +107,7 @@ def probe(model: PreTrainedModel, device: torch.device, **model_inputs) -> Probe
     packed["attention_mask"] = segment_mask(model, packed.pop("segment_ids"), packed["position_ids"])
 
     def compute_logits(inputs: dict) -> torch.Tensor:
-        with _gathered(model):
+        with gathered(model):
             return model(**inputs, use_cache=False, **model_inputs).logits.float().cpu()
 
     was_training = model.training
@@ -130,8 +130,7 @@ def probe_packing(model: PreTrainedModel, row_length: int, device: torch.device,
 
     Moves the model to `device`, as the trainer does. `model_inputs` as for `probe`.
     """
-    if not _is_partitioned(model):
-        model.to(device).tie_weights()
+    place(model, device)
     name, config = model.config.model_type, model.config
     result = probe(model, device, **model_inputs)
     if not result.causal:
@@ -153,6 +152,13 @@ def probe_packing(model: PreTrainedModel, row_length: int, device: torch.device,
     return True
 
 
+def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Moves the model to its card, as the trainer does; under ZeRO-3 it is there."""
+    if not _is_partitioned(model):
+        model.to(device).tie_weights()
+    return model
+
+
 def _largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
     """Of logits `[..., vocabulary]`; a constant added to all logits of a token changes nothing."""
     before, after = (logits - logits.mean(-1, keepdim=True) for logits in (before, after))
@@ -166,7 +172,7 @@ def _is_partitioned(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
     """Gathers ZeRO-3's partitions of each layer while it runs: nothing else does before DeepSpeed's engine exists."""
     if not _is_partitioned(model):
         yield

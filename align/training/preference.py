@@ -19,7 +19,8 @@ from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
 
 from align.data.packing import NONE
 from align.errors import InputError
-from align.models.attention import segment_mask
+from align.models.attention import place, segment_mask
+from align.models.head import find_head, records_graphs
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.training.reference import Stored, store
 from align.training.reliable import ReliableMixin
@@ -168,6 +169,10 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
         self.model_accepts_loss_kwargs = True  # compute_loss divides by what get_batch_samples_transformers counts
         forward = inspect.signature(model.get_base_model().forward if self.is_peft_model else model.forward)
         self.keeps_logits = "logits_to_keep" in forward.parameters
+        graphs = records_graphs(args)
+        self.heads = {"policy": find_head(self.model, graphs)}
+        if ref_model is not None:
+            self.heads["reference"] = find_head(place(ref_model, args.device), graphs)
         self.ref_model = ref_model and self._prepare_reference(ref_model)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
@@ -218,7 +223,7 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
         if "segment_ids" in inputs:
             ids = inputs.pop("segment_ids"), inputs["position_ids"], inputs.pop("branch_ids")
             inputs["attention_mask"] = segment_mask(self.model, *ids)
-        if self.keeps_logits:
+        if self.keeps_logits and None in self.heads.values():
             inputs["logits_to_keep"] = prepared["targets"].shape[1]
         return {**prepared, "model_inputs": {**inputs, "use_cache": False}}
 
@@ -227,8 +232,14 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
     def _score(self, model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob of each answer and the sum of its tokens' mean logits, `[pairs, 2]` each (chosen, rejected)."""
         targets, slots, pairs = inputs["targets"], inputs["slots"], len(inputs["answer_lengths"])
-        logits = model(**inputs["model_inputs"]).logits[:, -targets.shape[1] :]
-        return tuple(sum_by_slot(values, slots, pairs) for values in ScoreTokens.apply(logits, targets))
+        head = self.heads["reference" if model is self.ref_model else "policy"]
+        if head is None:
+            logits = model(**inputs["model_inputs"]).logits[:, -targets.shape[1] :]
+            scores = ScoreTokens.apply(logits, targets)
+        else:
+            with head.scoring(targets):
+                scores = model(**inputs["model_inputs"]).logits.unbind(-1)
+        return tuple(sum_by_slot(values, slots, pairs) for values in scores)
 
     @torch.no_grad()
     def _score_reference(self, inputs: dict) -> torch.Tensor:

@@ -37,6 +37,8 @@ PICKLED_ARGUMENTS = "training_args.bin"  # nobody reads it, and it would have to
 class ReliableMixin:
     """Stands first among a trainer's classes. `watch` tells it of the run."""
 
+    run: Run | None = None  # steps taken by hand, as tests and benchmarks do, belong to none
+
     def watch(self, run: Run, run_args: RunArguments) -> None:
         self.run, self.run_args = run, run_args
         self.gate = Gate(self.model)
@@ -114,7 +116,8 @@ class ReliableMixin:
     # Steps
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.step_batches.append(inputs)
+        if self.run is not None:
+            self.step_batches.append(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _agree(self, gradients_are_finite: bool | None = None) -> bool:

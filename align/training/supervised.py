@@ -22,6 +22,7 @@ from align.data.packing import (
 )
 from align.errors import InputError
 from align.models.attention import segment_mask
+from align.models.head import find_head, records_graphs, shift
 from align.training.reliable import ReliableMixin
 from align.upstream_fixes import RightScaleMixin, StepsInPartsMixin, WholeStepsMixin
 
@@ -93,6 +94,7 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
             data_collator=(train or validation).collator,
             **kwargs,
         )
+        self.head = None if self.label_smoother else find_head(self.model, records_graphs(args))
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
@@ -150,6 +152,12 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
         if "segment_ids" in inputs:
             inputs["attention_mask"] = segment_mask(self.model, inputs.pop("segment_ids"), inputs["position_ids"])
         return {**inputs, "use_cache": False}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.head is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.head.scoring(shift(inputs["labels"])):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -466,3 +466,27 @@ def test_the_command_line_ends_with_exit_code_2_and_one_line(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "gaudi_spawn.py: error: --world_size 0: give a number of cards, 1 or more\n"
+
+
+HEAVY = """
+import torch
+import habana_frameworks.torch.distributed.hccl
+import optimum.habana.utils, deepspeed
+torch.distributed.init_process_group("gloo")
+total = torch.ones(1)
+torch.distributed.all_reduce(total)
+print(f"rank {rank} of {int(total)} is done", flush=True)"""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3 * 3600)
+@each_engine
+def test_hundreds_of_launches_end_with_0(engine, tmp_path):
+    """Of heavy scripts, whose ends take long: one of about 25 once ended otherwise, without a word."""
+    failures = []
+    for number in range(int(os.environ.get("LAUNCHES", "500"))):
+        with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], HEAVY) as launch:
+            code, output, errors = launch.wait(300)
+        if code or output.count("is done") != 2:
+            failures.append((number, code, output, errors[-2000:]))
+    assert failures == []

@@ -12,11 +12,33 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 from safetensors.torch import load_file
-from test_readme import COMMANDS
+from test_readme import README
 from tiny import save_model
 
 SCRIPTS = "gaudi_spawn.py sft.py merge_peft_adapter.py dpo.py run_generation.py configs".split()
-RECIPES = [line for line in COMMANDS if re.search(r"python \w+\.py", line)]
+GUIDE = README.partition("## Many cards")[2]  # its recipes stand in this part
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+# Where the README says how a recipe of the guide differs from another one
+MIXTRAL = {
+    "--world_size 8": "--world_size 4",
+    "meta-llama/Llama-2-70b-hf": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    '"lvwerra/stack-exchange-paired"': "philschmid/dolly-15k-oai-style --subset 'data/' --streaming False",
+    "--per_device_train_batch_size=1": "--max_seq_length 512 --per_device_train_batch_size=2",
+    '--output_dir="./sft"': '--output_dir="./model_mixtral"',
+}
+
+
+def change(command: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        assert old in command, old
+        command = command.replace(old, new)
+    return command
+
+
+SFT = next(line for line in LINES if "sft.py" in line)
+RECIPES = [change(SFT, MIXTRAL), change(SFT, {"--use_deepspeed": "--use_mpi"})]
+RECIPES += [line for line in LINES if re.search(r"python \w+\.py", line)]
 
 
 @pytest.fixture
@@ -47,7 +69,7 @@ def world():
 
 def run(command: str, steps: int | None) -> subprocess.CompletedProcess:
     """Runs a recipe on 2 cards in place of 8. A second way to the same folder replaces what the first one made."""
-    command = command.replace("--world_size 8", "--world_size 2")
+    command = re.sub("--world_size [48]", "--world_size 2", command)
     if steps and re.search("sft.py|dpo.py", command):
         command += f" --max_steps {steps}"
     if 'output_dir="./sft"' in command and Path("sft").exists():

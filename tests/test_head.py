@@ -83,12 +83,33 @@ def test_a_model_gives_the_loss_that_it_gives_with_whole_logits(family):
     assert model(input_ids=ids).logits.shape[-1] == 512
 
 
+def test_an_embedding_gives_the_type_that_autocast_asks_for_without_casting_its_table(monkeypatch):
+    model = AutoModelForCausalLM.from_config(make_config("llama")).bfloat16()
+    ids = torch.arange(6).view(2, 3)
+    expected = model.get_input_embeddings()(ids)
+    heads.look_up_as_stored(model)
+    look_up, tables = functional.embedding, []
+
+    def like_a_card(ids, table, *rest):
+        tables.append(len(table))
+        found = look_up(ids, table, *rest)
+        return found.float() if torch.is_autocast_enabled("cpu") else found
+
+    monkeypatch.setattr(functional, "embedding", like_a_card)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.get_input_embeddings()(ids)
+
+    assert found.dtype == torch.float32
+    assert found.bfloat16().equal(expected)
+    assert tables == [1, 512]
+
+
 @pytest.mark.parametrize(("family", "changes"), [("gemma2", {"head_dim": 16}), ("granite", {"logits_scaling": 2.0})])
 def test_a_model_that_changes_its_logits_keeps_them_whole_and_says_so(family, changes, caplog):
     caplog.set_level("INFO", "align")
     model = AutoModelForCausalLM.from_config(make_config(family, **changes))
 
     assert find_head(model, graphs=False) is None
-    assert "logits of whole rows are kept: the model" in caplog.text
+    assert "logits of whole rows are kept: the model's" in caplog.text
     ids = torch.arange(4)[None]
     assert model(input_ids=ids, labels=ids).loss > 0

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens from the head of a language model, without the logits of a whole row ever being there.
+"""The two ends of a language model where the vocabulary is: log-probs without whole logits, and a lighter embedding.
 
 Logits are most of a step's memory where the vocabulary is large: 2 x 1,024 tokens of a Llama-3 take 1 GiB in float32,
 and a plain loss keeps several copies of them. Here the head computes a block of tokens at a time and keeps what the
@@ -19,6 +19,9 @@ from align.models.attention import gathered
 logger = logging.getLogger(__name__)
 
 BLOCK = 128  # tokens whose logits are there at once
+# Settings by which models change the logits after the head, and the values that change nothing
+CHANGES = {"final_logit_softcapping": (None, 0), "logit_scale": (None, 1), "logits_scaling": (None, 1)}
+CHANGES |= {"lm_head_multiplier": (None, 1)}
 IGNORED = -100
 
 
@@ -123,6 +126,24 @@ class Head:
         return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
+def look_up_as_stored(model: PreTrainedModel) -> None:
+    """Lets the embedding look tokens up in its own type, and cast what it found to the one that autocast asks for.
+
+    Gaudi's autocast computes embeddings in float32 and casts the whole table for it: 2 GiB of a Llama-3 in bfloat16.
+    """
+    table = model.get_input_embeddings()
+    if type(table) is not nn.Embedding or "forward" in vars(table):
+        return
+    look_up = table.forward
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        dtype = functional.embedding(torch.zeros_like(ids[:1, :1]), table.weight[:1]).dtype
+        with torch.autocast(ids.device.type, enabled=False):
+            return look_up(ids).to(dtype)
+
+    table.forward = forward
+
+
 def shift(labels: torch.Tensor) -> torch.Tensor:
     """The token that each position predicts, `[rows, columns]`; the last one predicts none."""
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -146,11 +167,13 @@ def find_head(model: PreTrainedModel, graphs: bool) -> Head | None:
         reason = "HPU graphs record the forward"
     elif type(module) is not nn.Linear:
         reason = f"the head is a {type(module).__name__}, not a plain linear layer"
+    elif changed := [name for name, same in CHANGES.items() if getattr(base.config, name, None) not in same]:
+        reason = f"the model's {changed[0]} changes them"
     elif module.bias is not None and module.bias.requires_grad:
         reason = "the head trains a bias"
     else:
         head = Head(model)
-        reason = _find_difference(model, head)
+        reason = find_difference(model, head)
         if reason is None:
             return head
         base.loss_function = head.plain_loss
@@ -159,7 +182,7 @@ def find_head(model: PreTrainedModel, graphs: bool) -> Head | None:
 
 
 @torch.no_grad()
-def _find_difference(model: PreTrainedModel, head: Head) -> str | None:
+def find_difference(model: PreTrainedModel, head: Head) -> str | None:
     ids = torch.arange(1, 9, device=head.module.weight.device)[None] % model.config.get_text_config().vocab_size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
     was_training = model.training

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.data.tokenization import set_chat_template
 from align.errors import InputError
-from align.upstream_fixes import keep_ranks_apart
+from align.upstream_fixes import keep_no_input_of_frozen_layers, keep_ranks_apart
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +178,8 @@ def load_model(
     Under ZeRO-3 each rank holds its part alone. Blocks that route tokens to experts are made ZeRO-3 leaves: gathered
     expert by expert, ranks that route differently would wait for each other forever.
     """
+    if is_deepspeed_zero3_enabled():
+        keep_no_input_of_frozen_layers()
     in_bfloat16 = training_args.bf16 and (frozen or training_args.deepspeed is not None)
     dtype = args.torch_dtype or ("bfloat16" if in_bfloat16 else "float32")
     name = name or args.model_name_or_path

@@ -20,7 +20,7 @@ from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
 from align.data.packing import NONE
 from align.errors import InputError
 from align.models.attention import place, segment_mask
-from align.models.head import find_head, records_graphs
+from align.models.head import find_head, look_up_as_stored, records_graphs
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.training.reference import Stored, store
 from align.training.reliable import ReliableMixin
@@ -170,6 +170,8 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
         forward = inspect.signature(model.get_base_model().forward if self.is_peft_model else model.forward)
         self.keeps_logits = "logits_to_keep" in forward.parameters
         graphs = records_graphs(args)
+        for each in filter(None, (self.model, ref_model)):
+            look_up_as_stored(each)
         self.heads = {"policy": find_head(self.model, graphs)}
         if ref_model is not None:
             self.heads["reference"] = find_head(place(ref_model, args.device), graphs)

@@ -22,7 +22,7 @@ from align.data.packing import (
 )
 from align.errors import InputError
 from align.models.attention import segment_mask
-from align.models.head import find_head, records_graphs, shift
+from align.models.head import find_head, look_up_as_stored, records_graphs, shift
 from align.training.reliable import ReliableMixin
 from align.upstream_fixes import RightScaleMixin, StepsInPartsMixin, WholeStepsMixin
 
@@ -94,6 +94,7 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
             data_collator=(train or validation).collator,
             **kwargs,
         )
+        look_up_as_stored(self.model)
         self.head = None if self.label_smoother else find_head(self.model, records_graphs(args))
 
     def _prepare_dataset(self, dataset, *args, **kwargs):

@@ -12,7 +12,7 @@ GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.m
 REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
 INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
-.PHONY: help setup quickstart chat test test-hpu test-gaudi-host soak mutants lint format bench clean
+.PHONY: help setup quickstart chat test test-hpu test-gaudi-host soak lint format bench clean
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -55,9 +55,6 @@ test-gaudi-host: setup  ## Try these targets on a simulated Gaudi host
 
 soak: $(VENV)/.dev  ## Run the long grids and kill loops
 	$(BIN)/python -m pytest -m soak
-
-mutants: $(VENV)/.dev  ## Plant changes in the modules that tests guard, and list those that no test notices
-	$(BIN)/python tests/mutants.py
 
 lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check .

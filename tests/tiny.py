@@ -99,3 +99,43 @@ def save_model(folder: Path, family: str = "llama", tokenizer: str = "llama-3", 
     AutoModelForCausalLM.from_config(make_config(family, **ids, **changes)).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
+
+
+# Published sizes of the models that the recipes name, for rehearsals: without weights, and with a tokenizer of our own.
+PUBLISHED = {
+    "meta-llama/Llama-2-70b-hf": {
+        "family": "llama",
+        "tokenizer": "llama-2",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+    },
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": {
+        "family": "mixtral",
+        "tokenizer": "mistral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+    },
+}
+
+
+def save_stand_in(folder: Path, name: str) -> Path:
+    """The configuration of a published model of 32,000 tokens, and a small tokenizer filled up to as many."""
+    sizes = {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", **PUBLISHED[name]}
+    tokenizer = make_tokenizer(sizes.pop("tokenizer"))
+    tokenizer.add_tokens([f"<unused {number}>" for number in range(len(tokenizer), sizes["vocab_size"])])
+    tokenizer.save_pretrained(folder)
+    make_config(sizes.pop("family"), **sizes).save_pretrained(folder)
+    return folder

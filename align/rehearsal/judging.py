@@ -30,6 +30,7 @@ def judge(stage, seen: dict, args: argparse.Namespace, shrunken: dict | None = N
     stops, warnings = [], []
     if error := seen.get("error"):
         stops.append(error["text"])
+    stops += seen.get("stops", [])
     memory = memory_of(seen)
     usable, fits = card_memory(args), None
     if memory["peak"]:
@@ -215,7 +216,7 @@ def disk_of(stage, seen: dict) -> tuple[dict, list[str]]:
         if not Path(path).is_relative_to(output):
             continue
         size *= world if re.search(r"rank_0|rng_state_0", Path(path).name) else 1
-        if Path(path).relative_to(output).parts[0].startswith("checkpoint-"):
+        if "checkpoint-" in Path(path).relative_to(output).parts[0]:  # unfinished-checkpoint-N while it is written
             checkpoint += size
         else:
             final += size
@@ -273,14 +274,15 @@ def disk_rate(place: Path, size: int = 64 << 20) -> float:
 def host_of(stage, seen: dict) -> dict | None:
     """Host memory that loading takes on each node.
 
-    Under ZeRO-3 rank 0 holds one file at a time, which is no more than 10 GB where models come in parts; else each rank
-    holds the model until it is on its card.
+    Under ZeRO-3 rank 0 holds one file at a time, no more than 10 GB where models come in parts. Else all ranks map the
+    same files, and each holds what is in another number format on its card.
     """
     if not seen.get("loaded"):
         return None
     ranks = max(stage.run.nodes.values())
     sizes = [
-        min(model["largest_file"], 10 * GB) if model["in_parts"] else model["bytes"] * ranks for model in seen["loaded"]
+        min(model["file"], 10 * GB) if model["in_parts"] else model["shared"] + model["own"] * ranks
+        for model in seen["loaded"]
     ]
     return {"loading_on_each_node": gb(max(sizes))}
 
@@ -290,11 +292,7 @@ def seconds_of(seen: dict, card: dict) -> float | None:
     steps = seen.get("steps", [])
     if not steps:
         return seen.get("seconds_at_least")
-    before = (
-        steps[-2]
-        if len(steps) > 1
-        else {"flops": seen.get("flops_before", 0), "bytes_sent": seen.get("sent_before", 0)}
-    )
+    before = steps[-2] if len(steps) > 1 else seen["before"]
     flops = steps[-1]["flops"] - before["flops"]
     sent = steps[-1]["bytes_sent"] - before["bytes_sent"]
     return float(f"{max(flops / (card['tflops'] * 1e12), sent / (card['links'] * 1e9)):.3g}")

@@ -54,7 +54,7 @@ class Ledger:
         self.vocabulary = 0  # the last dimension of what is taken for logits
         self.modules: list[str] = []
         self._entries: dict[int, tuple[int, str, str]] = {}  # storage -> bytes, kind, module
-        self._phase = "loading"
+        self.current_phase = "loading"
         self._kind: str | None = None
         self.host_peak = 0  # bytes on the host of this rank, where they are dry as well
         self._host: dict[int, int] = {}
@@ -64,12 +64,12 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        before, self._phase = self._phase, name
+        before, self.current_phase = self.current_phase, name
         self._see_peak()
         try:
             yield
         finally:
-            self._phase = before
+            self.current_phase = before
 
     @contextmanager
     def kind(self, name: str) -> Iterator[None]:
@@ -81,14 +81,14 @@ class Ledger:
             self._kind = before
 
     def begin(self, phase: str) -> None:
-        self._phase = phase
+        self.current_phase = phase
         self._see_peak()
 
     # What is born and dies
 
     def born(self, storage: torch.UntypedStorage, tensor: torch.Tensor) -> None:
         module = self.modules[-1] if self.modules else ""
-        kind = self._kind or KIND_OF_PHASE[self._phase]
+        kind = self._kind or KIND_OF_PHASE[self.current_phase]
         if kind == "activations" and self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
             kind = "logits"
         self._add(storage._cdata, storage.nbytes(), kind, module)
@@ -103,7 +103,7 @@ class Ledger:
         self._see_peak()
 
     def _see_peak(self) -> None:
-        peak = self.peaks[self._phase]
+        peak = self.peaks[self.current_phase]
         if self.total > peak.total:
             peak.total, peak.by_kind, peak.by_module = self.total, dict(self.live), dict(self.by_module)
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,29 +139,54 @@ def logical_lines(text: str) -> list[tuple[int, str]]:
 def rehearse_stage(stage: Stage, args: argparse.Namespace, work: Path, produced: dict[Path, Path]) -> dict:
     """Rehearses one command and returns its report."""
     work.mkdir(parents=True)
-    plan = {
-        "script": str(Path(stage.run.script[0]).resolve()),
-        "seconds": STAGE_SECONDS,
-        "memory_limit_gb": MEMORY_LIMIT,
-    }
-    plan |= {"probe": PROBE, "models": str(work / "models")}
-    asked, plan["arguments"] = redirect(stage.run.script[1:], work / "files", produced)
-    if stage.script in ("sft.py", "dpo.py") and asked is None:
-        asked = "results" if stage.script == "dpo.py" else "trainer_output"  # as the script would
-        plan["arguments"] += ["--output_dir", str(work / "files" / asked)]
-    try:
-        if stage.script not in SCRIPTS:
-            raise InputError(f"only {', '.join(SCRIPTS)} are rehearsed, not {stage.run.script[0]}")
-        choose_port(stage.run.master_port)
-    except InputError as error:
-        return judging.judge(stage, {"error": {"kind": "input", "text": str(error)}}, args)
+    plan = make_plan(stage, work, produced)
+    if error := find_mistake(stage):
+        return judging.judge(stage, {"error": {"kind": "input", "text": error}}, args)
     shrunken = None if args.no_shrunken_run else shrinking.start(stage, plan, work)
-    seen = {**run_stage(stage, plan, work, "rehearsal"), "asked_output": asked}
+    seen = run_stage(stage, plan, work, "rehearsal")
     shrunken = shrunken and shrinking.finish(shrunken, work)
     report = judging.judge(stage, seen, args, shrunken)
     if not args.no_alternatives and report["about"]["fits"] is False:
         report["fits_with"] = alternatives.find(stage, plan, work, seen, args, run_stage)
     return report
+
+
+def make_plan(stage: Stage, work: Path, produced: dict[Path, Path]) -> dict:
+    """What a stage's process is to run; where it would write is noted in `produced`."""
+    asked, arguments = redirect(stage.run.script[1:], work / "files", produced)
+    if stage.script in ("sft.py", "dpo.py") and asked is None:
+        asked = "results" if stage.script == "dpo.py" else "trainer_output"  # as the scripts do
+        arguments += ["--output_dir", str(work / "files" / asked)]
+    return {
+        "script": str(Path(stage.run.script[0]).resolve()),
+        "arguments": arguments,
+        "asked_output": asked,
+        "seconds": STAGE_SECONDS,
+        "memory_limit_gb": MEMORY_LIMIT,
+        "models": str(work / "models"),
+        "probe": PROBE,
+    }
+
+
+def find_mistake(stage: Stage) -> str | None:
+    """What is wrong before anything runs."""
+    if stage.script not in SCRIPTS:
+        return f"only {', '.join(SCRIPTS)} are rehearsed, not {stage.run.script[0]}"
+    try:
+        choose_port(stage.run.master_port)
+    except InputError as error:
+        return str(error)
+    file = next(iter(judging.flag_values(stage.run.script, "--deepspeed")), None)
+    bf16 = judging.flag_values(stage.run.script, "--bf16")
+    wants_bf16 = any(word.partition("=")[0] == "--bf16" for word in stage.run.script) and bf16 not in (
+        ["False"],
+        ["false"],
+    )
+    if file and wants_bf16 and Path(file).is_file():
+        with suppress(ValueError):  # a file that is no JSON is the script's to refuse
+            if json.loads(Path(file).read_text()).get("bf16", {}).get("enabled") is False:
+                return f"--bf16 is on, but bf16 is off in --deepspeed {file}: set it to true there"
+    return None
 
 
 def redirect(arguments: list[str], files: Path, produced: dict[Path, Path]) -> tuple[str | None, list[str]]:
@@ -204,7 +230,7 @@ def run_stage(stage: Stage, plan: dict, work: Path, name: str) -> dict:
     if not seen.exists():
         said = (work / f"{name}.log").read_text().strip().splitlines() or ["no reason given"]
         return {"error": {"kind": "crash", "text": f"the rehearsal ended with exit code {code}: {said[-1]}"}}
-    return json.loads(seen.read_text())
+    return {**json.loads(seen.read_text()), "asked_output": plan["asked_output"]}
 
 
 def environment_of(stage: Stage) -> dict[str, str]:

@@ -9,23 +9,26 @@ import importlib.util
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
 
+from align.data import formats
 from align.errors import InputError
 from align.rehearsal import models
 from align.rehearsal.ledger import Ledger
 
 LOOKED_AT = 256  # micro-batches whose shapes are looked at before the first step
 GENERATED = 8  # forward passes of a generation
+CONVERSATIONS = 100  # whose messages are looked for in the text
 EVALUATED = 2  # batches of an evaluation, the largest first
 
 
@@ -34,23 +37,30 @@ def watch(plan: dict, seen: dict) -> None:
 
     The plan: `script`, `arguments`, `steps` (at least that many, and more within `seconds`), `packable`.
     """
-    from habana_frameworks.emulator import dry, dry_loading
+    from habana_frameworks.emulator import dry, dry_kernels, dry_loading
     from habana_frameworks.emulator.graph_counter import count_graphs
 
     ledger, files, reads = Ledger(), {}, Counter()
-    logging.setLogRecordFactory(functools.partial(_keep_what_is_said, logging.getLogRecordFactory(), seen))
-    arguments = models.fill_in(plan["arguments"], Path(plan["models"])) if dry.is_wanted else plan["arguments"]
-    sys.argv = [plan["script"], *arguments]
-    sys.path.insert(0, str(Path(plan["script"]).resolve().parent))
     with ExitStack() as stack:
+        put_aside(stack)
+        logging.setLogRecordFactory(functools.partial(_keep_what_is_said, logging.getLogRecordFactory(), seen))
+        arguments = models.fill_in(plan["arguments"], Path(plan["models"])) if dry.is_wanted else plan["arguments"]
+        sys.argv = [plan["script"], *arguments]
+        sys.path.insert(0, str(Path(plan["script"]).resolve().parent))
         graphs = stack.enter_context(count_graphs())
         stack.enter_context(ledger.counting())
-        watcher = Watcher(plan, seen, ledger, graphs)
+        watcher = Watcher(plan, seen, ledger, graphs, stack)
         if dry.is_wanted:
-            dry_loading.on_save.append(lambda path, size: files.__setitem__(str(Path(path).resolve()), size))
-            dry_loading.on_load.append(watcher.loads)
+            if plan.get("own_kernels"):
+                dry_kernels.uninstall()
+            for hooks, hook in (
+                (dry_loading.on_save, lambda path, size: files.__setitem__(str(Path(path).resolve()), size)),
+                (dry_loading.on_load, watcher.loads),
+                (dry.on_host_read, lambda read: reads.update([read]) if watcher.in_step else None),
+            ):
+                hooks.append(hook)
+                stack.callback(hooks.remove, hook)
             dry.not_the_host.append("/align/rehearsal/")
-            dry.on_host_read.append(lambda read: reads.update([read]) if watcher.in_training else None)
         try:
             script = importlib.import_module(Path(plan["script"]).stem)
             watcher.install()
@@ -80,6 +90,21 @@ def watch(plan: dict, seen: dict) -> None:
     ]
 
 
+def put_aside(stack: ExitStack) -> None:
+    """At the end nothing of the run is left where the next one would find it."""
+    stack.callback(logging.setLogRecordFactory, logging.getLogRecordFactory())
+    environment = dict(os.environ)
+    stack.callback(os.environ.update, environment)
+    stack.callback(_forget_run)
+
+
+def _forget_run() -> None:
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state()
+    if "transformers.integrations.deepspeed" in sys.modules:
+        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
+
+
 def _keep_what_is_said(make: Callable, seen: dict, *args, **kwargs) -> logging.LogRecord:
     """What the scripts tell and warn of goes into the report too."""
     record = make(*args, **kwargs)
@@ -87,7 +112,7 @@ def _keep_what_is_said(make: Callable, seen: dict, *args, **kwargs) -> logging.L
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             seen.setdefault("warnings", []).append(text)
-        if match := re.match(r"(\w+): ([\d.]+)% of the computed tokens are useful", text):
+        if match := re.match(r"(\w+): (?:[\d,]+ computed tokens a pair, )?([\d.]+)% of (?:the computed|them)", text):
             seen.setdefault("useful", {})[match[1]] = float(match[2]) / 100
     return record
 
@@ -103,11 +128,16 @@ class Enough(Exception):
 class Watcher:
     """Puts itself around the methods of the trainers, of DeepSpeed and of the scripts' own modules."""
 
-    def __init__(self, plan: dict, seen: dict, ledger: Ledger, graphs):
+    def __init__(self, plan: dict, seen: dict, ledger: Ledger, graphs, stack: ExitStack):
+        self.stack = stack  # puts back at its end what was replaced
         self.plan, self.seen, self.ledger, self.graphs = plan, seen, ledger, graphs
         self.in_training = False
         self.micro_batches: list[dict] = []
         seen.update(steps=[], loaded=[], data={}, ended=False)
+
+    @property
+    def in_step(self) -> bool:
+        return self.in_training and self.ledger.current_phase in ("forward", "backward", "optimizer")
 
     # Where it stands
 
@@ -127,6 +157,7 @@ class Watcher:
         self.around(GaudiTrainer, "get_train_dataloader", self.train_batches)
         self.around(GaudiTrainer, "get_eval_dataloader", self.eval_batches)
         self.around(loading, "report", self.report_data)
+        self.around(loading, "prepare", self.prepare_data)
         self.around(GaudiGenerationMixin, "generate", self.generate)
         for owner, name, phase in (
             (GaudiTrainer, "evaluation_loop", "evaluation"),
@@ -143,18 +174,22 @@ class Watcher:
         if dry.is_wanted:
             self.trust_values()
         if self.plan.get("probe") is not None:  # what a dry card cannot show was seen elsewhere
-            attention.probe = lambda *_, **__: attention.ProbeResult(**self.plan["probe"])
-            head.find_difference = lambda *_: None
+            self.replace(attention, "probe", lambda *_, **__: attention.ProbeResult(**self.plan["probe"]))
+            self.replace(head, "find_difference", lambda *_: None)
 
     def trust_values(self) -> None:
         """A dry card has no weights that could be looked at, and its other ranks say nothing."""
         from align.training import checkpoints, gate, reliable
 
-        gate.Gate.check = lambda *_: {}
-        gate.Movement.count_changed = lambda *_: 1
-        reliable.ReliableMixin._highest = lambda _, votes: [int(vote) for vote in votes]
-        reliable.ReliableMixin._are_finite = lambda *_: True
-        checkpoints._distributed = lambda: False
+        for owner, name, answer in (
+            (gate.Gate, "check", lambda *_: {}),
+            (gate.Movement, "count_changed", lambda *_: 1),
+            (reliable.ReliableMixin, "_highest", lambda _, votes: [int(vote) for vote in votes]),
+            (reliable.ReliableMixin, "_are_finite", lambda *_: True),
+            (checkpoints, "_distributed", lambda: False),
+            (checkpoints, "hash_file", lambda _: ""),  # of holes as large as the files will be
+        ):
+            self.replace(owner, name, answer)
 
     def install_deepspeed(self) -> None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -197,13 +232,17 @@ class Watcher:
                 "tensors": len(plan.tensors),
             }
 
-        merge_peft_adapter.write_files = write
-        merge_peft_adapter.verify_files = lambda *_: None
-        merge_peft_adapter.check_disk = lambda *_: None  # the report looks where the real run writes
+        self.replace(merge_peft_adapter, "write_files", write)
+        self.replace(merge_peft_adapter, "verify_files", lambda *_: None)
+        self.replace(merge_peft_adapter, "check_disk", lambda *_: None)  # the report looks where the real run writes
 
     def around(self, owner, name: str, wrapper: Callable) -> None:
         native = getattr(owner, name)
-        setattr(owner, name, functools.wraps(native)(lambda *args, **kwargs: wrapper(native, *args, **kwargs)))
+        self.replace(owner, name, functools.wraps(native)(lambda *args, **kwargs: wrapper(native, *args, **kwargs)))
+
+    def replace(self, owner, name: str, value) -> None:
+        self.stack.callback(setattr, owner, name, vars(owner).get(name, getattr(owner, name)))
+        setattr(owner, name, value)
 
     def in_phase(self, owner, name: str, phase: str) -> None:
         def wrapper(native, *args, **kwargs):
@@ -221,12 +260,36 @@ class Watcher:
 
     # Model and data
 
-    def loads(self, name: str, size: int) -> None:
+    def loads(self, name: str, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
         files = [path.stat().st_size for path in Path(name).glob("*.safetensors")]
-        about = {"name": name, "bytes": size, "largest_file": max(files, default=size)}
-        self.seen["loaded"].append({**about, "in_parts": is_deepspeed_zero3_enabled()})
+        size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        cast = sum(tensor.numel() * dtype.itemsize for tensor in weights.values() if tensor.dtype != dtype)
+        self.seen["loaded"].append(
+            {
+                "name": name,
+                "file": max(files, default=size),
+                "shared": size,  # the ranks of a node map the same files
+                "own": cast,  # what a rank holds besides, as its number format is another
+                "in_parts": is_deepspeed_zero3_enabled(),
+            }
+        )
+
+    def prepare_data(self, native, rows, args, tokenize, *rest, **options):
+        """Looks whether the first conversations are whole in what the model will see."""
+        prepared = native(rows, args, tokenize, *rest, **options)
+        preference = options.get("preference", False)
+        format = formats.recognise(list(rows.column_names or next(iter(rows))), preference, args.data_format)
+        tokenizer = tokenize.keywords["tokenizer"]
+        for number, row in enumerate(itertools.islice(iter(rows), CONVERSATIONS), 1):
+            with suppress(formats.RowError):  # a bad row is the script's to judge
+                sample = format.read(row)
+                if isinstance(sample.prompt, list) and (lost := find_lost(tokenizer, sample)):
+                    text = f"--chat_template: it loses message {lost} of row {number}, which the model would never see"
+                    self.seen.setdefault("stops", []).append(text)
+                    break
+        return prepared
 
     def report_data(self, native, name: str, prepared) -> None:
         native(name, prepared)
@@ -282,6 +345,7 @@ class Watcher:
             "save_total_limit": args_.save_total_limit,
             "output_dir": args_.output_dir,
         }
+        self.seen["before"] = {"flops": self.ledger.flops, "bytes_sent": self.ledger.bytes_sent}
         self.in_training, self.began = True, time.monotonic()
         self.ledger.begin("optimizer")
         try:
@@ -344,6 +408,15 @@ class Watcher:
             enough or len(self.seen["steps"]) >= self.plan.get("most_steps", 8)
         ):
             control.should_training_stop = control.should_save = True
+
+
+def find_lost(tokenizer, sample) -> str | None:
+    """The first message of a conversation that its text does not hold."""
+    text = tokenizer.render(sample).text
+    for number, message in enumerate([*sample.prompt, *sample.answers[0]], 1):
+        if message["content"].strip() not in text:
+            return f"{number} ({message['role']})"
+    return None
 
 
 class LargestFirst:

@@ -440,7 +440,12 @@ def _install_tensor_methods() -> None:
     def set_data(self, value: torch.Tensor) -> None:
         native_data.__set__(self, _without_data(value) if is_dry(self) else value)
 
+    def set_grad(self, value: torch.Tensor | None) -> None:
+        native_grad.__set__(self, _without_data(value) if value is not None and is_dry(self) else value)
+
+    native_grad = torch._C.TensorBase.grad
     tensor.data = property(native_data.__get__, set_data)
+    tensor.grad = property(native_grad.__get__, set_grad, lambda self: native_grad.__set__(self, None))
     tensor.to, tensor.type, tensor.device = to, type_, property(place)
     tensor.numpy, tensor.tolist = read(native_numpy, "numpy"), read(native_tolist, "tolist")
     tensor.cpu = lambda self, memory_format=torch.preserve_format: self.to(CPU)
@@ -450,6 +455,18 @@ def _install_tensor_methods() -> None:
     tensor.is_cpu = property(lambda self: place(self).type == "cpu")
     tensor.is_meta = property(lambda self: place(self).type == "meta")
     tensor.get_device = lambda self: 0 if self.is_hpu else -1
+    # Storages without data would all begin at 0, and be taken for one that many tensors share.
+    storage, native_pointer, native_storage_pointer = (
+        torch.UntypedStorage,
+        tensor.data_ptr,
+        torch.UntypedStorage.data_ptr,
+    )
+    storage.data_ptr = lambda self: self._cdata if self.device.type == "meta" else native_storage_pointer(self)
+    tensor.data_ptr = lambda self: (
+        self.untyped_storage()._cdata + self.storage_offset() * self.element_size()
+        if is_dry(self)
+        else native_pointer(self)
+    )
     native_repr = tensor.__repr__
     tensor.__repr__ = lambda self, **kwargs: native_repr(answer(self) if is_dry(self) else self, **kwargs)
     tensor.pin_memory = lambda self, device=None: self

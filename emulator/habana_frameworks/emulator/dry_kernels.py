@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from habana_frameworks.emulator.dry import is_dry
 
+_before: dict = {}
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod
@@ -110,4 +112,18 @@ def install() -> None:
 
     attention.FusedSDPA.apply = staticmethod(apply_attention)
     normalization.FusedRMSNorm.apply = staticmethod(apply_norm)
-    torch.ops.hpu.mixture_of_experts = _Experts(torch.ops.hpu.mixture_of_experts)
+    experts = torch.ops.hpu.mixture_of_experts
+    torch.ops.hpu.mixture_of_experts = _Experts(experts)
+    _before.update(attend=attend, norm=norm, experts=experts)
+
+
+def uninstall() -> None:
+    """The emulator's composed kernels again, which keep more than a card's: to compare with real computation."""
+    from habana_frameworks.torch.hpex import normalization
+    from habana_frameworks.torch.hpex.kernels import attention
+
+    if _before:
+        attention.FusedSDPA.apply = staticmethod(_before["attend"])
+        normalization.FusedRMSNorm.apply = staticmethod(_before["norm"])
+        torch.ops.hpu.mixture_of_experts = _before["experts"]
+        _before.clear()

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from habana_frameworks.emulator import dry
 
 on_save: list[Callable[[str, int], None]] = []
-on_load: list[Callable[[str, int], None]] = []
+on_load: list[Callable[[str, dict[str, torch.Tensor], torch.dtype], None]] = []
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -91,7 +91,7 @@ def install_transformers(modeling_utils) -> None:
             dtype = config.torch_dtype or torch.float32
         weights = state_dict(cls, config, Path(name), dtype)
         for tell in on_load:
-            tell(str(name), _nbytes(weights))
+            tell(str(name), weights, dtype)
         loaded = native(cls, None, *args, config=config, state_dict=weights, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.can_generate():

@@ -11,6 +11,7 @@ import logging
 import pickle
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
@@ -138,7 +139,13 @@ def load_deepspeed_safely() -> None:
     TorchCheckpointEngine.load = _load_tensors
 
 
-def _load_tensors(_, path: str, map_location: Any = None) -> Any:
+def inspect_deepspeed_files(folder: Path) -> None:
+    """Raises an InputError for a file of the checkpoint that holds more than tensors. Reads none of the tensors."""
+    for path in sorted(folder.rglob("*_states.pt")):
+        _load_tensors(None, str(path), "cpu", mmap=True)
+
+
+def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) -> Any:
     import torch
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -146,8 +153,8 @@ def _load_tensors(_, path: str, map_location: Any = None) -> Any:
 
     try:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--resume: {path} holds more than tensors and is not loaded: {reason}") from error
 

@@ -167,7 +167,7 @@ def test_a_shard_that_is_damaged_sends_the_run_back_to_the_checkpoint_before(ben
 def test_code_planted_in_a_shard_is_not_run(bench):
     bench.finish("sft zero2", "planted", "--max_steps", 4)
     folder = bench.folder / "planted" / "checkpoint-4"
-    shard = next(folder.rglob("*rank_0*optim_states.pt"))
+    shard = next(folder.rglob("*zero_pp_rank_1_*optim_states.pt"))  # which rank 0 would never load
     plant(shard, bench.folder / "it ran")
 
     run = bench.start("sft zero2", "planted")

@@ -25,7 +25,7 @@ from align.errors import InputError, ResultError, Stopped
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, Run, RunArguments, all_ranks
 from align.training.gate import MOVED, Gate, Movement
-from align.upstream_fixes import check_deepspeed_steps, load_deepspeed_safely
+from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class ReliableMixin:
             )
         if self.is_deepspeed_enabled:
             load_deepspeed_safely()
+            self._inspect(folder)
         with self._heed_signals():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.stopped_by:
@@ -81,6 +82,17 @@ class ReliableMixin:
             )
         self._correct_speed(output.metrics)
         return output
+
+    def _inspect(self, folder: Path | None) -> None:
+        """Before any rank loads its shards: one that refused its own would leave the others waiting for it."""
+        problem = None
+        if folder and self.args.local_process_index == 0:
+            try:
+                inspect_deepspeed_files(folder)
+            except InputError as error:
+                problem = error
+        if problem := next(filter(None, all_ranks(problem)), None):
+            raise problem
 
     def _correct_speed(self, metrics: dict[str, float]) -> None:
         """optimum-habana 1.21.2 divides the samples of all steps by the time of those since the resume."""

@@ -123,19 +123,15 @@ def check_preference_arguments(
         raise InputError(f"--num_train_epochs has no effect beside --max_steps {args.max_steps}; add --max_steps -1")
     if not args.num_train_epochs and args.max_steps <= 0:
         raise InputError(f"--max_steps {args.max_steps}: give --num_train_epochs as well")
-    if not 0 < args.max_prompt_length < args.max_length:
+    if args.max_prompt_length >= args.max_length:
         raise InputError(
             f"--max_prompt_length {args.max_prompt_length}: must be from 1 to less than --max_length {args.max_length}"
         )
-    if args.beta <= 0:
-        raise InputError(f"--beta: got {args.beta:g}; give more than 0")
     if args.loss_type in preference.MIXING:
         raise InputError(
             f"--loss_type {args.loss_type} compares the pairs of one micro-batch, so that its gradient would depend on "
             f"how a step is cut; choose from {', '.join(preference.LOSSES)}"
         )
-    if not 0 <= args.label_smoothing < 0.5:
-        raise InputError(f"--label_smoothing: got {args.label_smoothing:g}; give 0 or more, less than 0.5")
     if args.label_smoothing and args.loss_type not in preference.SMOOTHED:
         raise InputError(f"--label_smoothing has no effect on --loss_type {args.loss_type}")
     if args.f_divergence_type != defaults["f_divergence_type"] and args.loss_type not in preference.DIVERGING:
@@ -150,8 +146,6 @@ def check_preference_arguments(
         )
     if args.sync_ref_model and (lora_args.use_peft or is_deepspeed_zero3_enabled()):
         raise InputError("--sync_ref_model needs a copy of a fully trained model: --use_peft False, and no ZeRO-3")
-    if preference_args.num_buckets < 1:
-        raise InputError(f"--num_buckets: got {preference_args.num_buckets}; give 1 or more")
     if preference_args.sample_prompts and not args.do_eval:
         raise InputError("--sample_prompts takes held-out prompts: add --do_eval")
 

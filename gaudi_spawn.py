@@ -73,7 +73,7 @@ def plan_run(args: argparse.Namespace) -> Run:
         raise InputError(f"--world_size {args.world_size}: give a number of cards, 1 or more")
     if args.master_port is not None and not 0 < args.master_port < 65536:
         raise InputError(f"--master_port {args.master_port}: give a port from 1 to 65535")
-    if args.grace_period < 0:
+    if not args.grace_period >= 0:  # nor nan
         raise InputError(f"--grace_period {args.grace_period:g}: give seconds, 0 or more")
     if args.hostfile is None:
         nodes = {"localhost": args.world_size or 1}
@@ -86,7 +86,7 @@ def plan_run(args: argparse.Namespace) -> Run:
             )
         if args.use_mpi:  # which gives this host the first ranks wherever it stands in the file
             nodes = dict(sorted(nodes.items(), key=lambda node: not is_this_host(node[0])))
-    if args.stall_timeout < 0:
+    if not args.stall_timeout >= 0:  # nor nan
         raise InputError(f"--stall_timeout {args.stall_timeout:g}: give seconds, or 0 to wait for ever")
     check_script(args.command[0])
     return Run(

@@ -15,7 +15,6 @@ from optimum.habana.utils import set_seed
 from align.cli import parse_arguments, run_script, start_logging
 from align.data import loading as data
 from align.data.tokenization import SampleTokenizer, tokenize_samples
-from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
 from align.training import checkpoints, folders, results
@@ -55,8 +54,6 @@ def main() -> None:
     model_args, lora_args, data_args, batch_args, run_args, args = parsed
     start_logging(args)
     checkpoint = folders.check_training_arguments(args, run_args, model_args.model_name_or_path)
-    if batch_args.num_buckets < 1 and not (args.packing or args.pad_max):
-        raise InputError(f"--num_buckets: got {batch_args.num_buckets}; give 1 or more, or --packing True")
     set_seed(args.seed)
 
     # Model, as far as it can be checked without its weights

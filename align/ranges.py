@@ -60,7 +60,7 @@ RANGES = {
     "max_length": Range(2),
     "max_prompt_length": COUNT,
     # Batches
-    "num_buckets": Range(1, special=-1),
+    "num_buckets": COUNT,
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,

@@ -142,7 +142,11 @@ def load_deepspeed_safely() -> None:
 def inspect_deepspeed_files(folder: Path) -> None:
     """Raises an InputError for a file of the checkpoint that holds more than tensors. Reads none of the tensors."""
     for path in sorted(folder.rglob("*_states.pt")):
-        _load_tensors(None, str(path), "cpu", mmap=True)
+        try:
+            _load_tensors(None, str(path), "cpu", mmap=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--resume: {path} is damaged, or no file that DeepSpeed writes: {reason}") from error
 
 
 def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) -> Any:
@@ -154,7 +158,7 @@ def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) ->
     try:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--resume: {path} holds more than tensors and is not loaded: {reason}") from error
 

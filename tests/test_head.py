@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from align.models import head as heads
 from align.models.head import TokenScores, find_head, shift
+from align.upstream_fixes import keep_no_input_of_frozen_layers
+
+CPU = torch.device("cpu")
 
 
 def inputs(dtype=torch.float32, tokens=300, size=32, vocabulary=50):
@@ -72,7 +75,7 @@ def test_a_model_gives_the_loss_that_it_gives_with_whole_logits(family):
     wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    head = find_head(model, graphs=False)
+    head = find_head(model, CPU, graphs=False)
     with head.scoring(shift(labels)):
         loss = model(input_ids=ids, labels=labels).loss
     loss.backward()
@@ -81,6 +84,22 @@ def test_a_model_gives_the_loss_that_it_gives_with_whole_logits(family):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-5)
     assert model(input_ids=ids).logits.shape[-1] == 512
+
+
+def test_a_frozen_layer_under_zero_3_keeps_no_input_and_gives_the_same_gradients(monkeypatch):
+    from deepspeed.runtime.zero import partition_parameters
+
+    plain = partition_parameters.zero3_linear_wrap
+    monkeypatch.setattr(partition_parameters, "zero3_linear_wrap", plain)
+    keep_no_input_of_frozen_layers()
+    hidden, weight, _, _ = inputs()
+    for bias, trained in ((None, False), (torch.ones(50), False), (None, True)):
+        kept, used = [], weight if trained else weight.detach()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):  # noqa: B023
+            output = partition_parameters.zero3_linear_wrap(hidden, used, bias)
+        wanted = torch.autograd.grad(functional.linear(hidden, used, bias).sum(), hidden)
+        torch.testing.assert_close(torch.autograd.grad(output.sum(), hidden), wanted)
+        assert any(tensor.shape == hidden.shape for tensor in kept) == trained
 
 
 def test_an_embedding_gives_the_type_that_autocast_asks_for_without_casting_its_table(monkeypatch):
@@ -109,7 +128,7 @@ def test_a_model_that_changes_its_logits_keeps_them_whole_and_says_so(family, ch
     caplog.set_level("INFO", "align")
     model = AutoModelForCausalLM.from_config(make_config(family, **changes))
 
-    assert find_head(model, graphs=False) is None
+    assert find_head(model, CPU, graphs=False) is None
     assert "logits of whole rows are kept: the model's" in caplog.text
     ids = torch.arange(4)[None]
     assert model(input_ids=ids, labels=ids).loss > 0

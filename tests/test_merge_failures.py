@@ -306,11 +306,12 @@ def test_wrappers_of_a_training_loop_are_no_part_of_a_name(before, after, inputs
         assert Path("again", file).read_bytes() == Path("merged", file).read_bytes()
 
 
-def test_an_adapter_that_changes_nothing_or_half_of_its_modules_is_told(inputs, caplog):
+@pytest.mark.parametrize("flags", [[], ["--dtype", "float32"]])
+def test_an_adapter_that_changes_nothing_or_half_of_its_modules_is_told(flags, inputs, caplog):
     change_json("adapter/adapter_config.json", target_modules=["q_proj", "v_proj"])
     change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.zeros(8, 2)})
 
-    merge_peft_adapter.main(COMMAND)
+    merge_peft_adapter.main([*COMMAND, *flags])
 
     assert "every update of adapter/adapter_model.safetensors is zero" in caplog.text
     assert "changes 1 modules and not 1 others" in caplog.text

@@ -218,6 +218,16 @@ def test_another_learning_rate_and_schedule_hold_from_the_resume_on(train, stopp
     assert [entry["learning_rate"] for entry in history if entry["step"] > 4 and "loss" in entry] == [2e-3, 2e-3]
 
 
+def test_resume_auto_leaves_a_finished_model_without_checkpoints_alone(train):
+    train("sft.py", "--save_strategy", "no")
+    before = Path("out/adapter_model.safetensors").read_bytes()
+
+    with pytest.raises(InputError, match="--resume auto: out holds a model .adapter_model.safetensors. but no"):
+        train("sft.py", "--save_strategy", "no", "--resume", "auto", "--learning_rate", "1e-2")
+
+    assert Path("out/adapter_model.safetensors").read_bytes() == before
+
+
 def test_resume_auto_begins_where_there_is_nothing_and_without_it_nothing_is_replaced(train):
     train("sft.py", "--resume", "auto", "--max_steps", 2)
 

@@ -387,7 +387,7 @@ def find_untouched(plan: MergePlan, config: dict) -> list[str]:
     named = [
         tensor for tensor in plan.tensors if any(f".{tensor.name}".endswith(f".{name}.weight") for name in targets)
     ]
-    return [tensor.name.removesuffix(".weight") for tensor in named if tensor.is_copy and len(tensor.shape) == 2]
+    return [tensor.name.removesuffix(".weight") for tensor in named if not tensor.update and len(tensor.shape) == 2]
 
 
 def changes_nothing(adapter: Adapter) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from align.models.attention import gathered
+from align.models.attention import gathered, place
 
 logger = logging.getLogger(__name__)
 
@@ -154,14 +154,14 @@ def records_graphs(args) -> bool:
     return args.use_lazy_mode and (args.use_hpu_graphs_for_training or args.use_hpu_graphs_for_inference)
 
 
-def find_head(model: PreTrainedModel, graphs: bool) -> Head | None:
-    """The head of a model on its card that can be scored in blocks; says why where logits stay whole.
+def find_head(model: PreTrainedModel, device: torch.device, graphs: bool) -> Head | None:
+    """The head of a model that can be scored in blocks; says why where logits stay whole. Moves the model to `device`.
 
     `graphs`: whether the forward is recorded as an HPU graph, which would keep the first batch's targets. A forward of
     eight tokens shows that the model returns the head's output as it is: soft caps and scales change it afterwards.
     Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = place(model.get_base_model() if hasattr(model, "get_base_model") else model, device)
     module = base.get_output_embeddings()
     if graphs:
         reason = "HPU graphs record the forward"

@@ -105,10 +105,6 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
     """
     if not args.use_peft:
         return None
-    if args.lora_r < 1:
-        raise InputError(f"--lora_r: got {args.lora_r}; the rank is 1 or more")
-    if not 0 <= args.lora_dropout < 1:
-        raise InputError(f"--lora_dropout: got {args.lora_dropout}; give 0 or more, less than 1")
     modules = _linear_modules(config, trust_remote_code)
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
     targets = args.lora_target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)

@@ -17,6 +17,7 @@ CARDS = {
     "gaudi3": {"name": "Gaudi 3", "memory": 126.0, "tflops": 1835, "links": 525},
 }
 CALIBRATION = json.loads(Path(__file__).with_name("calibration.json").read_text())
+BAND = "measured" if CALIBRATION["settings"] else "assumed, not measured"  # what the error band of memory is
 PHASES = ("loading", "between_steps", "forward", "backward", "optimizer", "evaluation", "saving", "generation")
 WARM_UP = 20  # steps after which no new graph should appear
 
@@ -26,7 +27,7 @@ def card_memory(args: argparse.Namespace) -> float:
 
 
 def judge(stage, seen: dict, args: argparse.Namespace, shrunken: dict | None = None) -> dict:
-    """The report of one stage: the keys that docs/rehearsal.md explains."""
+    """The report of one stage: its keys are those of report.json."""
     stops, warnings = [], []
     if error := seen.get("error"):
         stops.append(error["text"])
@@ -37,7 +38,7 @@ def judge(stage, seen: dict, args: argparse.Namespace, shrunken: dict | None = N
         low, high = memory["band"]
         fits = low <= usable
         fullest = max(memory["by_phase"], key=memory["by_phase"].get)
-        told = f"{show(memory['peak'])} a card in {fullest.replace('_', ' ')} ({show(low)} to {show(high)})"
+        told = f"{show(memory['peak'])} a card in {fullest.replace('_', ' ')} ({show(low)} to {show(high)}, {BAND})"
         if low > usable:
             stops.append(f"does not fit: {told}, and a card has {usable:g} GB")
         elif high > usable:

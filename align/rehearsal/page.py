@@ -4,7 +4,7 @@ import html
 import shlex
 from pathlib import Path
 
-from align.rehearsal.judging import show
+from align.rehearsal.judging import BAND, show
 
 COLORS = {
     "weights": "#3b5bdb",
@@ -65,7 +65,10 @@ def figures(report: dict) -> str:
     if memory["peak"]:
         low, high = memory["band"]
         shown.append(
-            (show(memory["peak"]), f"a card at most ({show(low)} to {show(high)}), of {about['card_memory_gb']:g} GB")
+            (
+                show(memory["peak"]),
+                f"a card at most ({show(low)} to {show(high)}, {BAND}), of {about['card_memory_gb']:g} GB",
+            )
         )
     if memory["between_steps"]:
         shown.append((show(memory["between_steps"]), "a card between steps"))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from align.rehearsal.judging import show
+from align.rehearsal.judging import BAND, show
 
 SIGNS = {"go": "GO", "warnings": "GO, with warnings", "no-go": "NO-GO"}
 
@@ -31,7 +31,7 @@ def describe_stage(report: dict, card_memory: float) -> list[str]:
     lines = [f"{Path(about['command'][0]).name}, {cards} ({card_memory:g} GB usable)"]
     if memory["peak"]:
         low, high = memory["band"]
-        lines.append(f"  memory a card      {show(memory['peak'])} at most ({show(low)} to {show(high)})")
+        lines.append(f"  memory a card      {show(memory['peak'])} at most ({show(low)} to {show(high)}, {BAND})")
         for name, size in memory["by_phase"].items():
             bar = "#" * min(40, round(40 * size / card_memory))
             lines.append(f"    {name.replace('_', ' '):16} {show(size):>10}  {bar}".rstrip())

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 
 from align.errors import InputError
+from align.merge.checkpoints import flush
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +63,6 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Flushes a file or the entries of a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def list_files(folder: Path) -> list[str]:
     """Paths within `folder`, in an order that all ranks agree on; the manifest itself is not among them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -83,7 +75,7 @@ def seal(folder: Path, rank: int, ranks: int) -> dict[str, dict]:
     for name in list_files(folder)[rank::ranks]:
         path = folder / name
         described[name] = {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
-        sync(path)
+        flush(path)
     return described
 
 
@@ -92,11 +84,11 @@ def commit(folder: Path, final: Path, files: Mapping[str, dict], about: Mapping[
     manifest = {"version": MANIFEST_VERSION, **about, "files": dict(sorted(files.items()))}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        sync(path)
+        flush(path)
     if final.exists():  # of the same step, from before a resume
         shutil.rmtree(final)
     os.rename(folder, final)
-    sync(final.parent)
+    flush(final.parent)
 
 
 def write_whole(path: Path, text: str) -> None:

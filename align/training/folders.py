@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
-from align.errors import InputError, check_seed
+from align.errors import InputError
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, RunArguments
 
-RUN_FILES = ("adapter_config.json", "adapter_model.*", "model*.safetensors", "pytorch_model*", "checkpoint-*")
+WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*")
+RUN_FILES = (*WEIGHTS, "adapter_config.json", "checkpoint-*")
 LEFTOVERS = (f"{UNFINISHED}*", "failed-*", "bad_batch.jsonl", checkpoints.MANIFEST)
 RESULT_FILES = ("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json")
 
@@ -19,7 +20,6 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
     """
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
-    check_seed(args.seed)
     if args.flash_attention_causal_mask and getattr(args, "packing", False):
         raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
     output = Path(args.output_dir)
@@ -45,7 +45,14 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
         other = "--resume_from_checkpoint" if wanted else "--overwrite_output_dir"
         raise InputError(f"--resume auto contradicts {other}; give one of them")
     if run_args.resume == "auto":
-        return _as_text(checkpoints.find_last(output, *ranks))
+        found = checkpoints.find_last(output, *ranks)
+        held = next((path for name in WEIGHTS for path in output.glob(name)), None)
+        if found is None and held is not None:
+            raise InputError(
+                f"--resume auto: {output} holds a model ({held.name}) but no checkpoint to go on from; add "
+                "--overwrite_output_dir without --resume to replace it, or name another folder"
+            )
+        return _as_text(found)
     if wanted in ("True", "true"):
         found = checkpoints.find_last(output, *ranks)
         if found is None:

@@ -19,7 +19,7 @@ from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
 
 from align.data.packing import NONE
 from align.errors import InputError
-from align.models.attention import place, segment_mask
+from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.training.reference import Stored, store
@@ -172,9 +172,9 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
         graphs = records_graphs(args)
         for each in filter(None, (self.model, ref_model)):
             look_up_as_stored(each)
-        self.heads = {"policy": find_head(self.model, graphs)}
+        self.heads = {"policy": find_head(self.model, args.device, graphs)}
         if ref_model is not None:
-            self.heads["reference"] = find_head(place(ref_model, args.device), graphs)
+            self.heads["reference"] = find_head(ref_model, args.device, graphs)
         self.ref_model = ref_model and self._prepare_reference(ref_model)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
 from align.errors import InputError, ResultError, Stopped
+from align.merge.checkpoints import flush
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, Run, RunArguments, all_ranks
 from align.training.gate import MOVED, Gate, Movement
@@ -358,7 +359,7 @@ class ReliableMixin:
             for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
                 os.replace(folder / name, output / name)
             checkpoints.write_whole(output / checkpoints.MANIFEST, about)
-            checkpoints.sync(output)
+            flush(output)
             folder.rmdir()
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:

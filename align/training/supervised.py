@@ -95,7 +95,7 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
             **kwargs,
         )
         look_up_as_stored(self.model)
-        self.head = None if self.label_smoother else find_head(self.model, records_graphs(args))
+        self.head = None if self.label_smoother else find_head(self.model, args.device, records_graphs(args))
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset

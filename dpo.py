@@ -13,7 +13,9 @@ from optimum.habana.utils import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align.cli import parse_arguments, run_script, start_logging
-from align.data import loading as data
+from align.data.examples import show_examples
+from align.data.loading import DataArguments
+from align.data.preparing import prepare_data
 from align.data.tokenization import SampleTokenizer, tokenize_pairs
 from align.errors import InputError
 from align.models import loading as modeling
@@ -104,7 +106,7 @@ class PreferenceArguments:
 ARGUMENTS = (
     modeling.ModelArguments,
     modeling.LoraArguments,
-    data.DataArguments,
+    DataArguments,
     PreferenceArguments,
     checkpoints.RunArguments,
     GaudiDPOConfig,
@@ -172,21 +174,15 @@ def main() -> None:
     samples = SampleTokenizer(tokenizer)
     limits = {"max_prompt_length": args.max_prompt_length, "max_length": args.max_length}
     tokenize = partial(tokenize_pairs, tokenizer=samples, truncation=data_args.truncation, **limits)
-    splits = data.load_splits(
-        data_args, args.do_train, args.do_eval, args.max_steps > 0, args.seed, "data/rl", model_args.token
-    )
     key = f"dpo {samples.fingerprint} {limits} {data_args.truncation}"
+    has_template = tokenizer.chat_template is not None
     with args.main_process_first():
-        prepared = {
-            name: data.prepare(rows, data_args, tokenize, key, preference=True)
-            for name, rows in vars(splits).items()
-            if rows is not None
-        }
-    for name, part in prepared.items():
-        data.report(name, part)
+        prepared = prepare_data(
+            data_args, args, "data/rl", tokenize, key, has_template, model_args.token, preference=True
+        )
     if data_args.show_examples:
         some = next(iter(prepared.values())).rows.take(data_args.show_examples)
-        data.show_examples(pairs.as_samples(some), tokenizer, 2 * data_args.show_examples)
+        show_examples(pairs.as_samples(some), tokenizer, 2 * data_args.show_examples)
         return
     per_device = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = {

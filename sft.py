@@ -13,7 +13,9 @@ from optimum.habana.trl import GaudiSFTConfig
 from optimum.habana.utils import set_seed
 
 from align.cli import parse_arguments, run_script, start_logging
-from align.data import loading as data
+from align.data.examples import show_examples
+from align.data.loading import DataArguments
+from align.data.preparing import prepare_data
 from align.data.tokenization import SampleTokenizer, tokenize_samples
 from align.models import loading as modeling
 from align.models.attention import probe_packing
@@ -42,7 +44,7 @@ class BatchArguments:
 ARGUMENTS = (
     modeling.ModelArguments,
     modeling.LoraArguments,
-    data.DataArguments,
+    DataArguments,
     BatchArguments,
     checkpoints.RunArguments,
     GaudiSFTConfig,
@@ -67,20 +69,12 @@ def main() -> None:
     tokenize = partial(
         tokenize_samples, tokenizer=samples, max_length=args.max_seq_length, truncation=data_args.truncation
     )
-    splits = data.load_splits(
-        data_args, args.do_train, args.do_eval, args.max_steps > 0, args.seed, "data/finetune", model_args.token
-    )
     key = f"sft {samples.fingerprint} {args.max_seq_length} {data_args.truncation}"
+    has_template = tokenizer.chat_template is not None
     with args.main_process_first():
-        prepared = {
-            name: data.prepare(rows, data_args, tokenize, key)
-            for name, rows in vars(splits).items()
-            if rows is not None
-        }
-    for name, part in prepared.items():
-        data.report(name, part)
+        prepared = prepare_data(data_args, args, "data/finetune", tokenize, key, has_template, model_args.token)
     if data_args.show_examples:
-        data.show_examples(next(iter(prepared.values())).rows, tokenizer, data_args.show_examples)
+        show_examples(next(iter(prepared.values())).rows, tokenizer, data_args.show_examples)
         return
 
     models = {"--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash)}

@@ -55,6 +55,7 @@ RANGES = {
     "max_eval_samples": COUNT,
     "num_workers": COUNT,
     "max_bad_rows": SHARE,
+    "dataset_mix": Range(0, 1, above=True, below=True),
     "show_examples": COUNT_OR_NONE,
     "max_seq_length": Range(2),  # a first token, and one that is learnt
     "max_length": Range(2),

@@ -33,7 +33,8 @@ from optimum.habana.trl import GaudiSFTConfig, GaudiSFTTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 
-from align.data import loading as data
+from align.data import preparing
+from align.data.loading import DataArguments
 from align.data.tokenization import SampleTokenizer, set_chat_template, tokenize_samples
 from align.training.supervised import SupervisedTrainer, make_batches
 from habana_frameworks.emulator.graph_counter import count_graphs
@@ -98,7 +99,7 @@ def add_text(row: dict, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
 def prepare(rows: Dataset, tokenizer: PreTrainedTokenizerFast, fingerprint: str) -> Dataset:
     samples = SampleTokenizer(tokenizer)
     tokenize = partial(tokenize_samples, tokenizer=samples, max_length=LONGEST, truncation="keep_start")
-    return data.prepare(rows, data.DataArguments(num_workers=PROCESSES), tokenize, fingerprint).rows
+    return preparing.prepare(rows, DataArguments(num_workers=PROCESSES), tokenize, fingerprint).rows
 
 
 def tokenize_alone(texts: Dataset, tokenizer: PreTrainedTokenizerFast, fingerprint: str) -> Dataset:

@@ -133,6 +133,8 @@ def train_ours(folder: Path, rows: list[dict], flags: dict, callbacks: list, sto
         "prompt_input_ids": [[tokenizer.bos_token_id, *ids] for ids in prompts],
         "chosen_input_ids": [[*ids, tokenizer.eos_token_id] for ids in chosen],
         "rejected_input_ids": [[*ids, tokenizer.eos_token_id] for ids in rejected],
+        "chosen_labels": [[*ids, tokenizer.eos_token_id] for ids in chosen],
+        "rejected_labels": [[*ids, tokenizer.eos_token_id] for ids in rejected],
     }
     samples = Dataset.from_dict(samples)
     lengths = {"train": pairs.measure(samples)}

@@ -122,7 +122,7 @@ ROWS = {
         {"response_k": "It is four. "},
         "no row of .* is left; dropped: 19 chosen and rejected are the same",
     ),
-    "an empty answer": ({"response_j": ""}, "row 1: .*empty"),
+    "an empty answer": ({"response_j": ""}, r"row \d+: .*empty"),
 }
 
 
@@ -234,7 +234,7 @@ def test_a_stream_trains_on_as_many_pairs_as_the_steps_take(dpo):
 def test_answers_to_held_out_prompts_are_shown_before_and_after(dpo):
     printed = dpo("--sample_prompts", 2).out
 
-    assert printed.count("[before] Question: What is") == printed.count("[after] Question: What is") == 2
+    assert printed.count("[before] user\n\nWhat is") == printed.count("[after] user\n\nWhat is") == 2
 
 
 def test_evaluation_alone_needs_no_training(dpo):

@@ -45,7 +45,10 @@ def test_unknown_columns_are_named_beside_the_known_formats_with_examples():
 @pytest.mark.parametrize(
     ("row", "sample"),
     [
-        ({"prompt": "Q:", "chosen": "Q: yes", "rejected": " no"}, Sample("Q:", (" yes", " no"))),
+        (
+            {"prompt": "Is it?", "chosen": "Is it? yes", "rejected": "Is it? no"},
+            Sample("Is it?", (" yes", " no"), notes=("the prompt, which the answers repeat, counts once",)),
+        ),
         ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [ANSWER]}, Sample([USER], ([ANSWER], [ANSWER]))),
         ({"prompt": [USER], "chosen": [ANSWER], "rejected": [USER, ANSWER]}, Sample([USER], ([ANSWER], [ANSWER]))),
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, Sample([USER], ([ANSWER], [ANSWER]))),

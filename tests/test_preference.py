@@ -48,9 +48,12 @@ def make_pairs(number: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     lengths = [(rng.randint(1, 20), rng.randint(1, 12), rng.randint(1, 12)) for _ in range(number)]
     names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
-    return [
+    pairs = [
         {name: [rng.randrange(4, 500) for _ in range(n)] for name, n in zip(names, each, strict=True)}
         for each in lengths
+    ]
+    return [
+        {**pair, **{f"{side}_labels": pair[f"{side}_input_ids"] for side in ("chosen", "rejected")}} for pair in pairs
     ]
 
 

@@ -308,7 +308,7 @@ BAD_INPUT = {
     "--prompt_file good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
     "--dataset_name good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
     "--dataset_name none.jsonl": "--dataset_name: no such file or folder: none.jsonl",
-    "--prompt_file long.txt": "prompt 1: 602 tokens, .* leaves room for 412; shorten",
+    "--prompt_file long.txt": "prompt 1: 601 tokens, .* leaves room for 412; shorten",
     "--prompt Hi --stop_tokens <|eot|>": "--stop_tokens: '<.eot.>' is not one token",
     "--prompt Hi --output_dir empty.txt": "--output_dir: empty.txt cannot be made",
     "--prompt Hi --output_dir taken": "--output_dir: taken holds another run",

@@ -5,7 +5,14 @@ import pytest
 from tiny import TOKENIZERS, make_tokenizer
 
 from align.data.formats import Sample
-from align.data.tokenization import IGNORED, SampleTokenizer, set_chat_template, tokenize_pairs, tokenize_samples
+from align.data.tokenization import (
+    IGNORED,
+    SampleTokenizer,
+    encode_prompt,
+    set_chat_template,
+    tokenize_pairs,
+    tokenize_samples,
+)
 from align.errors import InputError
 
 CHAT = [
@@ -24,13 +31,17 @@ def tokenizer(request):
 
 def encode(tokenizer, sample, answer=0, **options):
     samples = SampleTokenizer(tokenizer, **options)
-    return samples.encode([samples.render(sample, answer)])[0]
+    return samples.encode([samples.render(sample, answer)])[0][:2]
 
 
 def test_text_begins_with_the_bos_that_the_model_expects_and_ends_with_a_learnt_eos(tokenizer):
     ids, learnt = encode(tokenizer, QUESTION)
-    assert list(ids) == [*tokenizer(QUESTION.prompt + "It is Paris.").input_ids, tokenizer.eos_token_id]
-    assert learnt[-1]
+    asked = encode_prompt(tokenizer, QUESTION.prompt)
+    assert list(ids[: len(asked)]) == asked
+    assert not learnt[: len(asked)].any()
+    assert learnt[len(asked) :].all()
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == QUESTION.prompt + "It is Paris."
+    assert ids[-1] == tokenizer.eos_token_id
 
 
 def test_the_loss_is_on_the_answer_and_its_end_alone(tokenizer):
@@ -68,7 +79,7 @@ def test_the_plain_template_needs_no_token_that_the_model_has_never_seen(tokeniz
 
 
 def test_chosen_and_rejected_share_the_ids_of_their_prompt(tokenizer):
-    columns, reasons = tokenize_pairs([QUESTION], SampleTokenizer(tokenizer), 50, 100, "keep_start")
+    columns, reasons, _ = tokenize_pairs([QUESTION], SampleTokenizer(tokenizer), 50, 100, "keep_start")
     prompt, chosen, rejected = (columns[f"{name}_input_ids"][0] for name in ("prompt", "chosen", "rejected"))
     whole = [list(encode(tokenizer, QUESTION, answer)[0]) for answer in (0, 1)]
     assert [[*prompt, *chosen], [*prompt, *rejected]] == whole
@@ -77,7 +88,7 @@ def test_chosen_and_rejected_share_the_ids_of_their_prompt(tokenizer):
 
 def test_training_on_the_prompt_learns_all_but_what_nothing_predicts(tokenizer):
     samples = SampleTokenizer(tokenizer, train_on_prompt=True)
-    columns, _ = tokenize_samples([QUESTION], samples, 100, "keep_start")
+    columns, _, _ = tokenize_samples([QUESTION], samples, 100, "keep_start")
     assert list(columns["labels"][0]) == [IGNORED, *columns["input_ids"][0][1:]]
 
 
@@ -85,7 +96,7 @@ def test_training_on_the_prompt_learns_all_but_what_nothing_predicts(tokenizer):
 def test_truncation_never_leaves_a_sample_without_a_label(truncation):
     samples = SampleTokenizer(make_tokenizer())
     long = [Sample("Hello there " * 20, ("fine",)), Sample("Hi", (" thank you" * 20,)), Sample("Hi", (" you",))]
-    columns, reasons = tokenize_samples(long, samples, 12, truncation)
+    columns, reasons, _ = tokenize_samples(long, samples, 12, truncation)
     kept = [index for index, reason in enumerate(reasons) if reason is None]
     assert kept == {"keep_start": [1, 2], "keep_end": [0, 1, 2], "drop": [2]}[truncation]
     for index in kept:
@@ -97,7 +108,7 @@ def test_truncation_never_leaves_a_sample_without_a_label(truncation):
 def test_pairs_are_cut_to_their_limits_in_tokens_and_the_same_twice_is_dropped():
     samples = SampleTokenizer(make_tokenizer())
     same_start = Sample("Hello " * 30, ("there " * 20 + "a", "there " * 20 + "b"))
-    columns, reasons = tokenize_pairs([same_start, QUESTION, Sample("Hi", ("a", "a"))], samples, 10, 16, "keep_end")
+    columns, reasons, _ = tokenize_pairs([same_start, QUESTION, Sample("Hi", ("a", "a"))], samples, 10, 16, "keep_end")
     assert len(columns["prompt_input_ids"][0]) == 10
     assert max(len(ids) for ids in columns["chosen_input_ids"]) == 6
     assert reasons == ["chosen and rejected are the same after truncation", None, "chosen and rejected are the same"]

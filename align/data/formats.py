@@ -3,19 +3,40 @@
 Adding a format is adding a row to `FORMATS`.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from align.errors import InputError
 
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]
-ROLES = ("system", "user", "assistant", "tool")
+Messages = list[dict[str, Any]]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = {  # other names of the roles: ShareGPT's, Vicuna's, OpenAI's older ones
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+CONVERSATION = ("system", "tools")  # optional columns of everything that becomes messages
+LABELS = ("label", "kto_tag")  # KTO's, whether an answer is good
+ONLY_TRUE = "--only_true_labels"
 
 
 class RowError(ValueError):
     """One row cannot be used; the message says why, the caller knows which row it is."""
+
+
+class LeftOut(RowError):
+    """A row that the user asked to leave out."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +45,27 @@ class Sample:
 
     prompt: str | Messages
     answers: tuple[str, ...] | tuple[Messages, ...]
+    tools: list[dict] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Format:
+    """`columns` are needed, `optional` ones are used where they are; `read` gives text, or messages if told so."""
+
     name: str
     columns: tuple[str, ...]
-    read: Callable[[Row], Sample]
+    read: Callable[[Row, bool], Sample]
     example: str
     preference: bool = False
+    optional: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> set[str]:
+        return {*self.columns, *self.optional}
+
+
+# ---------------------------------------------------------------- values
 
 
 def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
@@ -50,32 +83,168 @@ def _describe(value: Any) -> str:
     return "missing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
+def _parse(value: Any) -> Any:
+    """A list or an object that stands in a column as JSON: CSV files have only text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _parse_messages(value: Any) -> Any:
+    """Messages that stand in a column as JSON; a text that merely happens to be JSON stays a text."""
+    parsed = _parse(value)
+    messages = parsed if isinstance(parsed, list) else [parsed]
+    if messages and all(isinstance(each, Mapping) and each.keys() & {"role", "from"} for each in messages):
+        return parsed
+    return value
+
+
+def _without_nones(value: Any) -> Any:
+    """Arrow gives every object the keys of all others."""
+    if isinstance(value, Mapping):
+        return {key: _without_nones(each) for key, each in value.items() if each is not None}
+    return [_without_nones(each) for each in value] if isinstance(value, list) else value
+
+
+def _join_parts(content: Any) -> Any:
+    """Content that is a list of parts, as text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(part, str):
+            texts.append(part)
+        else:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise RowError(f"a message has a part that is no text but {kind!r}")
+    return "\n".join(texts)
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """One message in Hugging Face's terms: `role`, `content`, and further keys as they are."""
+    if not isinstance(message, Mapping):
+        raise RowError(f"{where} is {_describe(message)}, not role and content")
+    made = {key: value for key, value in _without_nones(message).items() if value != []}
+    for old, new in (("from", "role"), ("value", "content")):
+        if old in made and new not in made:
+            made[new] = made.pop(old)
+    if not isinstance(made.get("role"), str):
+        raise RowError(f"{where}: `role` is {_describe(made.get('role'))}")
+    role = made["role"].lower()
+    made["content"] = _join_parts(made.get("content"))
+    if role == "function_call":  # ShareGPT of LLaMA-Factory: the call stands as JSON in the content
+        calls = _parse(made["content"])
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, Mapping) and "name" in call for call in calls):
+            raise RowError(f"{where}: {_describe(made['content'])} is no call of a function with a name")
+        made["tool_calls"] = [{"type": "function", "function": dict(call)} for call in calls]
+        role, made["content"] = "assistant", None
+    made["role"] = SPEAKERS.get(role, role)
+    if made["role"] not in ROLES:
+        raise RowError(f"{where}: role {made['role']!r} is none of {ROLES}")
+    if not isinstance(made["content"], str):
+        says_otherwise = made["role"] == "assistant" and ("tool_calls" in made or "reasoning_content" in made)
+        if made["content"] is not None or not says_otherwise:
+            raise RowError(f"{where}: `content` is {_describe(made['content'])}")
+    if "train" in made:
+        made["weight"] = int(bool(made.pop("train")))
+    if "weight" in made and made["weight"] not in (0, 1):
+        raise RowError(f"{where}: `weight` is {_describe(made['weight'])}; 0 is not learnt, 1 is, and nothing between")
+    for call in made.get("tool_calls", ()):
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        if "name" not in function:
+            raise RowError(f"{where}: `tool_calls` holds {_describe(call)}, no call of a function with a name")
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = _parse(function["arguments"])
+    return made
+
+
+def is_learnt(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
 def _messages(value: Any, column: str) -> Messages:
-    """Checked messages with role and content alone: system first if at all, users and assistants in turn."""
+    """Checked messages: system first if at all, users and assistants in turn."""
+    value = _parse_messages(value)
+    if isinstance(value, Mapping) and {"role", "from"} & value.keys():
+        value = [value]
     if not isinstance(value, list) or not value:
         raise RowError(f"column `{column}` is {_describe(value or None)}, not a list of messages")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, Mapping):
-            raise RowError(f"column `{column}`, message {number} is {_describe(message)}, not role and content")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise RowError(f"column `{column}`, message {number}: `{key}` is {_describe(message.get(key))}")
-        if message["role"] not in ROLES:
-            raise RowError(f"column `{column}`, message {number}: role {message['role']!r} is none of {ROLES}")
-    roles = [message["role"] for message in value]
+    messages = [_message(message, f"column `{column}`, message {number}") for number, message in enumerate(value, 1)]
+    roles = [message["role"] for message in messages]
     for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), 1):
         if not _may_follow(role, before):
             raise RowError(f"column `{column}`, message {number}: role {role!r} after {before!r} is out of order")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return messages
 
 
 def _may_follow(role: str, before: str | None) -> bool:
-    return before is None or (role != "system" and (role != before or role == "tool"))
+    is_first = role in ("system", "developer")
+    return before is None or (not is_first and (role != before or role == "tool"))
+
+
+def _with_system(row: Row, messages: Messages) -> Messages:
+    """The column `system` as the first message."""
+    system = _text(row, "system", may_be_empty=True)
+    if not system.strip():
+        return messages
+    if messages and messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"].strip() == system.strip():
+            return messages
+        raise RowError("the column `system` and the first message hold two different system prompts")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _tools(row: Row) -> list[dict] | None:
+    tools = _parse(row.get("tools"))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError(f"column `tools` is {_describe(tools)}, not a list of functions as JSON schemas")
+    return _without_nones(tools)
+
+
+def _history(row: Row) -> list[tuple[str, str]]:
+    """LLaMA-Factory's column `history`: earlier questions with their answers."""
+    turns = _parse(row.get("history")) or []
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(each, str) for each in turn)
+        for turn in turns
+    ):
+        raise RowError(f"column `history` is {_describe(turns)}, not a list of pairs of question and answer")
+    return [tuple(turn) for turn in turns]
+
+
+# ---------------------------------------------------------------- rows of messages
+
+
+def _read_chat(column: str) -> Callable[[Row, bool], Sample]:
+    def read(row: Row, as_chat: bool = False) -> Sample:
+        messages = _with_system(row, _messages(row.get(column), column))
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RowError(f"column `{column}` has no assistant turn to learn from")
+        return Sample([], (messages,), _tools(row))
+
+    return read
+
+
+def _read_chat_pair(row: Row, as_chat: bool = False) -> Sample:
+    """LLaMA-Factory's pairs: a conversation, and two messages of which either may follow it."""
+    prompt = _with_system(row, _messages(row.get("conversations"), "conversations"))
+    answers = tuple(_answer_messages(row.get(column), column) for column in ("chosen", "rejected"))
+    splits = [_split(prompt, answer, column) for answer, column in zip(answers, ("chosen", "rejected"), strict=True)]
+    return _pair(splits, ("chosen", "rejected"), _tools(row))
 
 
 def _answer_messages(value: Any, column: str) -> Messages:
     messages = _messages(value, column)
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+    last = messages[-1]
+    if last["role"] != "assistant" or not ((last["content"] or "").strip() or last.get("tool_calls")):
         raise RowError(f"column `{column}` does not end with an answer of the assistant")
     return messages
 
@@ -88,9 +257,13 @@ def _split(prompt: Messages, answer: Messages, column: str) -> tuple[Messages, M
         if _without_blanks(answer[start : start + len(prompt)]) == _without_blanks(prompt):
             messages, end = answer, start + len(prompt)
             break
+        told = [message for message in prompt if message["role"] not in ("system", "developer")]
+        if told != prompt and told and _without_blanks(answer[: len(told)]) == _without_blanks(told):
+            messages, end = prompt + answer[len(told) :], len(prompt)  # all of it but the system prompt
+            break
     if end == len(messages):
         raise RowError(f"column `{column}` has no answer behind the prompt")
-    before, role = messages[end - 1]["role"], messages[end]["role"]
+    before, role = messages[end - 1]["role"] if end else None, messages[end]["role"]
     if not _may_follow(role, before):
         raise RowError(f"column `{column}` neither repeats nor follows the prompt: role {role!r} after {before!r}")
     while messages[end]["role"] != "assistant":
@@ -99,101 +272,295 @@ def _split(prompt: Messages, answer: Messages, column: str) -> tuple[Messages, M
 
 
 def _without_blanks(messages: Messages) -> Messages:
-    return [{**message, "content": message["content"].strip()} for message in messages]
+    return [{**message, "content": (message["content"] or "").strip()} for message in messages]
 
 
-def _read_messages(row: Row) -> Sample:
-    messages = _messages(row.get("messages"), "messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("column `messages` has no assistant turn to learn from")
-    return Sample([], (messages,))
+def _pair(splits: list[tuple[Messages, Messages]], columns: tuple[str, ...], tools: list | None) -> Sample:
+    prompts, answers = zip(*splits, strict=True)
+    if any(_without_blanks(prompt) != _without_blanks(prompts[0]) for prompt in prompts):
+        raise RowError(f"columns {' and '.join(columns)} do not answer the same prompt")
+    return Sample(prompts[0], answers, tools)
 
 
-def _read_prompt_and_answers(*columns: str) -> Callable[[Row], Sample]:
+def _read_prompt_and_answers(*columns: str) -> Callable[[Row, bool], Sample]:
     """Reads `prompt` and answer columns, as text or as messages, with or without the prompt repeated in them."""
 
-    def read(row: Row) -> Sample:
-        if not any(isinstance(row.get(column), list) for column in columns):
-            prompt = _text(row, "prompt")
-            return Sample(prompt, tuple(_text(row, column).removeprefix(prompt) for column in columns))
-        answers = [_answer_messages(row.get(column), column) for column in columns]
+    def read(row: Row, as_chat: bool = False) -> Sample:
+        values = [_parse_messages(row.get(column)) for column in columns]
+        if all(isinstance(value, str) for value in values):
+            prompt = _parse_messages(row.get("prompt"))
+            if prompt is None and all(map(_is_transcript, values)):
+                return _read_transcripts(row, values, columns, as_chat)
+            if isinstance(prompt, str) and _is_transcript(prompt):
+                return _read_transcripts(row, [_behind(prompt, value) for value in values], columns, as_chat)
+            if not isinstance(prompt, list | Mapping):
+                return _read_texts(row, columns, as_chat)
+            values = [[{"role": "assistant", "content": _text(row, column)}] for column in columns]
+        answers = [_answer_messages(value, column) for value, column in zip(values, columns, strict=True)]
         prompt = row.get("prompt")
         if prompt is None:  # answers hold the whole conversation: what they share is the prompt
             shared = 0
             while all(len(answer) > shared + 1 and answer[shared] == answers[0][shared] for answer in answers):
                 shared += 1
+            if len(answers) == 1:
+                shared = next(number for number, each in enumerate(answers[0]) if each["role"] == "assistant")
             prompt = answers[0][:shared]
         else:
-            is_text = isinstance(prompt, str)
+            is_text = isinstance(_parse_messages(prompt), str)
             prompt = [{"role": "user", "content": prompt}] if is_text else _messages(prompt, "prompt")
         if not prompt:
             raise RowError("there is no prompt: no column `prompt`, and the answers share no first message")
         splits = [_split(prompt, answer, column) for answer, column in zip(answers, columns, strict=True)]
-        prompts, answers = zip(*splits, strict=True)
-        if any(_without_blanks(prompt) != _without_blanks(prompts[0]) for prompt in prompts):
-            raise RowError(f"columns {' and '.join(columns)} do not answer the same prompt")
-        return Sample(prompts[0], answers)
+        splits = [(_with_system(row, before), answer) for before, answer in splits]
+        return _pair(splits, columns, _tools(row))
 
     return read
 
 
-def _read_question(*columns: str) -> Callable[[Row], Sample]:
-    """Reads Q&A rows in the wording that the Stack Exchange recipes train on."""
+# ---------------------------------------------------------------- rows of text
 
-    def read(row: Row) -> Sample:
-        prompt = f"Question: {_text(row, 'question')}\n\nAnswer: "
-        return Sample(prompt, tuple(_text(row, column) for column in columns))
+
+def _chat(system: str, history: Iterable[tuple[str, str]], asked: str, answers: Iterable[str], row: Row) -> Sample:
+    """Texts as turns of a chat; a single answer is learnt together with those in its history."""
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    for question, answer in history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": asked.strip()})
+    said = [[{"role": "assistant", "content": _without_joint(answer)}] for answer in answers]
+    if len(said) > 1:
+        return Sample(messages, tuple(said), _tools(row))
+    messages += said[0]
+    first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    return Sample(messages[:first], (messages[first:],), _tools(row))
+
+
+def _without_joint(answer: str) -> str:
+    """An answer without the blank or line that joins it to a prompt; the indent of its first line stays."""
+    answer = answer.strip("\n\r\t").rstrip()
+    return answer[1:] if answer[:1] == " " and answer[1:2] != " " else answer
+
+
+def _before(row: Row) -> str:
+    """What stands in front of a prompt of text."""
+    if _tools(row):
+        raise RowError("the column `tools` needs a chat template: add --text_as_chat, and --chat_template if needed")
+    system = _text(row, "system", may_be_empty=True)
+    return f"{system.strip()}\n\n" if system.strip() else ""
+
+
+def _read_texts(row: Row, columns: tuple[str, ...], as_chat: bool) -> Sample:
+    prompt, answers = _text(row, "prompt"), [_text(row, column) for column in columns]
+    notes = ()
+    # "Hello" in front of "Hello! How can I help?" is no prompt that is repeated
+    if len(prompt.split()) > 1 and all(
+        answer.startswith(prompt) and answer[len(prompt) :].strip() for answer in answers
+    ):
+        answers = [answer[len(prompt) :] for answer in answers]
+        notes = ("the prompt, which the answers repeat, counts once",)
+    if as_chat:
+        sample = _chat(_text(row, "system", may_be_empty=True), (), prompt, answers, row)
+        return Sample(sample.prompt, sample.answers, sample.tools, notes)
+    return Sample(_before(row) + prompt, tuple(answers), notes=notes)
+
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+SPOKEN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _is_transcript(text: str) -> bool:
+    """Whether it is a conversation in the wording of hh-rlhf."""
+    text = "\n\n" + text.lstrip()
+    return text.startswith(HUMAN) and ASSISTANT in text
+
+
+def _behind(prompt: str, answer: str) -> str:
+    return answer if answer.startswith(prompt) else prompt + answer
+
+
+def _read_transcripts(row: Row, texts: list[str], columns: tuple[str, ...], as_chat: bool) -> Sample:
+    """hh-rlhf: all but the last answer is the prompt."""
+    prompts, answers = zip(*(("\n\n" + text.lstrip()).rsplit(ASSISTANT, 1) for text in texts), strict=True)
+    if any(prompt != prompts[0] for prompt in prompts):
+        raise RowError(f"columns {' and '.join(columns)} do not answer the same prompt")
+    for answer, column in zip(answers, columns, strict=True):
+        if not answer.strip():
+            raise RowError(f"column `{column}` ends without an answer")
+        if HUMAN in answer:
+            raise RowError(f"column `{column}` does not end with an answer of the assistant")
+    if not as_chat:
+        return Sample(_before(row) + prompts[0] + ASSISTANT, answers)
+    _, *parts = SPOKEN.split(prompts[0])
+    turns = [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    prompt = _with_system(row, _messages(turns, columns[0]))
+    said = tuple([{"role": "assistant", "content": _without_joint(answer)}] for answer in answers)
+    return Sample(prompt, said, _tools(row))
+
+
+def _read_question(*columns: str) -> Callable[[Row, bool], Sample]:
+    """Reads Q&A rows, as text in the wording that the Stack Exchange recipes train on."""
+
+    def read(row: Row, as_chat: bool = False) -> Sample:
+        question, answers = _text(row, "question"), [_answer(row, column) for column in columns]
+        context = _text(row, "context", may_be_empty=True).strip()
+        if as_chat:
+            asked = f"{context}\n\n{question}" if context else question
+            return _chat(_text(row, "system", may_be_empty=True), (), asked, answers, row)
+        context = f"Context: {context}\n\n" if context else ""
+        return Sample(f"{_before(row)}{context}Question: {question}\n\nAnswer: ", tuple(answers))
 
     return read
 
 
-def _read_instruction(context: str, answer: str) -> Callable[[Row], Sample]:
-    def read(row: Row) -> Sample:
-        parts = [f"### Instruction:\n{_text(row, 'instruction')}\n\n"]
-        if extra := _text(row, context, may_be_empty=True):
+def _answer(row: Row, column: str) -> str:
+    """An answer's text; SQuAD has a list of equally good ones, of which the first counts."""
+    value = row.get(column) if column != "answers" else _parse(row.get(column))
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        if not value["text"]:
+            raise RowError(f"column `{column}` holds no answer")
+        value = value["text"][0]
+    return _text({column: value}, column)
+
+
+def _read_instruction(context: str, *answers: str) -> Callable[[Row, bool], Sample]:
+    def read(row: Row, as_chat: bool = False) -> Sample:
+        instruction, extra = _text(row, "instruction"), _text(row, context, may_be_empty=True)
+        said = [_text(row, answer) for answer in answers]
+        if as_chat:
+            asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+            return _chat(_text(row, "system", may_be_empty=True), _history(row), asked, said, row)
+        parts = [_before(row)]
+        parts += [f"### Instruction:\n{old}\n\n### Response:\n{answer}\n\n" for old, answer in _history(row)]
+        notes = ("the answers in `history` are told, but not learnt",) if len(parts) > 1 else ()
+        parts.append(f"### Instruction:\n{instruction}\n\n")
+        if extra.strip():
             parts.append(f"### Input:\n{extra}\n\n")
-        return Sample("".join(parts) + "### Response:\n", (_text(row, answer),))
+        return Sample("".join(parts) + "### Response:\n", tuple(said), notes=notes)
+
+    return read
+
+
+def _read_completions(preference: bool) -> Callable[[Row, bool], Sample]:
+    """UltraFeedback: several answers with scores, of which the best is chosen and the worst rejected."""
+
+    def read(row: Row, as_chat: bool = False) -> Sample:
+        rated = _parse(row.get("completions"))
+        if not isinstance(rated, list) or not rated:
+            raise RowError(f"column `completions` is {_describe(rated or None)}, not a list of answers with scores")
+        scored = [(each.get("overall_score"), each.get("response")) for each in rated if isinstance(each, Mapping)]
+        scored = [(score, said) for score, said in scored if isinstance(score, int | float) and isinstance(said, str)]
+        if len(scored) < 1 + preference:
+            raise RowError("column `completions` has too few answers with `response` and `overall_score`")
+        scored.sort(key=lambda each: -each[0])
+        if preference and scored[0][0] == scored[-1][0]:
+            raise RowError("all `completions` have the same `overall_score`: none is better")
+        answers = {"completion": scored[0][1], "chosen": scored[0][1], "rejected": scored[-1][1]}
+        columns = ("chosen", "rejected") if preference else ("completion",)
+        return _read_texts({"prompt": row.get("instruction"), **answers}, columns, as_chat)
 
     return read
 
 
 FORMATS = (
-    Format("text", ("text",), lambda row: Sample("", (_text(row, "text"),)), '{"text": "Once upon a time"}'),
+    Format(
+        "text", ("text",), lambda row, as_chat=False: Sample("", (_text(row, "text"),)), '{"text": "Once upon a time"}'
+    ),
     Format(
         "prompt-completion",
         ("prompt", "completion"),
         _read_prompt_and_answers("completion"),
         '{"prompt": "2 + 2 =", "completion": " 4"}',
+        optional=(*CONVERSATION, *LABELS),
     ),
     Format(
         "messages",
         ("messages",),
-        _read_messages,
+        _read_chat("messages"),
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
+        optional=(*CONVERSATION, *LABELS),
+    ),
+    Format(
+        "conversations",
+        ("conversations",),
+        _read_chat("conversations"),
+        '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}',
+        optional=(*CONVERSATION, *LABELS),
     ),
     Format(
         "instruction",
         ("instruction", "output"),
         _read_instruction("input", "output"),
         '{"instruction": "Add.", "input": "2, 2", "output": "4"}',
+        optional=("input", "history", *CONVERSATION, *LABELS),
     ),
     Format(
         "instruction-response",
         ("instruction", "response"),
         _read_instruction("context", "response"),
         '{"instruction": "Add.", "context": "2, 2", "response": "4"}',
+        optional=("context", "history", *CONVERSATION, *LABELS),
     ),
     Format(
         "question-answer",
         ("question", "answer"),
         _read_question("answer"),
         '{"question": "What is 2 + 2?", "answer": "4"}',
+        optional=("context", *CONVERSATION, *LABELS),
+    ),
+    Format(
+        "question-answers",
+        ("question", "answers"),
+        _read_question("answers"),
+        '{"context": "Two and two make four.", "question": "What is 2 + 2?", "answers": {"text": ["four"]}}',
+        optional=("context", *CONVERSATION),
     ),
     Format(
         "question-two-answers",
         ("question", "response_j", "response_k"),
         _read_question("response_j", "response_k"),
         '{"question": "What is 2 + 2?", "response_j": "4", "response_k": "5"}',
+        preference=True,
+        optional=("context", *CONVERSATION),
+    ),
+    Format(
+        "question-pair",
+        ("question", "chosen", "rejected"),
+        _read_question("chosen", "rejected"),
+        '{"system": "Be brief.", "question": "What is 2 + 2?", "chosen": "4", "rejected": "Five."}',
+        preference=True,
+        optional=("context", *CONVERSATION),
+    ),
+    Format(
+        "instruction-pair",
+        ("instruction", "chosen", "rejected"),
+        _read_instruction("input", "chosen", "rejected"),
+        '{"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"}',
+        preference=True,
+        optional=("input", "history", *CONVERSATION),
+    ),
+    Format(
+        "conversations-pair",
+        ("conversations", "chosen", "rejected"),
+        _read_chat_pair,
+        '{"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"}, '
+        '"rejected": {"from": "gpt", "value": "5"}}',
+        preference=True,
+        optional=CONVERSATION,
+    ),
+    Format(
+        "completions",
+        ("instruction", "completions"),
+        _read_completions(preference=False),
+        '{"instruction": "Add 2 and 2.", "completions": [{"response": "4", "overall_score": 9}]}',
+    ),
+    Format(
+        "completions-pair",
+        ("instruction", "completions"),
+        _read_completions(preference=True),
+        '{"instruction": "Add 2 and 2.", "completions": [{"response": "4", "overall_score": 9}, '
+        '{"response": "5", "overall_score": 1}]}',
         preference=True,
     ),
     Format(
@@ -202,19 +569,22 @@ FORMATS = (
         _read_prompt_and_answers("chosen", "rejected"),
         '{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}',
         preference=True,
+        optional=("prompt", *CONVERSATION),
     ),
 )
+
+
+# ---------------------------------------------------------------- recognising
 
 
 def recognise(columns: Collection[str], preference: bool, name: str | None = None) -> Format:
     """The format that these columns make; `name` (from --data_format) chooses where several fit.
 
     Preference tuning takes preference formats alone. Fine-tuning prefers the others and else learns the chosen answer.
+    A format whose columns are some of another's gives way to it.
     """
-    fitting = [format for format in FORMATS if set(format.columns) <= set(columns)]
-    fitting = [format for format in fitting if format.preference == preference] or ([] if preference else fitting)
+    known = {format.name: format for format in FORMATS if format.preference or not preference}
     if name is not None:
-        known = {format.name: format for format in FORMATS if format.preference or not preference}
         if name not in known:
             raise InputError(f"--data_format: got {name!r}; choose from {', '.join(known)}")
         if missing := set(known[name].columns) - set(columns):
@@ -222,15 +592,108 @@ def recognise(columns: Collection[str], preference: bool, name: str | None = Non
                 f"--data_format {name}: column(s) {', '.join(sorted(missing))} missing; found {', '.join(columns)}"
             )
         return known[name]
+    fitting = [format for format in known.values() if set(format.columns) <= set(columns)]
+    fitting = [format for format in fitting if not any(_is_part_of(format, other, columns) for other in fitting)]
+    fitting = [format for format in fitting if format.preference == preference] or fitting
     if len(fitting) == 1:
         return fitting[0]
     found = ", ".join(columns) or "none"
     if fitting:
         names = " and ".join(format.name for format in fitting)
         raise InputError(f"--dataset_name: the columns {found} fit {names}; choose one with --data_format")
-    known = "; ".join(
-        f"{' + '.join(format.columns)}, as {format.example}"
-        for format in FORMATS
-        if format.preference or not preference
+    if preference and {"prompt", "completion", "label"} <= set(columns):
+        raise InputError(
+            f"--dataset_name: the columns {found} are single answers with a label, as KTO takes them, and no pairs; "
+            f"sft.py {ONLY_TRUE} trains on the true ones alone"
+        )
+    examples = "; ".join(f"{' + '.join(format.columns)}, as {format.example}" for format in known.values())
+    raise InputError(
+        f"--dataset_name: the columns {found} make no known format. {_suggest(columns, list(known.values()))}. "
+        f"Known are: {examples}"
     )
-    raise InputError(f"--dataset_name: the columns {found} make no known format. Known are: {known}")
+
+
+def _is_part_of(format: Format, other: Format, columns: Collection[str]) -> bool:
+    return set(format.columns) < set(other.columns) and format.used.intersection(columns) <= other.used
+
+
+ALIASES = {
+    "prompt": ("question", "instruction", "input", "query", "problem", "ask", "user", "source"),
+    "question": ("prompt", "query", "problem", "input", "ask"),
+    "instruction": ("prompt", "question", "query", "task"),
+    "completion": ("answer", "response", "output", "reply", "target", "solution", "assistant"),
+    "answer": ("response", "output", "reply", "completion", "solution", "target"),
+    "output": ("response", "answer", "reply", "completion", "target", "solution"),
+    "response": ("output", "answer", "reply", "completion", "target", "solution"),
+    "chosen": (
+        "good",
+        "better",
+        "preferred",
+        "accepted",
+        "winner",
+        "positive",
+        "best",
+        "response_j",
+        "answer_a",
+        "win",
+    ),
+    "rejected": (
+        "bad",
+        "worse",
+        "dispreferred",
+        "refused",
+        "loser",
+        "negative",
+        "worst",
+        "response_k",
+        "answer_b",
+        "lose",
+    ),
+    "text": ("content", "document", "body", "story", "passage"),
+    "messages": ("conversation", "conversations", "chat", "dialog", "dialogue", "turns"),
+    "conversations": ("conversation", "messages", "chat", "dialog", "dialogue", "turns"),
+}
+
+
+def _suggest(columns: Collection[str], formats: list[Format]) -> str:
+    """The format that is nearest, and the --columns that would make it fit."""
+
+    def rename(format: Format) -> dict[str, str]:
+        free, found = [column for column in columns if column not in format.columns], {}
+        for wanted in (column for column in format.columns if column not in columns):
+            lower = {column.lower(): column for column in free if column not in found.values()}
+            names = (wanted, *ALIASES.get(wanted, ()))
+            match = next((lower[name] for name in names if name in lower), None)
+            if match is None:
+                near = next((close for name in names if (close := get_close_matches(name, lower, 1, 0.6))), None)
+                parts = [column for column in lower for name in names if name in re.split(r"[^a-z]+", column)]
+                match = lower[near[0]] if near else lower[parts[0]] if parts else None
+            if match is not None:
+                found[wanted] = match
+        return found
+
+    def distance(format: Format) -> tuple[int, int]:
+        missing = set(format.columns) - set(columns)
+        return len(missing - rename(format).keys()), len(missing)
+
+    nearest = min(formats, key=lambda format: (*distance(format), -len(format.columns)))
+    missing, renamed = [column for column in nearest.columns if column not in columns], rename(nearest)
+    flags = ",".join(f"{column}={renamed.get(column, 'YOUR_COLUMN')}" for column in missing)
+    return f"The nearest is {nearest.name} ({' + '.join(nearest.columns)}): --columns {flags}"
+
+
+def read_label(row: Row, format: Format, only_true: bool) -> None:
+    """KTO's rows say by `label` whether an answer is good; learning all of them would teach the bad ones as well."""
+    column = next((name for name in LABELS if name in format.optional and row.get(name) is not None), None)
+    label = row.get(column) if column else None
+    if isinstance(label, str) and label.strip().lower() in ("true", "false"):
+        label = label.strip().lower() == "true"
+    if not isinstance(label, bool) and not (format.name == "prompt-completion" and label in (0, 1)):
+        return
+    if not only_true:
+        raise RowError(
+            f"column `{column}` says which answers are good and which are bad (KTO), and fine-tuning would learn both; "
+            f"{ONLY_TRUE} trains on the true ones alone"
+        )
+    if not label:
+        raise LeftOut(f"`{column}` is false")

@@ -1,39 +1,34 @@
-"""Loads a data set from the hub or from files, splits it, and prepares its rows once for all ranks of a host."""
+"""Loads data sets from the hub or from files, and splits them."""
 
 import hashlib
-import json
-import logging
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import datasets
-import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
-from align.data.formats import Format, RowError, Sample, recognise
-from align.data.packing import IGNORED
+from align.data.files import COMPRESSED, KINDS, checksum, find_files, is_readable, load_files
 from align.errors import InputError
 
-logger = logging.getLogger(__name__)
-
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
-COUNTS = ("length", "trained")  # columns with a number; all others hold token ids
-UNREADABLE = "_unreadable"  # column with what is wrong with a line
-Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None]]]
 
 
 @dataclass
 class DataArguments:
     """What to train on. The columns say which format the rows have."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set: a hub name, a folder, or a .jsonl, .json, .csv or .parquet file."}
+    dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Data set: a hub name, a folder, or a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz, "
+            ".zst, .bz2 or .xz behind; several are mixed."
+        },
+    )
+    dataset_mix: list[float] | None = field(
+        default=None,
+        metadata={"help": "Share of each data set in the training rows, together 1 (default: all rows of each)."},
     )
     subset: str | None = field(
         default=None,
@@ -49,6 +44,19 @@ class DataArguments:
     split: str = field(default="train", metadata={"help": "Name of the split to train on."})
     data_format: str | None = field(
         default=None, metadata={"help": "Name of the row format, where the columns fit several."}
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Renames columns, as `prompt=question,chosen=good`: new name = found name."}
+    )
+    text_as_chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put rows of text through the chat template as turns of a chat (default: where the tokenizer has a "
+            "template and the format is not `text`); False keeps the plain wording."
+        },
+    )
+    only_true_labels: bool = field(
+        default=False, metadata={"help": "Of rows with a true or false `label` (KTO) learn the true ones."}
     )
     streaming: bool | None = field(
         default=None,
@@ -88,6 +96,32 @@ class DataArguments:
     )
 
 
+def check_data_arguments(args: DataArguments, has_template: bool) -> None:
+    """Values that cannot be, before anything is read."""
+    if args.text_as_chat and not has_template:
+        raise InputError("--text_as_chat: the tokenizer has no chat template; name one with --chat_template, as plain")
+    number = len(args.dataset_name) if isinstance(args.dataset_name, list) else 1
+    shares = args.dataset_mix
+    if shares is not None and (len(shares) != number or number == 1):
+        raise InputError(
+            f"--dataset_mix: got {len(shares)} share(s) for {number} data set(s); give one for each of several"
+        )
+    if shares is not None and abs(sum(shares) - 1) > 0.005:
+        raise InputError(f"--dataset_mix: got {' '.join(f'{share:g}' for share in shares)}; give shares whose sum is 1")
+    read_renames(args)
+
+
+def read_renames(args: DataArguments) -> dict[str, str]:
+    """The found name of each column that --columns names anew."""
+    renames = {}
+    for pair in ",".join(args.columns or []).split(",") if args.columns else ():
+        new, _, old = (part.strip() for part in pair.partition("="))
+        if not new or not old or new in renames:
+            raise InputError(f"--columns: got {pair!r}; give new=found pairs, as prompt=question,chosen=good")
+        renames[new] = old
+    return renames
+
+
 @dataclass(frozen=True)
 class Splits:
     """Rows as they were read; either may be missing where the run does not ask for it."""
@@ -99,7 +133,7 @@ class Splits:
 def load_splits(
     args: DataArguments, do_train: bool, do_eval: bool, streams: bool, seed: int, folder: str, token: str | None = None
 ) -> Splits:
-    """Reads what the run asks for.
+    """Reads what the run asks for, from one data set.
 
     `folder` is the script's conventional folder inside a data set, used where it exists; `streams` says whether a
     stream can end the run (--max_steps is given). A validation split that exists is used, else one is cut off, the
@@ -140,15 +174,14 @@ def _load(
         if local.is_file():
             if optional:
                 return {}
-            if local.suffix not in READERS:
-                raise InputError(f"--dataset_name: {name} ends in {local.suffix!r}; known are {', '.join(READERS)}")
+            if not is_readable(local):
+                endings = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSED)} behind"
+                raise InputError(
+                    f"--dataset_name: {name} ends in {''.join(local.suffixes[-2:])!r}; known are {endings}"
+                )
             if local.stat().st_size == 0:
                 raise InputError(f"--dataset_name: {name} is empty")
-            if args.bad_rows == "skip" and local.suffix == ".jsonl" and not streaming:
-                state = local.stat()
-                known = {"size": state.st_size, "modified": state.st_mtime_ns, "code": _identify_code()}
-                return {"train": Dataset.from_generator(_checked_rows, gen_kwargs={"file": str(local), **known})}
-            return load(READERS[local.suffix], data_files={"train": str(local)})
+            return _load_files({"train": [local]}, streaming)
         if local.is_dir():
             where = local / subset if subset else local / folder if (local / folder).is_dir() else local
             if not where.is_dir():
@@ -159,8 +192,11 @@ def _load(
                 stored = datasets.load_from_disk(str(where))
                 stored = stored if isinstance(stored, DatasetDict) else DatasetDict({"train": stored})
                 return {key: rows.to_iterable_dataset() for key, rows in stored.items()} if streaming else stored
-            return load(str(where))
-        if local.suffix in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            card = where / "README.md"
+            if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace"):
+                return load(str(where))  # which says what its splits are
+            return _load_files(find_files(where), streaming)
+        if is_readable(local) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise InputError(f"--dataset_name: no such file or folder: {name}")
         if subset is not None:
             return load(name, data_dir=subset)
@@ -169,78 +205,28 @@ def _load(
         except Exception:  # hubs differ in how they say that a folder is not there
             return {} if optional else load(name)
     except datasets.exceptions.DatasetGenerationError as error:
-        reason = _find_bad_row(local, error.__cause__) or f"{name}: {error.__cause__ or error}"
-        raise InputError(f"--dataset_name: {reason}") from error
+        raise InputError(f"--dataset_name: {name}: {_first_line(error.__cause__ or error)}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "cannot be read" if local.exists() else "is neither a file, nor a folder, nor to be had from the hub"
         raise InputError(f"--dataset_name: {name} {kind}: {_first_line(error)}") from error
 
 
+def _load_files(splits: dict[str, list[Path]], streaming: bool) -> dict:
+    """Parquet has types that all rows share; everything else is read row by row."""
+    loaded = {}
+    for split, files in splits.items():
+        if {file.suffix for file in files} == {".parquet"}:
+            sums = "".join(map(checksum, files))  # `datasets` itself would look at the time of a file alone
+            folder = Path(datasets.config.HF_DATASETS_CACHE) / "align" / hashlib.sha256(sums.encode()).hexdigest()[:32]
+            options = {"data_files": list(map(str, files)), "split": "train", "streaming": streaming}
+            loaded[split] = datasets.load_dataset("parquet", cache_dir=str(folder), **options)
+        else:
+            loaded[split] = load_files(files, streaming)
+    return loaded
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _lines_files(local: Path) -> list[Path]:
-    return [local] if local.is_file() else sorted(local.rglob("*.jsonl")) if local.is_dir() else []
-
-
-def _scan(file: Path, numbers_alike: bool = True) -> Iterator[tuple[dict, str | None]]:
-    """Each line of a .jsonl file as a row, empty where there is none, and what is wrong with it if anything is."""
-    types: dict[str, type] = {}
-    with open(file, "rb") as lines:
-        for line in lines:
-            row, reason = {}, None
-            try:
-                row = json.loads(line.decode("utf-8")) if line.strip() else {}
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 at byte {error.start + 1}"
-            except json.JSONDecodeError as error:
-                reason = f"no JSON: {error.msg} at character {error.pos + 1}"
-            if not isinstance(row, dict):
-                row, reason = {}, f"{type(row).__name__}, not an object with columns"
-            for column, value in row.items():
-                expected = types.setdefault(column, type(value)) if value is not None else None
-                alike = numbers_alike and {expected, type(value)} == {int, float}
-                if expected not in (None, type(value)) and not alike:
-                    reason = f"column `{column}` is {type(value).__name__}, before it was {expected.__name__}"
-            yield row, reason
-
-
-def _find_bad_row(local: Path, error: BaseException | None = None) -> str | None:
-    """Which line of which file cannot be read, for the message; a line that is no row comes before one of other types.
-
-    The reader takes whole numbers and fractions for one type, unless its `error` is that it saw no fraction for long.
-    """
-    other_types = None
-    for file in (file for file in _lines_files(local) if file.suffix == ".jsonl"):
-        for number, (row, reason) in enumerate(_scan(file, numbers_alike="Float value" not in str(error)), 1):
-            if reason and not row:
-                return f"{file}, row {number}: {reason}"
-            if reason and not other_types:
-                other_types = f"{file}, row {number}: {reason}"
-    return other_types
-
-
-def _checked_rows(file: str, size: int, modified: int, code: str) -> Iterator[dict]:
-    """The rows of a .jsonl file, and what is wrong with those that cannot be read: they count as bad rows.
-
-    `size`, `modified` and `code` tell what changed from what is in the cache.
-    """
-    fractions: dict[str, bool] = {}  # by column; without them the first rows would make it one of whole numbers
-    for row, reason in _scan(Path(file)):
-        for column, value in row.items() if not reason else ():
-            fractions[column] = isinstance(value, float) or fractions.get(column, False)
-    for row, reason in _scan(Path(file)):
-        values = {column: None if reason else row.get(column) for column in fractions}
-        numbers = {name: float(value) for name, value in values.items() if type(value) is int and fractions[name]}
-        yield {**values, **numbers, UNREADABLE: reason.partition(" at ")[0] if reason else ""}
-
-
-@cache
-def _identify_code() -> str:
-    """Of what turns files into tokens: rows that other code prepared are not taken from the cache."""
-    files = (Path(__file__).with_name(f"{name}.py") for name in ("loading", "formats", "tokenization"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:
@@ -263,130 +249,3 @@ def _first(rows: Dataset | IterableDataset | None, limit: int | None) -> Dataset
     if rows is None or limit is None:
         return rows
     return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenised rows, and what became of the rows that were read (None for a stream, which nobody has counted)."""
-
-    rows: Dataset | IterableDataset
-    dropped: dict[str, int] | None
-
-
-def prepare(
-    rows: Dataset | IterableDataset,
-    args: DataArguments,
-    tokenize: Tokenize,
-    fingerprint: str,
-    preference: bool = False,
-) -> Prepared:
-    """Tokenises all rows: in parallel, from the cache where the same rows met the same `fingerprint` before.
-
-    Under several ranks call it inside `training_args.main_process_first()`: the others then read rank 0's cache.
-    """
-    columns = rows.column_names or list(next(iter(rows), {}))
-    names = [column for column in columns if column != UNREADABLE]
-    if not names:
-        reason = _find_bad_row(Path(args.dataset_name)) or f"{args.dataset_name} has no rows"
-        raise InputError(f"--dataset_name: {reason}")
-    format = recognise(names, preference, args.data_format)
-    work = partial(_tokenize_batch, format=format, tokenize=tokenize, skip=args.bad_rows == "skip")
-    if isinstance(rows, IterableDataset):
-        tokenized = rows.map(work, batched=True, batch_size=100, with_indices=True, remove_columns=columns)
-        return Prepared(tokenized.filter(lambda reason: reason == "", input_columns="reason"), None)
-    if len(rows) == 0:
-        raise InputError(f"--dataset_name: {args.dataset_name} has no rows")
-    ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
-    features = {name: number if name in COUNTS else ids for name in tokenize([])[0]}
-    features = datasets.Features({**features, "reason": datasets.Value("string")})
-    key = (rows._fingerprint, fingerprint, format.name, args.bad_rows, _identify_code())
-    try:
-        tokenized = rows.map(
-            work,
-            batched=True,
-            with_indices=True,
-            remove_columns=columns,
-            num_proc=min(args.num_workers, len(rows) // 1000) or None,
-            features=features,
-            new_fingerprint=hashlib.sha256(repr(key).encode()).hexdigest()[:32],
-            desc=f"Tokenizing {format.name}",
-        )
-    except UnicodeDecodeError as error:
-        raise InputError(f"--dataset_name: {_find_bad_row(Path(args.dataset_name)) or error}") from None
-    except RowError as error:
-        raise InputError(
-            f"--dataset_name: {args.dataset_name}, {error} (--bad_rows skip leaves such rows out)"
-        ) from None
-    reasons = tokenized.data.column("reason")
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist()}
-    dropped = {reason: count for reason, count in counts.items() if reason}
-    bad = sum(count for name, count in dropped.items() if name.startswith("bad row"))
-    if bad > args.max_bad_rows * len(rows):
-        raise InputError(
-            f"--bad_rows skip: {bad} of {len(rows)} rows are bad, more than --max_bad_rows {args.max_bad_rows:g}: "
-            + _count(dropped)
-        )
-    kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
-    if len(kept) == 0:
-        raise InputError(f"--dataset_name: no row of {args.dataset_name} is left; dropped: {_count(dropped)}")
-    return Prepared((tokenized if len(kept) == len(rows) else tokenized.select(kept)).remove_columns("reason"), dropped)
-
-
-def _count(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-
-
-def _tokenize_batch(batch: dict, indices: list[int], format: Format, tokenize: Tokenize, skip: bool) -> dict[str, list]:
-    """One batch of rows to token columns and `reason`: empty, or why the row is dropped.
-
-    A batch goes through the tokenizer at once; where that meets a bad row, its rows go one by one to find which.
-    """
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    try:
-        columns, reasons = tokenize([_read(row, format) for row in rows])
-    except RowError:
-        parts = [_tokenize_row(row, index, format, tokenize, skip) for row, index in zip(rows, indices, strict=True)]
-        columns = {name: [value for part, _ in parts for value in part[name]] for name in parts[0][0]}
-        reasons = [reason for _, part in parts for reason in part]
-    return {**columns, "reason": [reason or "" for reason in reasons]}
-
-
-def _read(row: dict, format: Format) -> Sample:
-    if row.get(UNREADABLE):
-        raise RowError(row[UNREADABLE])
-    return format.read(row)
-
-
-def _tokenize_row(row: dict, index: int, format: Format, tokenize: Tokenize, skip: bool) -> tuple[dict, list]:
-    try:
-        return tokenize([_read(row, format)])
-    except RowError as error:
-        if not skip:
-            raise RowError(f"row {index + 1}: {error}") from None
-        columns, _ = tokenize([])
-        nothing = np.zeros(0, np.int32)
-        return {name: [0 if name in COUNTS else nothing] for name in columns}, [f"bad row: {error}"]
-
-
-def report(name: str, prepared: Prepared) -> None:
-    """Logs what there is to learn from: samples, tokens, the share of them trained on, what was dropped and why."""
-    rows = prepared.rows
-    if isinstance(rows, IterableDataset):
-        logger.info(f"{name}: a stream; rows are prepared as they come")
-        return
-    tokens = int(np.sum(rows.with_format("numpy")["length"]))
-    line = f"{name}: {len(rows):,} samples, {tokens:,} tokens"
-    if "trained" in rows.column_names:
-        line += f", {np.sum(rows.with_format('numpy')['trained']) / tokens:.1%} trained on"
-    logger.info(f"{line}; dropped: {_count(prepared.dropped or {})}")
-
-
-def show_examples(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, number: int) -> None:
-    """Prints samples as the model will see them: what is trained on in green, special tokens reversed."""
-    special = set(tokenizer.all_special_ids)
-    for sample in rows.take(number):
-        text = []
-        for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-            style = ("7;" if token in special else "") + ("32" if label != IGNORED else "90")
-            text.append(f"\033[{style}m{tokenizer.decode([token])}\033[0m")
-        print("".join(text), end="\n\n")

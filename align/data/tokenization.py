@@ -1,15 +1,18 @@
-"""Samples to token ids and labels: chat templates, one BOS, a learnt end, truncation that leaves something to learn."""
+"""Samples to token ids and labels: what is asked stands in front, what shall be said is learnt, and so is its end.
+
+`encode_prompt` is the one place that decides with which ids a model is asked. Training puts the same ids in front of
+the first token that it learns, and run_generation.py asks with them.
+"""
 
 import hashlib
-import re
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from align.data.chats import ChatTemplate, Rendering
 from align.data.formats import Messages, RowError, Sample
 from align.data.packing import IGNORED
 from align.errors import InputError
@@ -19,21 +22,42 @@ CHAT_TEMPLATES = {
     "plain": (
         "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] | capitalize }}: "
         "{{ message['content'] | trim }}{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}Assistant: {% endif %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
     "chatml": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
+LOST_END = "cut: lost its end, and the token that ends it"
+LOST_START = "cut: lost the start of its prompt"
+LOST_PROMPT_END = "cut: lost the end of its prompt, where the question tends to be"
+LOST_BEGINNING = "cut: lost its beginning"
+WINDOW = 4  # tokens of the prompt that an answer is encoded behind
+MARK = "\ue000"  # joins no other character to a token
 
 
-@dataclass(frozen=True)
-class Rendering:
-    """A sample as the model reads it, and the spans of characters that it shall learn to say."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, tools: list[dict] | None = None
+) -> list[int]:
+    """The ids that a model is asked with: messages by the chat template, which decides about BOS; text with the BOS
+    that the tokenizer adds, without the blanks at its end (tokenizers join them to the answer's first word)."""
+    if isinstance(prompt, str):
+        head, ids = _find_head(tokenizer), tokenizer(clean_prompt(prompt), add_special_tokens=False).input_ids
+        return ids if ids[: len(head)] == head else head + ids
+    return tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True)
 
-    text: str
-    spans: tuple[tuple[int, int], ...]
+
+def clean_prompt(prompt: str) -> str:
+    """A prompt of text without the blanks at its end: they are the answer's."""
+    return prompt.rstrip(" \t")
+
+
+def _find_head(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text: a BOS, nothing, or more than one token."""
+    whole, alone = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    starts = (start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
+    return whole[: next(starts, 0)]
 
 
 class SampleTokenizer:
@@ -47,88 +71,82 @@ class SampleTokenizer:
         self.tokenizer = tokenizer
         self.train_on_prompt = train_on_prompt
         self.eos = tokenizer.eos_token_id
-        first = tokenizer("a").input_ids[:1]
-        self.bos = [tokenizer.bos_token_id] if first == [tokenizer.bos_token_id] else []
-        ends = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        if tokenizer.bos_token != tokenizer.eos_token:
-            ends.discard(tokenizer.bos_token)
-        self.turn_end = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(ends, key=len, reverse=True))) + ")")
+        self.head = _find_head(tokenizer)  # which also sets the backend to neither cut nor pad
+        self.template = ChatTemplate(tokenizer)
 
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides which ids and labels a text gets."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.eos, self.bos)
-        return hashlib.sha256(repr((parts, self.train_on_prompt)).encode()).hexdigest()
+        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.eos, self.head)
+        special = self.tokenizer.special_tokens_map
+        return hashlib.sha256(repr((parts, special, self.train_on_prompt)).encode()).hexdigest()
 
     def render(self, sample: Sample, answer: int = 0) -> Rendering:
-        """The text of the prompt with one of its answers."""
+        """The prompt with one of its answers, as text."""
         said = sample.answers[answer]
-        if isinstance(said, str):
-            if not said.strip():
-                raise RowError("the answer is empty")
-            # A blank between prompt and answer is learnt: tokenizers tend to join it with the answer's first word.
-            start = len(sample.prompt.rstrip())
-            return Rendering(sample.prompt + said, ((start, len(sample.prompt) + len(said)),))
-        return self._render_messages(sample.prompt, said)
+        if not isinstance(said, str):
+            return self.template.render(sample.prompt, said, sample.tools)
+        if not said.strip():
+            raise RowError("the answer is empty")
+        prompt = clean_prompt(sample.prompt)
+        text = sample.prompt[len(prompt) :] + said
+        return Rendering(prompt, text, ((0, len(text)),), chat=False)
 
-    def _render_messages(self, prompt: Messages, answer: Messages) -> Rendering:
-        """Finds the assistant's turns in any template: rendered once as they are and once with marks in their place."""
-        messages = prompt + answer
-        marks = {
-            number: f"\ue000{number}\ue001"
-            for number in range(len(prompt), len(messages))
-            if messages[number]["role"] == "assistant"
-        }
-        marked = [
-            {**message, "content": marks[number]} if number in marks else message
-            for number, message in enumerate(messages)
-        ]
-        text, between = self._apply_template(messages), []
-        rest = self._apply_template(marked)
-        for mark in marks.values():
-            before, _, rest = rest.partition(mark)
-            between.append(before)
-        spans, end = [], 0
-        for number, before, after in zip(marks, between, [*between[1:], rest], strict=True):
-            said = (messages[number]["content"], messages[number]["content"].strip())
-            shown = next((words for words in said if text.startswith(before + words + after, end)), None)
-            if shown is None:
-                raise RowError(f"the chat template does not show message {number + 1} as it is")
-            start = end + len(before)
-            end = start + len(shown)
-            closing = self.turn_end.match(text, end)
-            spans.append((start, closing.end() if closing else end))
-        return Rendering(text[: spans[-1][1]], tuple(spans))  # nothing behind the last span is learnt
+    def encode(self, renderings: list[Rendering]) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        """For each rendering its ids, a mask of what is learnt, and how many ids are the prompt's.
 
-    def _apply_template(self, messages: Messages) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # jinja2 errors and whatever a template raises on its own
-            raise RowError(f"the chat template refuses it: {error}") from error
-
-    def encode(self, renderings: list[Rendering]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each rendering its ids and a mask of what is learnt: BOS where the model wants one, EOS at the end."""
+        The prompt is encoded as it is asked, then the answer behind the prompt's last tokens: no token can hold
+        characters of both.
+        """
         if not renderings:
             return []
-        encoded = self.tokenizer(
-            [rendering.text for rendering in renderings],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
+        texts = list(dict.fromkeys(rendering.prompt for rendering in renderings))
+        prompts = dict(zip(texts, self._tokenize(texts), strict=True))
+        windows = [_last_characters(rendering.prompt, prompts[rendering.prompt]) for rendering in renderings]
+        tails = self._tokenize(
+            [window + rendering.answer for window, rendering in zip(windows, renderings, strict=True)]
         )
         results = []
-        for rendering, ids, encoding in zip(renderings, encoded.input_ids, encoded.encodings, strict=True):
-            ids = np.array(ids, dtype=np.int32)
+        for rendering, window, tail in zip(renderings, windows, tails, strict=True):
+            asked, before = prompts[rendering.prompt].ids, len(window)
+            cut = _find_cut(tail, before, asked) if before else 0
+            if cut is None:
+                tail, before = self._tokenize([MARK + rendering.answer])[0], len(MARK)
+                cut = _find_tokens(tail, before, before).start
+            head = [] if rendering.chat or asked[: len(self.head)] == self.head else self.head
+            size = len(head) + len(asked)
+            ids = np.array([*head, *asked, *tail.ids[cut:]], dtype=np.int32)
             learnt = np.full(len(ids), self.train_on_prompt)
             for start, end in rendering.spans:
-                learnt[_find_tokens(encoding, start, end)] = True
-            if self.bos and ids[:1] != self.bos:
-                ids, learnt = np.append(np.int32(self.bos), ids), np.append(self.train_on_prompt, learnt)
+                tokens = _find_tokens(tail, start + before, end + before)
+                learnt[size - cut + max(tokens.start, cut) : size - cut + tokens.stop] = True
             if ids[-1:] != [self.eos]:
                 ids, learnt = np.append(ids, np.int32(self.eos)), np.append(learnt, True)
-            results.append((ids, learnt))
+            results.append((ids, learnt, size))
         return results
+
+    def count_head(self, ids: np.ndarray) -> int:
+        """How many ids at the start stay when a prompt is cut there: what the tokenizer or the template begins with."""
+        if self.head and list(ids[: len(self.head)]) == self.head:
+            return len(self.head)
+        return int(len(ids) > 0 and ids[0] == self.tokenizer.bos_token_id)
+
+    def _tokenize(self, texts: list[str]) -> list[Encoding]:
+        return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+
+
+def _last_characters(text: str, encoding: Encoding) -> str:
+    """The characters of the last tokens: what may change how the text behind them is cut into tokens."""
+    if len(encoding) <= WINDOW:
+        return text
+    return text[encoding.token_to_chars(len(encoding) - WINDOW)[0] :]
+
+
+def _find_cut(encoding: Encoding, character: int, before: list[int]) -> int | None:
+    """The token that begins at this character, where there is one and those in front of it end as `before` does."""
+    cut = _find_tokens(encoding, character, character).start
+    parts = cut == len(encoding) or encoding.token_to_chars(cut)[0] >= character
+    return cut if parts and encoding.ids[:cut][-1:] == before[-1:] else None
 
 
 def _find_tokens(encoding: Encoding, start: int, end: int) -> slice:
@@ -138,81 +156,84 @@ def _find_tokens(encoding: Encoding, start: int, end: int) -> slice:
     return slice(first, bisect_left(tokens, end, key=lambda token: encoding.token_to_chars(token)[0]))
 
 
-def tokenize_samples(
-    samples: list[Sample], tokenizer: SampleTokenizer, max_length: int, truncation: str
-) -> tuple[dict[str, list], list[str | None]]:
-    """Columns `input_ids`, `labels`, `length`, `trained` (tokens that give a loss), and why a sample is dropped."""
+Columns = tuple[dict[str, list], list[str | None], list[tuple[str, ...]]]
+
+
+def tokenize_samples(samples: list[Sample], tokenizer: SampleTokenizer, max_length: int, truncation: str) -> Columns:
+    """Columns `input_ids`, `labels`, `length`, `trained` (tokens that give a loss); why a sample is dropped; notes."""
     columns = {"input_ids": [], "labels": [], "length": [], "trained": []}
-    reasons = []
-    for ids, learnt in tokenizer.encode([tokenizer.render(sample) for sample in samples]):
-        reason = None
+    reasons, notes = [], []
+    renderings = [tokenizer.render(sample) for sample in samples]
+    for sample, rendering, (ids, learnt, asked) in zip(samples, renderings, tokenizer.encode(renderings), strict=True):
+        reason, told = None, sample.notes + rendering.notes
         if len(ids) > max_length:
             if truncation == "drop":
                 reason = "longer than --max_seq_length"
             elif truncation == "keep_start":
                 ids, learnt = ids[:max_length], learnt[:max_length]
+                told += (LOST_END,)
             else:
-                head = len(tokenizer.bos)
+                head = tokenizer.count_head(ids)
                 keep = np.r_[:head, len(ids) - max_length + head : len(ids)]
                 ids, learnt = ids[keep], learnt[keep]
+                told += (LOST_START if asked else LOST_BEGINNING,)
         labels = np.where(learnt, ids, IGNORED)
         labels[:1] = IGNORED  # nothing predicts the first token
         trained = int((labels != IGNORED).sum())
         reasons.append(reason or (None if trained else "nothing left to learn after truncation"))
+        notes.append(told)
         for name, value in zip(columns, (ids, labels, len(ids), trained), strict=True):
             columns[name].append(value)
-    return columns, reasons
+    return columns, reasons, notes
 
 
 def tokenize_pairs(
     samples: list[Sample], tokenizer: SampleTokenizer, max_prompt_length: int, max_length: int, truncation: str
-) -> tuple[dict[str, list], list[str | None]]:
-    """Columns `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `length` (of all three together).
+) -> Columns:
+    """Columns `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `chosen_labels`, `rejected_labels` (the
+    tokens that are scored), `length` (of prompt and both answers); why a pair is dropped; notes.
 
     Limits are in tokens: the prompt is cut to `max_prompt_length`, then each answer so that prompt and answer fit
     `max_length`.
     """
-    columns = {"prompt_input_ids": [], "chosen_input_ids": [], "rejected_input_ids": [], "length": []}
-    reasons = []
+    names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "chosen_labels", "rejected_labels", "length")
+    columns = {name: [] for name in names}
+    reasons, notes = [], []
     renderings = [tokenizer.render(sample, answer) for sample in samples for answer in (0, 1)]
+    for number, rendering in enumerate(renderings):
+        if rendering.prompt != renderings[number - number % 2].prompt:
+            raise RowError("the chat template does not show chosen and rejected behind the same prompt")
     encoded = tokenizer.encode(renderings)
-    for number in range(len(samples)):
-        both = encoded[2 * number : 2 * number + 2]
-        prompt, answers = _split_prompt(both, tokenizer, renderings[2 * number : 2 * number + 2])
+    for number, sample in enumerate(samples):
+        both, told = encoded[2 * number : 2 * number + 2], sample.notes
+        for rendering in renderings[2 * number : 2 * number + 2]:
+            told += tuple(note for note in rendering.notes if note not in told)
+        prompt = both[0][0][: both[0][2]]
+        answers, scored = ([parts[place][parts[2] :] for parts in both] for place in (0, 1))
         reason = "chosen and rejected are the same" if np.array_equal(*answers) else None
-        head = len(tokenizer.bos)
+        head = tokenizer.count_head(prompt)
         if len(prompt) > max_prompt_length:
             reason = reason or ("prompt longer than --max_prompt_length" if truncation == "drop" else None)
             cut = len(prompt) - max_prompt_length
             keep_end = np.append(prompt[:head], prompt[head + cut :])
             prompt = prompt[:max_prompt_length] if truncation == "keep_start" else keep_end
+            told += (LOST_PROMPT_END if truncation == "keep_start" else LOST_START,)
         room = max_length - len(prompt)
         if max(map(len, answers)) > room:
             reason = reason or ("pair longer than --max_length" if truncation == "drop" else None)
             answers = [answer[:room] for answer in answers]
+            told += (LOST_END,)
             if np.array_equal(*answers):
                 reason = reason or "chosen and rejected are the same after truncation"
+        labels = [np.where(mask[:room], ids, IGNORED) for ids, mask in zip(answers, scored, strict=True)]
+        if min((each != IGNORED).sum() for each in labels) == 0:
+            reason = reason or "nothing left to score after truncation"
         reasons.append(reason)
-        values = (prompt, *answers, len(prompt) + sum(map(len, answers)))
+        notes.append(told)
+        values = (prompt, *answers, *labels, len(prompt) + sum(map(len, answers)))
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
-    return columns, reasons
-
-
-def _split_prompt(both, tokenizer: SampleTokenizer, renderings: list[Rendering]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Cuts two encodings of one prompt at the same token, so that the prompt's ids are the same in both.
-
-    Where a merge of the tokenizer joins the prompt's end with an answer, that token belongs to the answer; where this
-    would leave two different prompts, prompt and answers are encoded apart.
-    """
-    cut = min(int(np.argmax(learnt)) for _, learnt in both)
-    prompts = [ids[:cut] for ids, _ in both]
-    if cut and np.array_equal(*prompts):
-        return prompts[0], [ids[cut:] for ids, _ in both]
-    start = renderings[0].spans[0][0]
-    apart = [Rendering(rendering.text[start:], ((0, len(rendering.text) - start),)) for rendering in renderings]
-    head = tokenizer.encode([Rendering(renderings[0].text[:start], ())])[0][0][:-1]
-    return head, [ids[len(tokenizer.bos) :] for ids, _ in tokenizer.encode(apart)]
+    return columns, reasons, notes
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:

@@ -103,10 +103,14 @@ def _read_prompt_file(path: Path, column_name: str) -> list[str]:
 
 def _read_prompt_column(dataset_name: str, split: str, column_name: str) -> list[str]:
     from align.data.loading import DataArguments, load_splits
+    from align.data.preparing import get_columns
 
     arguments = DataArguments(dataset_name=dataset_name, split=split, streaming=False)
     rows = load_splits(arguments, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
-    return [_prompt_of(row, column_name, f"--dataset_name {dataset_name}, row {n}") for n, row in enumerate(rows, 1)]
+    return [
+        _prompt_of(get_columns(row, {}), column_name, f"--dataset_name {dataset_name}, row {n}")
+        for n, row in enumerate(rows, 1)
+    ]
 
 
 def _prompt_of(row: dict[str, Any], column_name: str, where: str) -> str:
@@ -125,19 +129,14 @@ def encode_prompts(
     vocabulary_size: int,
     max_length: int,
 ) -> list[list[int]]:
-    """Token ids of each prompt, with one BOS where the tokenizer adds one and never an EOS at the end."""
+    """Token ids of each prompt, as training puts them in front of what is learnt."""
+    from align.data.tokenization import encode_prompt
+
     if use_chat_template and tokenizer.chat_template is None:
         raise InputError("--use_chat_template: the tokenizer has no chat template; leave the flag out")
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        if use_chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        else:
-            has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-            ids = tokenizer(prompt, add_special_tokens=not has_bos).input_ids
-            if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-                ids = ids[:-1]
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}] if use_chat_template else prompt)
         if not ids:
             raise InputError(f"prompt {number}: {prompt!r} has no tokens; write something")
         if len(ids) > max_length:

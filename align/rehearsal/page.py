@@ -202,7 +202,7 @@ def data(report: dict) -> str:
     rows = ""
     for name, part in report["data"].items():
         for what, value in part.items():
-            if what == "dropped":
+            if isinstance(value, dict):
                 value = ", ".join(f"{count} {reason}" for reason, count in value.items()) or "none"
             if what in ("shapes", "useful_share"):
                 continue

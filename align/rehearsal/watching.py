@@ -16,19 +16,18 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from align.data import formats
+from align.data.chats import NOT_SHOWN
 from align.errors import InputError
 from align.rehearsal import models
 from align.rehearsal.ledger import Ledger
 
 LOOKED_AT = 256  # micro-batches whose shapes are looked at before the first step
 GENERATED = 8  # forward passes of a generation
-CONVERSATIONS = 100  # whose messages are looked for in the text
 EVALUATED = 2  # batches of an evaluation, the largest first
 
 
@@ -147,7 +146,7 @@ class Watcher:
         from optimum.habana.accelerate import GaudiAccelerator
         from optimum.habana.transformers.generation import GaudiGenerationMixin
 
-        from align.data import loading
+        from align.data import preparing
         from align.models import attention, head
         from align.training.reliable import ReliableMixin
         from habana_frameworks.emulator import dry
@@ -156,8 +155,7 @@ class Watcher:
         self.around(GaudiTrainer, "train", self.train)
         self.around(GaudiTrainer, "get_train_dataloader", self.train_batches)
         self.around(GaudiTrainer, "get_eval_dataloader", self.eval_batches)
-        self.around(loading, "report", self.report_data)
-        self.around(loading, "prepare", self.prepare_data)
+        self.around(preparing, "report", self.report_data)
         self.around(GaudiGenerationMixin, "generate", self.generate)
         for owner, name, phase in (
             (GaudiTrainer, "evaluation_loop", "evaluation"),
@@ -276,24 +274,14 @@ class Watcher:
             }
         )
 
-    def prepare_data(self, native, rows, args, tokenize, *rest, **options):
-        """Looks whether the first conversations are whole in what the model will see."""
-        prepared = native(rows, args, tokenize, *rest, **options)
-        preference = options.get("preference", False)
-        format = formats.recognise(list(rows.column_names or next(iter(rows))), preference, args.data_format)
-        tokenizer = tokenize.keywords["tokenizer"]
-        for number, row in enumerate(itertools.islice(iter(rows), CONVERSATIONS), 1):
-            with suppress(formats.RowError):  # a bad row is the script's to judge
-                sample = format.read(row)
-                if isinstance(sample.prompt, list) and (lost := find_lost(tokenizer, sample)):
-                    text = f"--chat_template: it loses message {lost} of row {number}, which the model would never see"
-                    self.seen.setdefault("stops", []).append(text)
-                    break
-        return prepared
-
     def report_data(self, native, name: str, prepared) -> None:
         native(name, prepared)
-        about = {"dropped": prepared.dropped or {}}
+        about = {"dropped": prepared.dropped or {}, "told": {}}
+        for note, (count, place) in prepared.notes.items():
+            about["told"][note] = count
+            if note.startswith(NOT_SHOWN):
+                text = f"--chat_template: {note}, first {place}: the model would never see it"
+                self.seen.setdefault("stops", []).append(text)
         if hasattr(prepared.rows, "column_names") and hasattr(prepared.rows, "__len__"):
             lengths = prepared.rows.with_format("numpy")
             about["samples"] = len(prepared.rows)
@@ -408,15 +396,6 @@ class Watcher:
             enough or len(self.seen["steps"]) >= self.plan.get("most_steps", 8)
         ):
             control.should_training_stop = control.should_save = True
-
-
-def find_lost(tokenizer, sample) -> str | None:
-    """The first message of a conversation that its text does not hold."""
-    text = tokenizer.render(sample).text
-    for number, message in enumerate([*sample.prompt, *sample.answers[0]], 1):
-        if message["content"].strip() not in text:
-            return f"{number} ({message['role']})"
-    return None
 
 
 class LargestFirst:

@@ -198,6 +198,7 @@ def find_last(output: Path, rank: int, ranks: int) -> Path | None:
 SAME = {
     "seed", "data_seed", "packing", "pad_max", "max_seq_length", "max_length", "max_prompt_length", "truncation",
     "train_on_prompt", "share_prompts", "gradient_accumulation_steps", "streaming", "shuffle_buffer", "split", "subset",
+    "dataset_mix", "columns", "text_as_chat", "only_true_labels",
     "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "bf16", "torch_dtype", "optim",
     "loss_type", "beta", "label_smoothing", "rpo_alpha", "reference_free", "sync_ref_model", "ref_model_mixup_alpha",
     "ref_model_sync_steps", "f_divergence_type", "f_alpha_divergence_coef", "ignore_data_skip", "disable_dropout",
@@ -287,12 +288,12 @@ def software() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def identify_rows(rows: Dataset | IterableDataset, name: str) -> str:
-    """A hash of all tokens; of a stream, which nobody has read, of its name and what a local file holds."""
+def identify_rows(rows: Dataset | IterableDataset, names: Iterable[str]) -> str:
+    """A hash of all tokens; of a stream, which nobody has read, of its names and what local files hold."""
     digest = xxhash.xxh3_128()
     if isinstance(rows, IterableDataset):
-        path = Path(name).expanduser()
-        return f"stream {identify_files([path]) if path.is_file() else name}"
+        paths = {name: Path(name).expanduser() for name in names}
+        return "stream " + " ".join(identify_files([path]) if path.is_file() else name for name, path in paths.items())
     columns = [column for column in rows.column_names if column not in ("length", "trained")]
     table = rows.select_columns([*columns]).with_format("arrow")
     for part in table.iter(batch_size=10_000):

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 IDS = pyarrow.list_(pyarrow.int32())
 COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+LABELS = ("chosen_labels", "rejected_labels")  # the answer's tokens that are scored, IGNORED the others
 EMPTY = np.empty(0, np.int64)
 WORTHWHILE = 0.85  # share of useful columns from which on no further shape is added
 WEIGHTS = (0, 0.5, 1, 2)  # of a scored column beside any column, tried for rows of the same size
@@ -63,8 +64,9 @@ def collect(rows: Dataset | IterableDataset, limit: int) -> Dataset:
     """A stream's first `limit` pairs (all, where it is not positive), in memory: their lengths decide the layout."""
     if isinstance(rows, Dataset):
         return rows
-    parts = (rows.take(limit) if limit > 0 else rows).select_columns(list(COLUMNS)).iter(batch_size=1000)
-    tables = [pyarrow.table({name: pyarrow.array(part[name], IDS) for name in COLUMNS}) for part in parts]
+    columns = [*COLUMNS, *LABELS]
+    parts = (rows.take(limit) if limit > 0 else rows).select_columns(columns).iter(batch_size=1000)
+    tables = [pyarrow.table({name: pyarrow.array(part[name], IDS) for name in columns}) for part in parts]
     if not tables:
         raise InputError("--dataset_name: no pair of the stream can be used")
     table = pyarrow.concat_tables(tables)
@@ -78,9 +80,9 @@ def collect(rows: Dataset | IterableDataset, limit: int) -> Dataset:
 def as_samples(pairs: Dataset | IterableDataset) -> Dataset:
     """Each pair as two samples, chosen and rejected, with labels on the answers."""
     samples = [
-        {"input_ids": pair[COLUMNS[0]] + answer, "labels": [IGNORED] * len(pair[COLUMNS[0]]) + answer}
+        {"input_ids": pair[COLUMNS[0]] + pair[answer], "labels": [IGNORED] * len(pair[COLUMNS[0]]) + pair[labels]}
         for pair in pairs
-        for answer in (pair[COLUMNS[1]], pair[COLUMNS[2]])
+        for answer, labels in zip(COLUMNS[1:], LABELS, strict=True)
     ]
     return Dataset.from_list(samples)
 
@@ -207,7 +209,7 @@ class PairDataset(torch.utils.data.Dataset):
     """Pairs as the collator takes them, with the reference's log-probs where they are `stored`."""
 
     def __init__(self, pairs: Dataset, rows: Rows, stored: Stored | None = None):
-        self.pairs = pairs.select_columns(list(COLUMNS)).with_format("numpy")
+        self.pairs = pairs.select_columns([*COLUMNS, *LABELS]).with_format("numpy")
         self.rows = rows
         self.stored = stored
 
@@ -216,12 +218,12 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         taken = [index for index in indices if index != NONE]
-        columns = self.pairs[taken] if taken else {name: [] for name in COLUMNS}
-        pairs = zip(*(columns[name] for name in COLUMNS), strict=True)
-        return [self._describe(index, *(next(pairs) if index != NONE else (EMPTY, EMPTY, EMPTY))) for index in indices]
+        columns = self.pairs[taken] if taken else {name: [] for name in (*COLUMNS, *LABELS)}
+        pairs = zip(*(columns[name] for name in (*COLUMNS, *LABELS)), strict=True)
+        return [self._describe(index, *(next(pairs) if index != NONE else [EMPTY] * 5)) for index in indices]
 
-    def _describe(self, index: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> dict:
-        pair = {"index": index, "prompt": prompt, "answers": (chosen, rejected)}
+    def _describe(self, index: int, prompt: np.ndarray, *answers_and_labels: np.ndarray) -> dict:
+        pair = {"index": index, "prompt": prompt, "answers": answers_and_labels[:2], "labels": answers_and_labels[2:]}
         if self.stored is not None and self.stored.values is not None:
             pair["reference"] = self.stored.values[index] if index != NONE else np.zeros(2, np.float32)
         return pair
@@ -262,7 +264,7 @@ class PairCollator:
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
         batch = self._fill_shared(pairs) if self.layout.shared else self._fill_separate(pairs)
-        batch["answer_lengths"] = np.array([[len(answer) for answer in pair["answers"]] for pair in pairs])
+        batch["answer_lengths"] = np.array([[(each != IGNORED).sum() for each in pair["labels"]] for pair in pairs])
         batch["indices"] = np.array([pair["index"] for pair in pairs])
         if "reference" in pairs[0]:
             batch["reference"] = np.stack([pair["reference"] for pair in pairs])
@@ -294,7 +296,7 @@ class PairCollator:
                 for branch, answer in enumerate(pair["answers"]):
                     right -= len(answer)
                     put(row, right, np.append(last, answer[:-1]), len(prompt), place + 1, branch + 1)
-                    self._score(batch, row, right, answer, 2 * (row * number + place) + branch)
+                    self._score(batch, row, right, pair["labels"][branch], 2 * (row * number + place) + branch)
         return batch
 
     def _fill_separate(self, pairs: list[dict]) -> dict[str, np.ndarray]:
@@ -307,7 +309,7 @@ class PairCollator:
                 tokens = np.append(pair["prompt"], answer)
                 batch["input_ids"][row, : len(tokens)] = tokens
                 batch["attention_mask"][row, : len(tokens)] = 1
-                self._score(batch, row, start - 1, answer, row)
+                self._score(batch, row, start - 1, pair["labels"][branch], row)
         batch["attention_mask"][:, 0] = 1  # a row without a pair must not be without a key
         return batch
 
@@ -322,11 +324,12 @@ class PairCollator:
         }
 
     @staticmethod
-    def _score(batch: dict[str, np.ndarray], row: int, column: int, answer: np.ndarray, slot: int) -> None:
-        """The tokens from `column` on predict `answer`."""
+    def _score(batch: dict[str, np.ndarray], row: int, column: int, labels: np.ndarray, slot: int) -> None:
+        """The tokens from `column` on predict `labels`, where these are not IGNORED."""
         start = column - batch["input_ids"].shape[1] + batch["targets"].shape[1]
-        batch["targets"][row, start : start + len(answer)] = answer
-        batch["slots"][row, start : start + len(answer)] = slot
+        places = start + np.flatnonzero(labels != IGNORED)
+        batch["targets"][row, places] = labels[labels != IGNORED]
+        batch["slots"][row, places] = slot
 
 
 def _columns(pair: dict) -> int:

@@ -1,0 +1,322 @@
+"""Where in a chat's text the model speaks, for any template: found by comparing what the template writes.
+
+A turn begins where the generation prompt for the messages before it ends, so that it is learnt right behind what the
+model is asked with, and ends with the first special token behind what is said. Plain chats of the same roles are
+rendered once each: what the template writes around their turns is known from the first ones.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from align.data.formats import Messages, RowError, is_learnt
+from align.errors import InputError
+
+MARK = "\ue000\ue001"
+THOUGHTS = re.compile(r"</?think(?:ing)?>")
+PLAIN = {"role", "content"}
+NOT_SHOWN = "the chat template does not show"  # begins each note about something that the model never sees
+ALIKE = 3  # chats of the same roles that are compared before the others are rendered once
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What is asked and what follows, as the model reads them; `spans` are the characters of `answer` to learn."""
+
+    prompt: str
+    answer: str
+    spans: tuple[tuple[int, int], ...]
+    chat: bool = True
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message as it is said behind what is asked with: `said` is learnt, down to the `closing` token."""
+
+    asked: str
+    said: str
+    closing: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a template writes around each learnt turn of all chats with the same roles.
+
+    `openings` stand between the message before and the turn, `leads` between that and the content, `closings` behind.
+    """
+
+    openings: tuple[str, ...]
+    leads: tuple[str, ...]
+    closings: tuple[str, ...]
+    counts: tuple[int, ...]  # of each opening in the whole text
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and what it has shown about itself so far."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.source = tokenizer.chat_template
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if tokenizer.bos_token != tokenizer.eos_token:
+            special.discard(tokenizer.bos_token)
+        longest_first = sorted(special, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
+        self.shapes: dict[tuple, list[Shape | None]] = {}
+
+    def render(self, prompt: Messages, answer: Messages, tools: list | None = None) -> Rendering:
+        """The chat with spans on the assistant's turns in `answer`."""
+        messages = prompt + answer
+        turns = [number for number in range(len(prompt), len(messages)) if is_learnt(messages[number])]
+        if not turns:
+            raise RowError("every turn of the assistant has the weight 0: there is nothing to learn")
+        if tools is not None or not all(map(_is_plain, messages)):
+            return self._compare(messages, turns, tools)[0]
+        key = (len(prompt), *(message["role"] for message in messages))
+        seen = self.shapes.setdefault(key, [])
+        if len(seen) >= ALIKE and seen[0] is not None and all(shape == seen[0] for shape in seen):
+            rendering = self._follow(seen[0], messages, turns)
+            if rendering is not None:
+                return rendering
+        rendering, shape = self._compare(messages, turns, None)
+        if len(seen) < ALIKE:
+            seen.append(shape)
+        return rendering
+
+    # Writing
+
+    def write(self, messages: Messages, tools: list | None = None, ask: bool = False) -> str:
+        """The chat's text; `ask` puts the generation prompt at its end."""
+        if self.source is None:
+            raise InputError("--chat_template: the tokenizer has none for chats; name a file, or plain")
+        try:
+            text = self._apply(messages, tools, ask)
+            if any(message["content"] is None for message in messages) and "None" in text:
+                return self._apply(_without_none(messages), tools, ask)
+            return text
+        except Exception as error:  # jinja2 errors and whatever a template raises on its own
+            for change in (_without_none, _with_arguments_as_text):
+                try:
+                    return self._apply(change(messages), tools, ask)
+                except Exception:  # the first reason is the one to tell
+                    continue
+            raise RowError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+
+    def _apply(self, messages: Messages, tools: list | None, ask: bool) -> str:
+        knows_developer = "developer" in str(self.source)
+        shown = []
+        for message in messages:
+            message = {key: value for key, value in message.items() if key != "weight"}
+            if message["role"] == "developer" and not knows_developer:
+                message["role"] = "system"
+            shown.append(message)
+        if tools is not None or not isinstance(self.source, str):  # the tokenizer may have another template for tools
+            options = {"tools": tools, "add_generation_prompt": ask, "tokenize": False}
+            return self.tokenizer.apply_chat_template(shown, **options)
+        # The same without looking up the tokenizer's special tokens for each chat, which takes longer than the template
+        template = _compile_jinja_template(self.source)
+        return template.render(messages=shown, add_generation_prompt=ask, **self.variables)
+
+    # Comparing
+
+    def _compare(self, messages: Messages, turns: list[int], tools: list | None) -> tuple[Rendering, Shape | None]:
+        """The spans of any chat: each turn as it is asked for and said, and where that stands in the whole text."""
+        text, notes, found = self.write(messages, tools), [], []
+        for number in turns:
+            turn = self._read_turn(messages[: number + 1], tools)
+            if not turn.said.strip():
+                notes.append("a turn of the assistant that the chat template shows as nothing is not learnt")
+                continue
+            if not text.startswith(turn.asked + turn.said):
+                if number == turns[-1]:
+                    if found:
+                        notes.append("earlier turns of the assistant are not learnt: they are not shown as asked for")
+                    text, found = turn.asked + turn.said, []  # the chat as it is when this turn is asked for
+                elif (turn := self._read_inner_turn(messages, number, tools, text, turn)) is None:
+                    notes.append("earlier turns of the assistant are not learnt: they are not shown as asked for")
+                    continue
+            notes += turn.notes
+            found.append((number, turn))
+        if not found:
+            raise RowError("the chat template shows no turn of the assistant to learn from")
+        notes += self._find_unseen(messages, tools, text)
+        spans = [(len(turn.asked), len(turn.asked) + len(turn.said)) for _, turn in found]
+        shape = None if notes or len(found) < len(turns) else _find_shape(messages, found, text)
+        return _cut(text, spans, tuple(dict.fromkeys(notes))), shape
+
+    def _read_turn(self, messages: Messages, tools: list | None) -> Turn:
+        """The last message, right behind what it is asked for with."""
+        before, message = messages[:-1], messages[-1]
+        text = self.write(messages, tools)
+        opened, closing = self._find_frame(before, tools)
+        end = len(text) - len(closing) if closing and text.endswith(closing) else len(text)
+        special = self.special.search(closing)
+        closing = closing[: special.end()] if special else closing.rstrip()
+        try:
+            asked = self.write(before, tools, ask=True)
+        except RowError:
+            if before:
+                raise
+            asked = opened  # nothing can be asked for before the first message
+        content, thoughts, notes = message["content"] or "", message.get("reasoning_content") or "", ()
+        has_calls = bool(message.get("tool_calls"))
+        if not (content.strip() or thoughts.strip() or has_calls):
+            return Turn(asked, "", closing)
+        whole = f"<think>\n{thoughts.strip()}\n</think>\n\n{content}" if thoughts.strip() else content
+        if text.startswith(asked):
+            said = text[len(asked) : end]
+        else:
+            said, owed = text[len(opened) : end] if text.startswith(opened) else None, ""
+            asked_tail, opened_tail = _behind_last(before, asked), _behind_last(before, opened)
+            if said is not None and opened_tail.startswith(asked_tail):
+                said = opened_tail[len(asked_tail) :] + said
+            else:
+                owed = asked_tail[len(opened_tail) :] if asked_tail.startswith(opened_tail) else None
+                if owed and whole.lstrip().startswith(owed.strip()):  # as <think> at the end of a generation prompt
+                    said = whole.lstrip()[len(owed.strip()) :]
+                    said = said.removeprefix(owed[len(owed.rstrip()) :])
+                    whole = said
+                else:
+                    asks, shows = asked_tail[-40:], opened_tail[-40:]
+                    notes = (f"asked with …{asks!r}, but shown by the chat template behind …{shows!r}",)
+                    if said is None:
+                        raise RowError("the chat template does not show the answer behind what is asked; " + notes[0])
+                    asked = opened
+        parts = [part.strip() for part in THOUGHTS.split(whole)]
+        if not has_calls and not all(part in said for part in parts):
+            if parts[-1] not in said:
+                if said.strip():
+                    raise RowError(f"the chat template does not show message {len(messages)} as it is")
+            elif "think" in str(self.source):
+                said, notes = whole, (*notes, "thoughts that the chat template leaves out are learnt as they were said")
+            else:
+                notes = (*notes, f"{NOT_SHOWN} `reasoning_content`")
+        return Turn(asked, said + closing if said.strip() else "", closing, notes)
+
+    def _find_frame(self, before: Messages, tools: list | None) -> tuple[str, str]:
+        """What the template writes before and behind an answer to these messages."""
+        opened, _, closing = self.write([*before, {"role": "assistant", "content": MARK}], tools).partition(MARK)
+        return opened, closing
+
+    def _read_inner_turn(
+        self, messages: Messages, number: int, tools: list | None, text: str, alone: Turn
+    ) -> Turn | None:
+        """A turn that the template shows otherwise once others follow: learnt where nothing of it is left out."""
+        content = messages[number]["content"] or ""
+        marked = [*messages[:number], {**messages[number], "content": MARK}, *messages[number + 1 :]]
+        opened = self.write(marked, tools).partition(MARK)[0]
+        if messages[number].keys() > PLAIN or not (text.startswith(opened) and opened.startswith(alone.asked)):
+            return None
+        for said in (content, content.rstrip(), content.lstrip(), content.strip()):
+            if text.startswith(said + alone.closing, len(opened)):
+                return Turn(alone.asked, opened[len(alone.asked) :] + said + alone.closing, alone.closing)
+        return None
+
+    def _find_unseen(self, messages: Messages, tools: list | None, text: str) -> list[str]:
+        """What the row says and the template does not show."""
+        notes = []
+        for number, message in enumerate(messages):
+            content = (message["content"] or "").strip()
+            if content and content not in text and not is_learnt(message) and not THOUGHTS.search(content):
+                changed = [*messages[:number], {**message, "content": MARK}, *messages[number + 1 :]]
+                if MARK not in self.write(changed, tools):
+                    notes.append(f"{NOT_SHOWN} the {message['role']} message")
+            for key in message.keys() - PLAIN - {"weight", "reasoning_content"}:
+                if not all(value in text for value in _leaves(message[key])):
+                    notes.append(f"{NOT_SHOWN} the key `{key}` of a message")
+        if tools and not all(_name(tool) in text for tool in tools):
+            notes.append(f"{NOT_SHOWN} the column `tools`")
+        return sorted(set(notes))
+
+    def _follow(self, shape: Shape, messages: Messages, turns: list[int]) -> Rendering | None:
+        """The spans of a chat that is like others before, from its text alone; None where it is not like them."""
+        text, spans, end = self.write(messages), [], 0
+        if tuple(map(text.count, shape.openings)) != shape.counts:
+            return None  # somebody quotes the template
+        for number, opening, lead, closing in zip(turns, shape.openings, shape.leads, shape.closings, strict=True):
+            before, said = messages[number - 1]["content"].strip() + opening, messages[number]["content"].strip()
+            place = text.find(before + lead + said, end)
+            if place < 0 or not said:
+                return None
+            start = place + len(before)
+            end = start + len(lead) + len(said)
+            if closing:
+                behind = text.find(closing, end)
+                if behind < 0 or text[end:behind].strip():
+                    return None
+                end = behind + len(closing)
+            elif messages[number]["content"] != said:
+                return None
+            spans.append((start, end))
+        if not all(message["content"].strip() in text for message in messages):
+            return None
+        return _cut(text, spans)
+
+
+def _find_shape(messages: Messages, found: list[tuple[int, Turn]], text: str) -> Shape | None:
+    openings, leads, closings = [], [], []
+    for number, turn in found:
+        said = messages[number]["content"].strip()
+        lead, _, rest = turn.said.partition(said)
+        opening = _behind_last(messages[:number], turn.asked)
+        if number == 0 or not opening.strip() or opening == turn.asked or rest.strip() != turn.closing.strip():
+            return None
+        openings.append(opening)
+        leads.append(lead)
+        closings.append(turn.closing)
+    return Shape(tuple(openings), tuple(leads), tuple(closings), tuple(map(text.count, openings)))
+
+
+def _cut(text: str, spans: list[tuple[int, int]], notes: tuple[str, ...] = ()) -> Rendering:
+    """Asked up to the first span; nothing behind the last one is learnt."""
+    first, last = spans[0][0], spans[-1][1]
+    moved = tuple((start - first, end - first) for start, end in spans)
+    return Rendering(text[:first], text[first:last], moved, notes=notes)
+
+
+def _is_plain(message: dict[str, Any]) -> bool:
+    content = message["content"]
+    return message.keys() == PLAIN and isinstance(content, str) and "think" not in content
+
+
+def _behind_last(messages: Messages, text: str) -> str:
+    """What follows the last message in a text; all of it where that message is not found."""
+    content = (messages[-1]["content"] or "").strip() if messages else ""
+    return text.rpartition(content)[2] if content else text
+
+
+def _without_none(messages: Messages) -> Messages:
+    return [{**message, "content": message["content"] or ""} for message in messages]
+
+
+def _with_arguments_as_text(messages: Messages) -> Messages:
+    """Tool calls with their arguments as JSON, which some templates want, instead of as an object."""
+    changed = _without_none(messages)
+    for message in changed:
+        if message.get("tool_calls"):
+            calls = json.loads(json.dumps(message["tool_calls"]))
+            for call in calls:
+                function = call.get("function", call)
+                if not isinstance(function.get("arguments"), str):
+                    function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+            message["tool_calls"] = calls
+    return changed
+
+
+def _name(tool: Any) -> str:
+    function = tool.get("function", tool) if isinstance(tool, dict) else {}
+    return str(function.get("name", ""))
+
+
+def _leaves(value: Any) -> list[str]:
+    """What of a message's key must be seen: names of called functions, or the value itself."""
+    if isinstance(value, list):
+        return [_name(each) for each in value]
+    return [str(value)]

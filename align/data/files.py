@@ -1,0 +1,291 @@
+"""Files of rows, as they come: JSON lines, JSON, CSV and Parquet, compressed or not, each row with its place.
+
+A row travels as the JSON text that it is, so that no column has to have one type in all rows: a date, a number or a
+list in a column that nobody asked for stops nothing, and an object has the keys that it has in the file.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import logging
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow as pa
+import xxhash
+from datasets import Dataset, IterableDataset
+from datasets.data_files import get_data_patterns, resolve_pattern
+from datasets.table import MemoryMappedTable
+
+from align.data.formats import RowError
+from align.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+ROW, PLACE, UNREADABLE = "_row", "_place", "_unreadable"  # JSON text, file and number, what is wrong with the row
+SCHEMA = pa.schema({ROW: pa.string(), PLACE: pa.string(), UNREADABLE: pa.string()})
+BATCH = 1000  # rows written at once
+BETWEEN = re.compile(r"[ \t\r\n,]*")  # two values of a JSON file
+CHUNK = 1 << 20  # characters or bytes read at once
+
+
+def find_kind(path: Path) -> str:
+    """The ending that says how to read a file, without that of its compression."""
+    return (Path(path.stem) if path.suffix in COMPRESSED else path).suffix
+
+
+def is_readable(path: Path) -> bool:
+    return find_kind(path) in KINDS
+
+
+# ---------------------------------------------------------------- rows
+
+
+def read_rows(file: str) -> Iterator[dict[str, str]]:
+    """The rows of a file that hold anything: each as JSON text, its place, and why it cannot be read if it cannot."""
+    path = Path(file)
+    readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
+    try:
+        for number, text, reason in readers.get(find_kind(path), _read_parquet)(path):
+            yield {ROW: text, PLACE: f"{path.name}, row {number}", UNREADABLE: reason}
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error, csv.Error, pa.ArrowInvalid) as error:
+        raise InputError(f"--dataset_name: {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstandardFile(path))
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+
+
+class _ZstandardFile(io.RawIOBase):
+    """All frames of a file; its library's own reader takes a file that breaks off for one that ends."""
+
+    def __init__(self, path: Path):
+        self.file, self.frame, self.ready = path.open("rb"), None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        import zstandard  # the only compression here that Python does not bring
+
+        while not self.ready:
+            block = self.frame.unused_data if self.frame and self.frame.eof else b""
+            block = block or self.file.read(CHUNK)
+            if not block:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("it breaks off before its end")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self.ready = self.frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            try:
+                text, reason = line.decode("utf-8").strip(), ""
+            except UnicodeDecodeError as error:
+                text, reason = "", f"not UTF-8 at byte {error.start + 1}"
+            if text or reason:
+                yield number, text, reason
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, str, str]]:
+    """The objects of a list, or one after the other; a single object that holds nothing but a list gives that list."""
+    decoder, number = json.JSONDecoder(), 0
+    with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
+        text = file.read(CHUNK).lstrip()
+        is_list = text.startswith("[")
+        position = int(is_list)
+        while True:
+            position = BETWEEN.match(text, position).end()
+            try:
+                value, position = decoder.raw_decode(text, position)
+            except json.JSONDecodeError as error:
+                if more := file.read(max(CHUNK, len(text) - position)):
+                    text, position = text[position:] + more, 0
+                    continue
+                if text[position:].strip() != ("]" if is_list else ""):
+                    yield number + 1, "", f"no JSON: {error.msg} at character {error.pos - position + 1}"
+                return
+            for each in _rows_within(value) if number == 0 and not is_list else [value]:
+                number += 1
+                yield number, json.dumps(each), ""
+
+
+def _rows_within(value: Any) -> list:
+    """The rows of an object that holds nothing but a list of them; else the object is the row."""
+    values = list(value.values()) if isinstance(value, dict) else []
+    if len(values) == 1 and isinstance(values[0], list):
+        objects = [each for each in values[0] if isinstance(each, dict) and not each.keys() & {"role", "from"}]
+        return values[0] if len(objects) == len(values[0]) else [value]
+    return [value]
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Every cell is text: what looks like a number, a date or NA stays as it is written."""
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as binary:
+        lines = (line.decode("utf-8", errors="surrogateescape") for line in binary)
+        reader = csv.reader(lines, delimiter="\t" if find_kind(path) == ".tsv" else ",")
+        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+        for number, cells in enumerate(filter(None, reader), 1):
+            reason = "" if len(cells) == len(header) else f"{len(cells)} cells, but {len(header)} columns"
+            try:
+                "".join(cells).encode("utf-8")
+            except UnicodeEncodeError:
+                reason = "not UTF-8"
+            yield number, "" if reason else json.dumps(dict(zip(header, cells, strict=True))), reason
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, str, str]]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, json.dumps(row, default=str), ""
+
+
+def parse_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that came from a file."""
+    if row[UNREADABLE]:
+        raise RowError(row[UNREADABLE])
+    text = row[ROW]
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"no JSON: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(values, dict):
+        raise RowError(f"{type(values).__name__}, not an object with columns")
+    if "\\ud" in text or "\\uD" in text:
+        for column, value in values.items():
+            try:
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError:
+                raise RowError(
+                    f"column `{column}` holds half a character (a lone surrogate), which is no text"
+                ) from None
+    return values
+
+
+def show_rows(batch: Mapping[str, list]) -> dict[str, list]:
+    """What a data set of rows shows to whom asks it for rows: their columns."""
+    rows = [parse_row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return {column: [row.get(column) for row in rows] for column in columns}
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def load_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
+    """The rows of all files, written down once for each content that they have had."""
+    names = list(map(str, files))
+    if streaming:
+        return IterableDataset.from_generator(_generate, gen_kwargs={"files": names})
+    content = xxhash.xxh3_128()
+    for file in files:
+        content.update(f"{file.name} {file.stat().st_size} {checksum(file)} {checksum(Path(__file__))}".encode())
+    target = Path(datasets.config.HF_DATASETS_CACHE) / "align" / f"rows-{content.hexdigest()}.arrow"
+    if not is_sound(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(f".{os.getpid()}.partial")
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            rows = []
+            for row in _generate(names):
+                rows.append(row)
+                if len(rows) == BATCH:
+                    writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
+                    rows = []
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
+        unfinished.replace(target)
+        seal(target, [target])
+    rows = Dataset(MemoryMappedTable.from_file(str(target)), fingerprint=content.hexdigest())
+    return rows.with_transform(show_rows)
+
+
+def _generate(files: list[str]) -> Iterator[dict[str, str]]:
+    for file in files:
+        yield from read_rows(file)
+
+
+def find_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split of a folder, by their names, as `datasets` tells them; others are named in the log."""
+    splits = {}
+    for split, patterns in get_data_patterns(str(folder)).items():
+        splits[str(split)] = [file for pattern in patterns for file in _resolve(pattern, folder)]
+    others = sorted({file.name for files in splits.values() for file in files if not is_readable(file)})
+    others = [name for name in others if not name.lower().startswith(("readme", "license", "."))]
+    splits = {split: [file for file in files if is_readable(file)] for split, files in splits.items()}
+    splits = {split: files for split, files in splits.items() if files}
+    if not splits:
+        raise InputError(f"--dataset_name: {folder} holds no file that ends in {', '.join(KINDS)}")
+    if others:
+        logger.warning(f"{folder}: not read: {', '.join(others[:10])}{' …' if len(others) > 10 else ''}")
+    return splits
+
+
+def _resolve(pattern: str, folder: Path) -> list[Path]:
+    try:
+        return [Path(file) for file in resolve_pattern(pattern, str(folder))]
+    except FileNotFoundError:  # another pattern of the same split may find some
+        return []
+
+
+def checksum(file: Path) -> str:
+    content = xxhash.xxh3_128()
+    with open(file, "rb") as blocks:
+        while block := blocks.read(CHUNK):
+            content.update(block)
+    return content.hexdigest()
+
+
+def seal(target: Path, files: Iterable[Path]) -> None:
+    """Writes down beside `target` what its files hold."""
+    sums = {file.name: checksum(file) for file in files}
+    unfinished = target.with_suffix(".sums.partial")
+    unfinished.write_text(json.dumps(sums), encoding="utf-8")
+    unfinished.replace(target.with_suffix(".sums"))
+
+
+def is_sound(target: Path) -> bool:
+    """Whether the files of `target` are there as they were sealed; those that are not are told and removed."""
+    seal = target.with_suffix(".sums")
+    try:
+        sums = json.loads(seal.read_text(encoding="utf-8"))
+        if all(checksum(target.parent / name) == sums[name] for name in sums):
+            return True
+        logger.warning(f"{target} in the cache is damaged, and is made anew")
+    except FileNotFoundError:
+        pass  # not made yet, or not to its end
+    except ValueError:
+        logger.warning(f"{seal} in the cache is damaged, and is made anew")
+    for file in (seal, *target.parent.glob(f"{target.stem}*.arrow")):
+        file.unlink(missing_ok=True)
+    return False

@@ -1,0 +1,355 @@
+"""Prepares the rows of data sets once for all ranks of a host: tokens from the cache where nothing has changed.
+
+Whatever a row says is used, or told in the log: what was dropped, cut or not shown, how often and where first.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from align.data.files import PLACE, UNREADABLE, is_sound, parse_row, seal
+from align.data.formats import Format, LeftOut, RowError, Sample, read_label, recognise
+from align.data.loading import DataArguments, check_data_arguments, load_splits, read_renames
+from align.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+COUNTS = ("length", "trained")  # columns with a number; all others hold token ids
+CUT = "cut: "  # what notes about truncation begin with
+TRIED = 100  # rows that are read before any is left out: where all of them fail, the format is wrong and not the rows
+Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None], list[tuple[str, ...]]]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised rows, and what became of the rows that were read (None for a stream, which nobody has counted).
+
+    `notes` hold what was told about rows: how many of them, and where the first one stands.
+    """
+
+    rows: Dataset | IterableDataset
+    dropped: dict[str, int] | None
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+def prepare_data(
+    args: DataArguments,
+    training_args,
+    folder: str,
+    tokenize: Tokenize,
+    fingerprint: str,
+    has_template: bool,
+    token: str | None = None,
+    preference: bool = False,
+) -> dict[str, Prepared]:
+    """The tokenised splits that the run asks for, `train` and `validation`, of all data sets together.
+
+    Under several ranks call it inside `training_args.main_process_first()`: the others then read rank 0's cache.
+    """
+    check_data_arguments(args, has_template)
+    names = [args.dataset_name] if isinstance(args.dataset_name, str) else args.dataset_name or []
+    if not names:
+        raise InputError("--dataset_name: missing; give a hub name, a folder or a file")
+    ends = training_args.max_steps > 0
+    if args.streaming and training_args.do_train and not ends and not preference:
+        raise InputError("--streaming True: nobody knows how long an epoch of a stream is; add --max_steps")
+    found: dict[str, dict[str, Prepared]] = {}
+    for name in names:
+        one = replace(args, dataset_name=name)
+        splits = load_splits(
+            one, training_args.do_train, training_args.do_eval, ends, training_args.seed, folder, token
+        )
+        for split, rows in vars(splits).items():
+            if rows is not None:
+                title = split if len(names) == 1 else f"{split} of {name}"
+                prepared = prepare(rows, one, tokenize, fingerprint, preference, has_template, title)
+                report(title, prepared)
+                found.setdefault(split, {})[name] = prepared
+    if len(names) == 1:
+        return {split: parts[names[0]] for split, parts in found.items()}
+    mixed = {split: _mix(split, parts, args, training_args.seed) for split, parts in found.items()}
+    for split, prepared in mixed.items():
+        report(split, prepared)
+    return mixed
+
+
+def _mix(split: str, parts: dict[str, Prepared], args: DataArguments, seed: int) -> Prepared:
+    """All data sets in one: whole, or so much of each that --dataset_mix holds and no row comes twice."""
+    rows = [part.rows for part in parts.values()]
+    shares = args.dataset_mix if split == "train" else None
+    if any(isinstance(each, IterableDataset) for each in rows):
+        rows = [each if isinstance(each, IterableDataset) else each.to_iterable_dataset() for each in rows]
+        if shares:
+            mixed = datasets.interleave_datasets(rows, probabilities=shares, seed=seed)  # until the first one ends
+        else:
+            mixed = datasets.concatenate_datasets(rows)
+        logger.info(
+            f"{split}: {' + '.join(parts)}, streams" + (f" mixed {shares}" if shares else " one after the other")
+        )
+        return Prepared(mixed, None)
+    if shares:
+        total = min(len(each) / share for each, share in zip(rows, shares, strict=True))
+        sizes = [max(1, int(total * share + 1e-6)) for share in shares]
+        order = np.random.default_rng(seed)
+        chosen = [np.sort(order.permutation(len(each))[:size]) for each, size in zip(rows, sizes, strict=True)]
+        rows = [each.select(indices) for each, indices in zip(rows, chosen, strict=True)]
+    mixed = datasets.concatenate_datasets(rows)
+    for (name, part), each in zip(parts.items(), rows, strict=True):
+        taken = f"{len(each):,} of its {len(part.rows):,} samples"
+        logger.info(f"{split}: {len(each) / len(mixed):.1%} are {name}'s, {taken}")
+    return Prepared(mixed, {})
+
+
+class Reader:
+    """Rows to samples, and samples to tokens, of one data set; what cannot be used is an error or a reason."""
+
+    def __init__(self, args: DataArguments, format: Format, tokenize: Tokenize, as_chat: bool, is_stream: bool):
+        self.name, self.renames = args.dataset_name, read_renames(args)
+        self.skips, self.only_true = args.bad_rows == "skip", args.only_true_labels
+        self.format, self.tokenize, self.as_chat, self.is_stream = format, tokenize, as_chat, is_stream
+        self.told: set[str] = set()
+
+    def read(self, row: dict) -> Sample:
+        row = get_columns(row, self.renames)
+        read_label(row, self.format, self.only_true)
+        return self.format.read(row, self.as_chat)
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        """One batch of rows to token columns; `reason` is empty, or why the row is dropped; `notes` are told.
+
+        The batch goes through the tokenizer at once; where that meets a bad row, its rows go one by one to find which.
+        """
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        samples, reasons = {}, {}
+        for place, row in enumerate(rows):
+            try:
+                samples[place] = self.read(row)
+            except RowError as error:
+                reasons[place] = self._give_up(error, row, indices[place])
+        try:
+            columns, dropped, notes = self.tokenize(list(samples.values()))
+        except RowError:
+            parts = []
+            for place, sample in list(samples.items()):
+                try:
+                    parts.append(self.tokenize([sample]))
+                except RowError as error:
+                    reasons[place] = self._give_up(error, rows[place], indices[place])
+                    del samples[place]
+            columns = {name: [value for part in parts for value in part[0][name]] for name in self.tokenize([])[0]}
+            dropped, notes = ([value for part in parts for value in part[place]] for place in (1, 2))
+        used = iter(zip(*columns.values(), dropped, notes, strict=True))
+        nothing = [0 if name in COUNTS else np.zeros(0, np.int32) for name in columns]
+        table = [next(used) if place in samples else (*nothing, reasons[place], ()) for place in range(len(rows))]
+        *values, dropped, notes = map(list, zip(*table, strict=True))
+        if self.is_stream:
+            self._tell(rows, indices, dropped, notes)
+        return {
+            **dict(zip(columns, values, strict=True)),
+            "reason": [reason or "" for reason in dropped],
+            "notes": ["\n".join(told) for told in notes],
+        }
+
+    def _give_up(self, error: RowError, row: dict, index: int) -> str:
+        if isinstance(error, LeftOut):
+            return str(error)
+        if not self.skips:
+            where = row.get(PLACE) or f"{self.name}, row {index + 1}"
+            raise InputError(f"--dataset_name: {where}: {error} (--bad_rows skip leaves such rows out)") from None
+        return f"bad row: {str(error).partition(' at ')[0] if UNREADABLE in row else error}"
+
+    def _tell(self, rows: list[dict], indices: list[int], dropped: list, notes: list) -> None:
+        """A stream is over before its rows could be counted: each kind of loss is told when it is first met."""
+        for row, index, reason, told in zip(rows, indices, dropped, notes, strict=True):
+            for text in filter(None, (reason and f"left out: {reason}", *told)):
+                if text not in self.told:
+                    self.told.add(text)
+                    logger.warning(f"{row.get(PLACE) or f'row {index + 1}'} is the first of its kind: {text}")
+
+
+def get_columns(row: dict, renames: dict[str, str]) -> dict:
+    """A row's columns under the names that the formats know."""
+    row = parse_row(row) if UNREADABLE in row else row
+    if not renames:
+        return row
+    renamed = {column: value for column, value in row.items() if column not in renames.values()}
+    return {**renamed, **{new: row[old] for new, old in renames.items() if old in row}}
+
+
+def prepare(
+    rows: Dataset | IterableDataset,
+    args: DataArguments,
+    tokenize: Tokenize,
+    fingerprint: str,
+    preference: bool = False,
+    has_template: bool = False,
+    title: str = "train",
+) -> Prepared:
+    """Tokenises all rows: in parallel, from the cache where the same rows met the same `fingerprint` before."""
+    if isinstance(rows, Dataset):
+        rows = rows.with_format(None)
+    first = list(rows.take(1000) if isinstance(rows, IterableDataset) else rows.select(range(min(len(rows), 1000))))
+    if not first:
+        raise InputError(f"--dataset_name: {args.dataset_name} has no rows")
+    renames = read_renames(args)
+    columns = _find_columns(first, rows.column_names, renames, args)
+    format = recognise(columns, preference, args.data_format)
+    as_chat = has_template and format.name != "text" if args.text_as_chat is None else args.text_as_chat
+    reader = Reader(args, format, tokenize, as_chat, isinstance(rows, IterableDataset))
+    _try_first(first[:TRIED], reader)
+    _tell_format(title, reader, columns, first)
+    old = rows.column_names or list(first[0])
+    if isinstance(rows, IterableDataset):
+        tokenized = rows.map(reader, batched=True, batch_size=100, with_indices=True, remove_columns=old)
+        tokenized = tokenized.filter(lambda reason: reason == "", input_columns="reason")
+        return Prepared(tokenized.remove_columns(["reason", "notes"]), None)
+    ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
+    features = {name: number if name in COUNTS else ids for name in tokenize([])[0]}
+    features = datasets.Features({**features, "reason": datasets.Value("string"), "notes": datasets.Value("string")})
+    asked = (renames, as_chat, args.only_true_labels, args.bad_rows)
+    key = hashlib.sha256(repr((rows._fingerprint, fingerprint, format.name, asked, _identify_code())).encode())
+    target = Path(datasets.config.HF_DATASETS_CACHE) / "align" / f"tokens-{key.hexdigest()[:32]}.arrow"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    was_sound = is_sound(target)
+    tokenized = rows.map(
+        reader,
+        batched=True,
+        with_indices=True,
+        remove_columns=old,
+        num_proc=min(args.num_workers, len(rows) // 1000) or None,
+        features=features,
+        new_fingerprint=key.hexdigest()[:32],
+        cache_file_name=str(target),
+        desc=f"Tokenizing {format.name}",
+    )
+    if not was_sound:
+        seal(target, [Path(file["filename"]) for file in tokenized.cache_files])
+    return _sum_up(tokenized, rows, args)
+
+
+@cache
+def _identify_code() -> str:
+    """Of what turns files into tokens: rows that other code prepared are not taken from the cache."""
+    files = (
+        Path(__file__).with_name(f"{name}.py") for name in ("preparing", "files", "formats", "chats", "tokenization")
+    )
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _find_columns(
+    first: list[dict], known: list[str] | None, renames: dict[str, str], args: DataArguments
+) -> list[str]:
+    """The columns of a data set: of rows from a file, those of the first rows."""
+    if UNREADABLE in first[0]:
+        found = {}
+        for row in first:
+            try:
+                found.update(dict.fromkeys(parse_row(row)))
+            except RowError as error:
+                reason = f"{row[PLACE]}: {error}"
+        if not found:
+            raise InputError(f"--dataset_name: {reason}")
+    else:
+        found = dict.fromkeys(known or first[0])
+    missing = [old for old in renames.values() if old not in found]
+    if missing and isinstance(args.dataset_name, str):
+        raise InputError(f"--columns: {args.dataset_name} has no column {missing[0]!r}; found {', '.join(found)}")
+    taken = [new for new in renames if new in found and new not in renames.values()]
+    if taken:
+        raise InputError(f"--columns: {args.dataset_name} has a column {taken[0]!r} already; rename it as well")
+    return list(get_columns(dict.fromkeys(found), renames))
+
+
+def _try_first(first: list[dict], reader: Reader) -> None:
+    """Stops where all of the first rows fail alike: then nothing is gained by leaving rows out."""
+    reasons = []
+    for row in first:
+        try:
+            reader.tokenize([reader.read(row)])
+            return
+        except RowError as error:
+            if isinstance(error, LeftOut):
+                return
+            reasons.append(str(error))
+    if len(set(reasons)) == 1 and len(first) > 1:
+        where = first[0].get(PLACE) or f"{reader.name}, row 1"
+        raise InputError(f"--dataset_name: {where}: {reasons[0]} (as all of the first {len(first)} rows)")
+
+
+def _tell_format(title: str, reader: Reader, columns: list[str], first: list[dict]) -> None:
+    """One line: what the rows are taken for, in which wording, and which of their columns are not used."""
+    format = reader.format
+    line = f"{title}: {format.name} rows ({' + '.join(column for column in columns if column in format.used)})"
+    if format.name != "text" and any(isinstance(_try_plain(reader, row), str) for row in first[:1]):
+        line += ", as text" if not reader.as_chat else ""
+    elif format.name != "text":
+        line += ", as turns of the chat template"
+    unused = [column for column in columns if column not in format.used]
+    logger.info(f"{line}; columns not used: {', '.join(unused) or 'none'}")
+
+
+def _try_plain(reader: Reader, row: dict) -> object:
+    try:
+        return reader.read(row).answers[0]
+    except RowError:
+        return None
+
+
+def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
+    """Takes the dropped rows out, and counts them and what was told about the others."""
+    reasons = tokenized.data.column("reason")
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist()}
+    dropped = {reason: count for reason, count in counts.items() if reason}
+    bad = sum(count for name, count in dropped.items() if name.startswith("bad row"))
+    if bad > args.max_bad_rows * len(rows):
+        raise InputError(
+            f"--bad_rows skip: {bad} of {len(rows)} rows are bad, more than --max_bad_rows {args.max_bad_rows:g}: "
+            + _count(dropped)
+        )
+    kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
+    if len(kept) == 0:
+        raise InputError(f"--dataset_name: no row of {args.dataset_name} is left; dropped: {_count(dropped)}")
+    tokenized = tokenized if len(kept) == len(rows) else tokenized.select(kept)
+    notes: dict[str, tuple[int, str]] = {}
+    told = (
+        tokenized.data.column("notes") if tokenized._indices is None else pc.take(tokenized.data.column("notes"), kept)
+    )
+    for entry in pc.value_counts(told).to_pylist():
+        if entry["values"]:
+            row = rows[int(kept[pc.index(told, entry["values"]).as_py()])]
+            where = row.get(PLACE) or "the first in " + str(args.dataset_name)
+            for note in entry["values"].split("\n"):
+                count, place = notes.get(note, (0, where))
+                notes[note] = count + entry["counts"], place
+    return Prepared(tokenized.remove_columns(["reason", "notes"]), dropped, notes)
+
+
+def _count(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+
+
+def report(name: str, prepared: Prepared) -> None:
+    """Logs what there is to learn from: samples, tokens, the share trained on, what was dropped or cut, and why."""
+    rows = prepared.rows
+    if isinstance(rows, IterableDataset):
+        logger.info(f"{name}: a stream; rows are prepared as they come")
+        return
+    tokens = int(np.sum(rows.with_format("numpy")["length"]))
+    line = f"{name}: {len(rows):,} samples, {tokens:,} tokens"
+    if "trained" in rows.column_names:
+        line += f", {np.sum(rows.with_format('numpy')['trained']) / tokens:.1%} trained on"
+    cuts = [
+        f"{count:,} {note.removeprefix(CUT)}" for note, (count, _) in prepared.notes.items() if note.startswith(CUT)
+    ]
+    logger.info(f"{line}; dropped: {_count(prepared.dropped or {})}; cut: {', '.join(cuts) or 'none'}")
+    for note, (count, place) in prepared.notes.items():
+        if not note.startswith(CUT):
+            logger.warning(f"{name}: {note}: {count:,} of {len(rows):,} samples, first {place}")

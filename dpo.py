@@ -5,7 +5,7 @@ Eight cards:  python gaudi_spawn.py --world_size 8 --use_deepspeed dpo.py \\
                   --deepspeed configs/llama2_ds_zero3_config.json ... (the same flags)
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from optimum.habana.trl import GaudiDPOConfig
@@ -56,23 +56,9 @@ CURVES = {
     "Chosen above rejected": ["rewards/accuracies"],
     "Log-probs": ["logps/chosen", "logps/rejected"],
 }
+
+
 # Flags of GaudiDPOConfig that other flags or the trainer take over
-INSTEAD = {
-    "truncation_mode": "use --truncation",
-    "dataset_num_proc": "use --num_workers",
-    "generate_during_eval": "use --sample_prompts",
-    "force_use_ref_model": "--ref_model is enough",
-    "model_init_kwargs": "use the flags of the model",
-    "ref_model_init_kwargs": "the reference is loaded as the model is",
-    "model_adapter_name": "the adapter is a new one",
-    "ref_adapter_name": "the reference is the model without its adapter, or --ref_model",
-    "max_target_length": "use --max_length",
-    "is_encoder_decoder": "only decoders are trained",
-    "label_pad_token_id": "padding has no labels",
-    "padding_value": "padding is never seen",
-}
-
-
 @dataclass
 class PreferenceArguments:
     """How the preferences are learnt. --beta, --loss_type, --max_length and others are optimum-habana's.
@@ -117,10 +103,6 @@ def check_preference_arguments(
     args: GaudiDPOConfig, preference_args: PreferenceArguments, lora_args: modeling.LoraArguments
 ) -> None:
     """Flags that contradict each other, or would have no effect."""
-    defaults = {each.name: each.default for each in fields(GaudiDPOConfig)}
-    for name, instead in INSTEAD.items():
-        if getattr(args, name) != defaults[name]:
-            raise InputError(f"--{name} has no effect here; {instead}")
     if args.num_train_epochs and args.max_steps > 0:
         raise InputError(f"--num_train_epochs has no effect beside --max_steps {args.max_steps}; add --max_steps -1")
     if not args.num_train_epochs and args.max_steps <= 0:
@@ -136,7 +118,7 @@ def check_preference_arguments(
         )
     if args.label_smoothing and args.loss_type not in preference.SMOOTHED:
         raise InputError(f"--label_smoothing has no effect on --loss_type {args.loss_type}")
-    if args.f_divergence_type != defaults["f_divergence_type"] and args.loss_type not in preference.DIVERGING:
+    if args.f_divergence_type != GaudiDPOConfig.f_divergence_type and args.loss_type not in preference.DIVERGING:
         raise InputError(f"--f_divergence_type has no effect on --loss_type {args.loss_type}")
     if args.flash_attention_causal_mask:
         raise InputError("--flash_attention_causal_mask drops the mask that keeps two answers to one prompt apart")

@@ -77,7 +77,7 @@ def logged(output="out"):
 BAD = {
     "no effect": (
         ["--generate_during_eval", "True"],
-        "--generate_during_eval has no effect here; use --sample_prompts",
+        "--generate_during_eval has no effect here: use --sample_prompts",
     ),
     "prompt as long as the limit": (["--max_prompt_length", 96], "--max_prompt_length 96: must be"),
     "beta": (["--beta", 0], "--beta: got 0"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from align.errors import InputError
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, RunArguments
+from align.training.unused import check_unused
 
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*")
 RUN_FILES = (*WEIGHTS, "adapter_config.json", "checkpoint-*")
@@ -18,6 +19,7 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
 
     `models` are those that the run reads, which it must not replace.
     """
+    check_unused(args)
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
     if args.flash_attention_causal_mask and getattr(args, "packing", False):

@@ -39,6 +39,7 @@ from align.merge.plan import (
     plan_merge,
 )
 from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
+from align.models.guard import check_adapter, check_folder, load_config
 
 logger = logging.getLogger("merge_peft_adapter")
 
@@ -227,9 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_workers < 1:
         raise InputError(f"--num_workers: got {args.num_workers}; give 1 or more")
     adapter = find_folder(args.adapter_model_name, "--adapter_model_name", "adapter_*", *TOKENIZER_FILES)
-    if not (adapter / "adapter_config.json").exists():
-        raise InputError(f"--adapter_model_name: {adapter} has no adapter_config.json; give an adapter's folder")
-    adapter_config = read_json(adapter / "adapter_config.json")
+    adapter_config = check_adapter(adapter, "--adapter_model_name")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
     if not args.output_name.strip():
         raise InputError("--output_name: is empty; name a folder for the merged model")
@@ -240,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         check_login(args.push_to_hub)
 
     # Plan
+    check_folder(base, "--base_model_name", trust_remote_code=True)  # copied, and not run
     base_config = read_json(base / "config.json")
     dtype = DTYPES.get(args.dtype)
     try:
@@ -249,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     except NotStreamableError as reason:
         plan = None
         logger.info("Merging through PEFT, with the whole model in memory: %s", reason)
+        check_folder(base, "--base_model_name")
     needed = plan.nbytes if plan else sum(path.stat().st_size for path in base.glob("*model*"))
     check_disk(output, needed)
     if plan and plan.config.get("tie_word_embeddings") != base_config.get("tie_word_embeddings"):
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
             if plan:
                 write_weights(plan, folder, args.num_workers, args.verify)
             else:
-                merge_through_peft(base, adapter, adapter_config, folder, dtype)
+                merge_through_peft(base, load_config(base, "--base_model_name"), adapter, adapter_config, folder, dtype)
                 if args.verify:
                     check_finite(open_checkpoint(folder))
             write_companions(folder, base, adapter, plan and plan.config, merges)

@@ -313,7 +313,7 @@ BAD_INPUT = {
     "--prompt Hi --output_dir empty.txt": "--output_dir: empty.txt cannot be made",
     "--prompt Hi --output_dir taken": "--output_dir: taken holds another run",
     "--prompt Hi --peft_model nowhere/none": "--peft_model: nowhere/none is neither a folder nor",
-    "--prompt Hi --tokenizer_name_or_path taken": "--tokenizer_name_or_path: no tokenizer in taken",
+    "--prompt Hi --tokenizer_name_or_path taken": "--tokenizer_name_or_path: no tokenizer at taken",
 }
 
 

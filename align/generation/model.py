@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.errors import InputError
-from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_json
+from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint
+from align.models import guard
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def find_folders(
     patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
     adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin")
     if adapter:
-        recorded = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        recorded = guard.check_adapter(adapter, "--peft_model").get("base_model_name_or_path")
         model_name_or_path = model_name_or_path or recorded
     if not model_name_or_path:
         raise InputError(f"--model_name_or_path: missing, and --peft_model {peft_model} names no base; give one")
@@ -65,16 +66,10 @@ def find_folders(
 def load_config_and_tokenizer(
     folder: Path, tokenizer_folder: Path, trust_remote_code: bool
 ) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path: no model in {folder}: {_one_line(error)}") from error
-    try:
-        return config, AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--tokenizer_name_or_path: no tokenizer in {tokenizer_folder}: {_one_line(error)}") from error
+    guard.check_folder(folder, "--model_name_or_path", trust_remote_code)
+    guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_remote_code)
+    config = guard.load_config(folder, "--model_name_or_path", trust_remote_code)
+    return config, guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_remote_code)
 
 
 def _one_line(error: BaseException) -> str:

@@ -56,7 +56,7 @@ class Checkpoint:
         return {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
 
 
-def find_folder(name: str, flag: str, *patterns: str) -> Path:
+def find_folder(name: str, flag: str, *patterns: str, token: str | None = None) -> Path:
     """`name` where it is a folder, else the files with these patterns of that hub repository, or of its cache."""
     if Path(name).is_dir():
         return Path(name)
@@ -65,7 +65,8 @@ def find_folder(name: str, flag: str, *patterns: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+        ignored = ["*/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, token=token))
     except (OSError, ValueError) as error:  # what huggingface_hub raises for names, access, network and cache
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{flag}: {name} is neither a folder nor to be had from the hub ({reason})") from None
@@ -73,10 +74,12 @@ def find_folder(name: str, flag: str, *patterns: str) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise InputError(f"{path} is no file: copy or download it again")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): copy or download it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__} where a JSON object is expected")

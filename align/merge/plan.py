@@ -172,12 +172,6 @@ def plan_merge(base: Checkpoint, config: dict, adapter: Adapter, dtype: str | No
 
     `dtype` (safetensors' name) casts the base first, as loading it in that format would.
     """
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise InputError(
-            f"--base_model_name: {base.folder} is quantised ({method}), and rounding the merged weights again would "
-            "lose most of the adapter; give the unquantised model"
-        )
     return _Planner(base, dict(config), adapter, dtype).plan()
 
 

@@ -20,7 +20,7 @@ from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 COPY_BYTES = 64 << 20  # between two steps of the progress bar
 
@@ -197,7 +197,9 @@ def _bytes(tensor: StoredTensor, start: int, size: int) -> bytes:
         return file.read(min(size, tensor.nbytes - start))
 
 
-def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dtype: str | None) -> None:
+def merge_through_peft(
+    base: Path, base_config: "PretrainedConfig", adapter: Path, config: dict, folder: Path, dtype: str | None
+) -> None:
     """What cannot be streamed: PEFT merges the whole model in memory and transformers saves it into `folder`."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -211,8 +213,9 @@ def merge_through_peft(base: Path, adapter: Path, config: dict, folder: Path, dt
     if config.get("task_type") == "SEQ_CLS":
         model_class = AutoModelForSequenceClassification
         heads = [value for name, value in weights.items() if name.endswith(("score.weight", "classifier.weight"))]
-        loading |= {"num_labels": heads[0].shape[0]} if heads else {}
-    model = model_class.from_pretrained(base, **loading)
+        if heads:
+            base_config.num_labels = heads[0].shape[0]
+    model = model_class.from_pretrained(base, config=base_config, **loading)
     rows = [value.shape[0] for name, value in weights.items() if EMBEDDING.search(BASE_WRAPPER.sub("", name))]
     if rows and max(rows) != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(max(rows))

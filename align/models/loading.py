@@ -7,19 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from align.data.tokenization import set_chat_template
 from align.errors import InputError
+from align.models import guard
 from align.upstream_fixes import keep_no_input_of_frozen_layers, keep_ranks_apart
 
 logger = logging.getLogger(__name__)
@@ -68,22 +62,14 @@ class LoraArguments:
 def load_config(args: ModelArguments, flag: str = "--model_name_or_path") -> PretrainedConfig:
     if args.model_name_or_path is None:
         raise InputError("--model_name_or_path: missing; give a folder or a hub name")
-    try:
-        return AutoConfig.from_pretrained(
-            args.model_name_or_path, token=args.token, trust_remote_code=args.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{flag}: no model at {args.model_name_or_path}: {reason}") from error
+    folder = guard.find_model(args.model_name_or_path, flag, args.trust_remote_code, args.token)
+    return guard.load_config(folder, flag, args.trust_remote_code)
 
 
 def load_tokenizer(args: ModelArguments, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     name = args.tokenizer_name_or_path or args.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, token=args.token, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--tokenizer_name_or_path: no tokenizer at {name}: {reason}") from error
+    folder = guard.find_model(name, "--tokenizer_name_or_path", args.trust_remote_code, args.token)
+    tokenizer = guard.load_tokenizer(folder, "--tokenizer_name_or_path", args.trust_remote_code)
     set_chat_template(tokenizer, chat_template)
     return tokenizer
 
@@ -186,10 +172,11 @@ def load_model(
             torch_dtype=getattr(torch, dtype),
             attn_implementation=training_args.attn_implementation,
             token=args.token,
+            revision=config._commit_hash,  # what was checked; None for a folder
             trust_remote_code=args.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path: {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--model_name_or_path: {name} cannot be loaded: {guard.one_line(error)}") from error
     if args.use_flash_attention:  # optimum-habana's trainers read these and hand them to the model's forward
         model.generation_config.use_flash_attention = True
         model.generation_config.flash_attention_recompute = training_args.flash_attention_recompute

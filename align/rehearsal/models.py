@@ -11,6 +11,7 @@ import torch
 
 from align.errors import InputError
 from align.merge.checkpoints import find_folder
+from align.models.guard import check_folder, load_config
 
 FLAGS = ("--model_name_or_path", "--base_model_name", "--ref_model")
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
@@ -49,9 +50,10 @@ def look_whole(name: str, folder: Path) -> Path | None:
 
 def write_hole(folder: Path) -> None:
     from safetensors.torch import save_file  # the dry card's, which writes a header and a hole
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    check_folder(folder, "--model_name_or_path")
+    config = load_config(folder, "--model_name_or_path")
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     with torch.device("meta"):
         model = model_class(config).to(config.torch_dtype or torch.bfloat16)

@@ -107,12 +107,13 @@ def check_saved(output: Path) -> list[str]:
 def shrink(arguments: list[str], folder: Path) -> None:
     """Saves a small random model of the kind that the arguments name, with its tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from align.models.guard import find_model, load_config, load_tokenizer
     from align.rehearsal.judging import flag_values
 
     name = flag_values(arguments, "--model_name_or_path")[0]
-    config = AutoConfig.from_pretrained(name)
+    config = load_config(find_model(name, "--model_name_or_path"), "--model_name_or_path")
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     group = heads // kv_heads if kv_heads else 1
     small = {"num_hidden_layers": 2, "hidden_size": 64 * 4, "num_attention_heads": 4, "intermediate_size": 256}
@@ -129,7 +130,8 @@ def shrink(arguments: list[str], folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer = (flag_values(arguments, "--tokenizer_name_or_path") or [name])[0]
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    flag = "--tokenizer_name_or_path"
+    load_tokenizer(find_model(tokenizer, flag), flag).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""Model folders from strangers and from damaged disks: `pytest tests/test_guard.py`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_rows
+from tiny import save_model
+from transformers import AutoConfig
+
+from align.errors import InputError
+
+CODE = 'import pathlib\npathlib.Path({marker!r}).write_text("")\nfrom transformers import LlamaConfig as Evil\n'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture
+def copy(model):
+    shutil.copytree(model, "model")
+    return Path("model")
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A file that code of the folder `evil` writes when it runs."""
+    marker = tmp_path / "ran"
+    Path("evil").mkdir()
+    Path("evil/code.py").write_text(CODE.format(marker=str(marker)))
+    change("evil/config.json", model_type="evil", auto_map={"AutoConfig": "code.Evil"})
+    return marker
+
+
+def change(path, **values):
+    """Sets entries of a JSON file; None takes one out."""
+    path = Path(path)
+    content = (json.loads(path.read_text()) if path.exists() else {}) | values
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def write_lightglue(folder):
+    """The folder of CVE-2026-5241: an innocent type whose nested configuration leads to another folder's code."""
+    nested = {"model_type": "evil", "_name_or_path": str(Path("evil").resolve())}
+    change(folder / "config.json", model_type="lightglue", trust_remote_code=True, keypoint_detector_config=nested)
+
+
+def command(script, model, *flags):
+    """A whole command line of that script with `model` as the one that it reads."""
+    write_rows("rows.jsonl", [{"question": "Who?", "answer": "Me."}] * 8)
+    write_rows("pairs.jsonl", [{"question": "Who?", "response_j": "Me.", "response_k": "You."}] * 8)
+    train = ["--output_dir", "out", "--max_steps", "1"]
+    return {
+        "sft.py": [*("--model_name_or_path", model, "--dataset_name", "rows.jsonl", "--do_train"), *train, *flags],
+        "dpo.py": [*("--model_name_or_path", model, "--dataset_name", "pairs.jsonl"), *train, *flags],
+        "run_generation.py": ["--model_name_or_path", model, "--prompt", "Hi", *flags],
+        "merge_peft_adapter.py": [
+            "--adapter_model_name",
+            "adapter",
+            "--base_model_name",
+            model,
+            "--output_name",
+            "out",
+        ],
+    }[script]
+
+
+def write_adapter(folder="adapter", base="model", **values):
+    """A LoRA adapter of all-zero tensors for the query projections of `model`."""
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir()
+    known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    change(f"{folder}/adapter_config.json", **known, base_model_name_or_path=base, **values)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 64), "B": (64, 2)}
+    tensors = {name.format(layer, part): torch.ones(shape) for layer in (0, 1) for part, shape in shapes.items()}
+    save_file(tensors, f"{folder}/adapter_model.safetensors")
+
+
+def fails(run, message, script, *arguments):
+    with pytest.raises(InputError, match=message) as error:
+        run(script, *arguments)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- code
+
+
+def test_transformers_itself_still_runs_code_of_a_nested_configuration(copy, marker):
+    write_lightglue(copy)
+
+    AutoConfig.from_pretrained(copy)
+
+    assert marker.exists()  # once it does not, this reason is gone
+
+
+SCRIPTS = ("sft.py", "dpo.py", "run_generation.py", "merge_peft_adapter.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_runs_code_that_a_nested_configuration_leads_to(run, copy, marker, script):
+    write_lightglue(copy)
+    write_adapter()
+
+    fails(run, r"model/config.json (sets trust_remote_code|leads to another model)", script, *command(script, copy))
+
+    assert not marker.exists()
+
+
+def test_neither_reference_nor_second_model_nor_tokenizer_nor_an_adapters_base_runs_code(run, model, copy, marker):
+    write_lightglue(copy)
+    write_adapter()
+    message = "model/config.json (sets trust_remote_code|leads to another model)"
+
+    fails(run, f"--ref_model: {message}", "dpo.py", *command("dpo.py", model, "--ref_model", copy))
+    flags = ["--chat", "--compare", copy]
+    fails(run, message, "run_generation.py", "--model_name_or_path", model, *flags)
+    fails(run, message, "run_generation.py", "--peft_model", "adapter", "--prompt", "Hi")
+    fails(run, message, "merge_peft_adapter.py", "--adapter_model_name", "adapter", "--output_name", "out")
+    for script in ("sft.py", "run_generation.py"):
+        flags = ["--tokenizer_name_or_path", copy]
+        fails(run, f"--tokenizer_name_or_path: {message}", script, *command(script, model, *flags))
+
+    assert not marker.exists()
+
+
+EVIL = {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.Evil"}
+TYPE = {"model_type": "evil"}
+WAYS = {
+    "code of its own": ("config.json", {"auto_map": EVIL}, "asks to run code that comes with it"),
+    "a type of its own": ("config.json", TYPE, "is a 'evil' model, which the installed transformers does not know"),
+    "code of a tokenizer": (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["code.Evil", None]}},
+        "asks to run",
+    ),
+    "code of a processor": ("preprocessor_config.json", {"auto_map": {"AutoProcessor": "code.Evil"}}, "asks to run"),
+    "code of another repository": ("config.json", {"auto_map": {"AutoConfig": "evil--code.Evil"}}, "asks to run code"),
+    "a nested model": ("config.json", {"text_config": {"_name_or_path": "evil"}}, "leads to another model"),
+    "one in a list": ("config.json", {"parts": [{"x": {"_name_or_path": "evil"}}]}, r"another model \(parts.0.x"),
+    "trust of its own": ("config.json", {"trust_remote_code": True}, "sets trust_remote_code itself"),
+    "attention of the hub": ("config.json", {"attn_implementation": "kernels-community/flash-attn"}, "from the hub"),
+    "the same inside": ("config.json", {"_attn_implementation_internal": {"": "a/b:c"}}, "attention code from the hub"),
+    "another configuration": ("config.json", {"configuration_files": ["config.4.0.0.json"]}, "leads to other files"),
+    "other weights": ("config.json", {"transformers_weights": "../evil.safetensors"}, "leads to other files"),
+    "a picture model": ("config.json", {"model_type": "gemma3"}, "is a gemma3 model; give a causal language model"),
+    "an encoder": ("config.json", {"model_type": "bert"}, "is a bert model; give a causal language model"),
+    "a translator": ("config.json", {"is_encoder_decoder": True}, "give a causal language model"),
+    "no type but a name": ("config.json", {"model_type": None}, "has no model_type"),
+    "an adapter beside it": (
+        "adapter_config.json",
+        {"base_model_name_or_path": "evil"},
+        "holds a model and an adapter",
+    ),
+    "quantised weights": ("config.json", {"quantization_config": {"quant_method": "awq"}}, r"is quantised \(awq\)"),
+    "sizes that are words": ("config.json", {"hidden_size": "wide"}, "config.json cannot be used"),
+    "broken JSON": ("generation_config.json", "{", "is not valid JSON"),
+    "JSON without end": ("config.json", "[" * 100_000, "is not valid JSON"),
+    "a list": ("config.json", "[]", "holds a list where a JSON object is expected"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_that_leads_elsewhere_or_is_no_causal_language_model_is_refused(run, copy, marker, way):
+    file, content, message = WAYS[way]
+    shutil.copy("evil/code.py", copy)
+    change(copy / file, **content) if isinstance(content, dict) else (copy / file).write_text(content)
+
+    fails(run, message, "sft.py", *command("sft.py", copy))
+
+    assert not marker.exists()
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(run, copy):
+    (copy / "config.json").unlink()
+    os.mkfifo(copy / "config.json")
+    fails(run, "config.json is no file", "sft.py", *command("sft.py", copy))
+
+
+def test_code_that_the_user_trusts_runs(run, copy, marker):
+    change(copy / "config.json", auto_map={"AutoConfig": "code.Evil"})
+    shutil.copy("evil/code.py", copy)
+
+    run("sft.py", *command("sft.py", copy, "--trust_remote_code", "--show_examples", 1))
+
+    assert marker.exists()
+
+
+def test_an_adapters_settings_import_nothing(run, copy, marker):
+    write_adapter(megatron_config={"x": 1}, megatron_core="code")
+    for flags in (["--peft_model", "adapter", "--prompt", "Hi"], ["--chat", "--compare", "adapter"]):
+        fails(run, "is made for Megatron", "run_generation.py", *flags, "--model_name_or_path", copy)
+    fails(run, "is made for Megatron", "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))

@@ -66,7 +66,8 @@ def forward(model, **inputs) -> torch.Tensor:
 
 
 def add_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    labels = labels[:, 1:].flatten().to(HPU)
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def take_gradients(model) -> torch.Tensor:

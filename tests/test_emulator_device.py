@@ -37,13 +37,13 @@ def test_a_process_is_on_the_cpu_until_it_uses_hpu_and_says_so_once():
 import torch
 print(torch.ones(1).device)
 for _ in range(2): torch.ones(1, device="hpu")
-print(torch.ones(1).device, torch.hpu.device_count())
+print(torch.ones(1).device, torch.ones(1).hpu().device, torch.hpu.device_count())
 list(torch.utils.data.DataLoader(torch.ones(2), pin_memory=True))
 """
 
     result = run_python(code, HABANA_EMULATOR_DEVICES="3")
 
-    assert result.stdout.split() == ["cpu", "hpu:0", "3"]
+    assert result.stdout.split() == ["cpu", "cpu", "hpu:0", "3"]
     assert result.stderr == "Emulating Gaudi on the CPU: speed and memory say nothing about a real card.\n"
 
 
@@ -134,7 +134,8 @@ def test_another_thread_sees_the_device_too():
 
 
 def test_data_loader_workers_deliver_their_batches():
-    rows = torch.arange(8.0, device="hpu")
+    rows = torch.arange(8.0)
+    torch.hpu.init()
 
     batches = [batch for (batch,) in DataLoader(TensorDataset(rows), 4, num_workers=2, pin_memory=True)]
 

@@ -17,8 +17,10 @@ BATCH, HEADS, LENGTH, DIM = 2, 4, 7, 8
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def on_the_card():
     torch.manual_seed(0)
+    with torch.device("hpu"):
+        yield
 
 
 def assert_same(kernel, reference, *inputs):
@@ -34,7 +36,7 @@ def assert_same(kernel, reference, *inputs):
 
 
 def additive(keep):
-    return torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+    return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, torch.finfo(torch.float32).min)
 
 
 def written_out_attention(query, key, value, keep):
@@ -44,11 +46,11 @@ def written_out_attention(query, key, value, keep):
     return scores.masked_fill(~keep, -torch.inf).softmax(dim=-1) @ value
 
 
-CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None]
-PADDED = (torch.arange(LENGTH) < torch.tensor([[5], [7]]))[:, None, None]
-SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2, 2]])
+CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None].hpu()
+PADDED = (torch.arange(LENGTH) < torch.tensor([[5], [7]]))[:, None, None].hpu()
+SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2, 2]]).hpu()
 PACKED = (SEGMENTS[:, None, :, None] == SEGMENTS[:, None, None, :]) & CAUSAL
-ALL = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+ALL = torch.ones(1, 1, 1, 1, dtype=torch.bool).hpu()
 
 
 def qkv(kv_heads):
@@ -227,7 +229,7 @@ def test_adamw_goes_on_from_a_saved_state():
     assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
 
 
-@pytest.mark.parametrize("decay", [[0.9], [torch.tensor([0.9]), True]], ids=["lazy", "eager"])
+@pytest.mark.parametrize("decay", [[0.9], [torch.tensor([0.9]).hpu(), True]], ids=["lazy", "eager"])
 def test_the_adamw_operator_takes_one_step_in_place(decay):
     weight, gradient = torch.ones(4), torch.randn(4)
     exp_avg, exp_avg_sq = torch.zeros(4), torch.zeros(4)

@@ -149,7 +149,7 @@ def test_two_ranks_share_their_work_under_zero3(tmp_path):
 
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
-    model = zero3_ranks.make_model()
+    model = zero3_ranks.make_model().to("hpu")
     optimizer = torch.optim.AdamW(model.parameters(), **zero3_ranks.ADAMW)
     for step in range(zero3_ranks.STEPS):
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from align.models import head as heads
 from align.models.head import TokenScores, find_head, shift
 from align.upstream_fixes import keep_no_input_of_frozen_layers
 
-CPU = torch.device("cpu")
+CPU, HPU = torch.device("cpu"), torch.device("hpu")
 
 
 def inputs(dtype=torch.float32, tokens=300, size=32, vocabulary=50):
@@ -67,15 +67,16 @@ NO_DROPOUT = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
 def test_a_model_gives_the_loss_that_it_gives_with_whole_logits(family):
     torch.manual_seed(0)
     changes = NO_DROPOUT if family == "gpt2" else {}
-    model = AutoModelForCausalLM.from_config(make_config(family, **changes)).train()
+    model = AutoModelForCausalLM.from_config(make_config(family, **changes)).train().to(HPU)
     ids = torch.randint(500, (2, 20))
-    labels = ids.masked_fill(torch.rand(2, 20) < 0.3, heads.IGNORED)
+    labels = ids.masked_fill(torch.rand(2, 20) < 0.3, heads.IGNORED).to(HPU)
+    ids = ids.to(HPU)
     expected = model(input_ids=ids, labels=labels).loss
     expected.backward()
     wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    head = find_head(model, CPU, graphs=False)
+    head = find_head(model, HPU, graphs=False)
     with head.scoring(shift(labels)):
         loss = model(input_ids=ids, labels=labels).loss
     loss.backward()

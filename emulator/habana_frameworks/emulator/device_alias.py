@@ -1,8 +1,8 @@
 """Serves the device `hpu` from host memory.
 
-Whoever asks torch for `hpu` gets a CPU tensor, and from then on every CPU tensor of the process answers `hpu:0` when
-asked for its device, since optimum-habana takes its fused kernels only there. Functions are replaced once, for all
-threads. Storages stay CPU storages, so saved files load in a torch that has never heard of hpu.
+Whoever asks torch for `hpu` gets a CPU tensor that answers `hpu:0` when asked for its device, since optimum-habana
+takes its fused kernels only there; `placement` knows which ones do. Functions are replaced once, for all threads.
+Storages stay CPU storages, so saved files load in a torch that has never heard of hpu.
 """
 
 import functools
@@ -17,50 +17,83 @@ import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
 
-from habana_frameworks.emulator import metrics_file
+from habana_frameworks.emulator import metrics_file, placement, random_state
+from habana_frameworks.emulator.placement import CARD, HOST, asked, on_card, put, settle
 
 HPU = torch.device("hpu", 0)
 LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
+SHARING = ("as_tensor", "asarray")  # they may return what they got, or its memory
 NEW_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 AUTOCAST_FUNCTIONS = ("is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
-
-in_use = False
 
 
 def use() -> None:
     """The first touch of the device: says so, once, on rank 0."""
-    global in_use
-    if not in_use:
-        in_use = True
+    if not placement.in_use:
+        placement.in_use = True
+        placement.start()
         metrics_file.start()
         if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
             print("Emulating Gaudi on the CPU: speed and memory say nothing about a real card.", file=sys.stderr)
 
 
-def host(device: Any) -> Any:
-    """`cpu` for any hpu device, anything else unchanged."""
+def in_use() -> bool:
+    return placement.in_use
+
+
+def names_hpu(device: Any) -> bool:
     if isinstance(device, torch.device):
         is_hpu = device.type == "hpu"
     elif isinstance(device, str):
         is_hpu = device.partition(":")[0] == "hpu"
     else:
         is_hpu = type(device) is int  # a bare index means the accelerator; safetensors asks so
-    if not is_hpu:
-        return device
-    use()
-    return "cpu"
+    if is_hpu:
+        use()
+    return is_hpu
+
+
+def place_named(device: Any) -> bool | None:
+    """The place that a device means; None for any that is neither, such as meta."""
+    if names_hpu(device):
+        return CARD
+    return HOST if str(device).partition(":")[0] == "cpu" else None
+
+
+def host(device: Any) -> Any:
+    """`cpu` for any hpu device, anything else unchanged."""
+    return "cpu" if names_hpu(device) else device
 
 
 def with_host_device(function: Callable) -> Callable:
-    """`function`, whose keyword `device` may name an hpu."""
+    """`function`, a factory whose keyword `device` may name an hpu."""
+    shares = function.__name__ in SHARING
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        if kwargs.get("device") is not None:
-            kwargs["device"] = host(kwargs["device"])
-        return function(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is None:
+            return settle(function(*args, **kwargs))
+        place = place_named(device)
+        if place is None:
+            return function(*args, **kwargs)
+        kwargs["device"] = "cpu"
+        if shares and isinstance(args[0], torch.Tensor):
+            kwargs["device"] = HPU if place is CARD else "cpu"
+            return args[0].to(**{name: value for name, value in kwargs.items() if name in ("device", "dtype", "copy")})
+        return _ask(place, function, args, kwargs, copy=shares and place is CARD)
 
     return wrapper
+
+
+def _ask(place: bool, factory: Callable, args: tuple, kwargs: dict, copy: bool = False) -> torch.Tensor:
+    """What `factory` makes at that place; `copy`: in memory of its own."""
+    before, asked.place = asked.place, place
+    try:
+        made = factory(*args, **kwargs)
+        return put(made.clone() if copy else made, place)
+    finally:
+        asked.place = before
 
 
 def with_cpu_autocast(function: Callable) -> Callable:
@@ -81,9 +114,11 @@ def install() -> None:
                 _replace(module, factory.__name__, with_host_device)
     for name in AUTOCAST_FUNCTIONS:
         _replace(torch, name, with_cpu_autocast)
-    DeviceContext.__init__ = _with_host_context(DeviceContext.__init__)
+    _alias_device_context()
     torch.Generator = _generator_type(torch.Generator)
     _alias_tensor_methods()
+    _alias_storage_copies()
+    _seed_both()
     os.register_at_fork(after_in_child=_leave)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # on a card it is, and right
     # Files that were written on a Gaudi name hpu as the place of their storages.
@@ -92,8 +127,7 @@ def install() -> None:
 
 def _leave() -> None:
     """A forked process, such as a DataLoader's worker, is on the CPU: it could not share a card either."""
-    global in_use
-    in_use = False
+    placement.in_use = False
 
 
 def _replace(module: ModuleType, name: str, wrap: Callable[[Callable], Callable]) -> None:
@@ -106,8 +140,21 @@ def _replace(module: ModuleType, name: str, wrap: Callable[[Callable], Callable]
     setattr(module, name, alias)
 
 
-def _with_host_context(enter: Callable) -> Callable:
-    return lambda context, device: enter(context, host(device))
+def _alias_device_context() -> None:
+    """`with torch.device("hpu")`: factories that name no device make their tensors on the card."""
+    enter, call = DeviceContext.__init__, DeviceContext.__torch_function__
+
+    def __init__(context, device):
+        context.on_card = names_hpu(device)
+        enter(context, "cpu" if context.on_card else device)
+
+    def __torch_function__(context, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if context.on_card and function in _device_constructors() and kwargs.get("device") is None:
+            return _ask(CARD, function, args, {**kwargs, "device": "cpu"})
+        return call(context, function, types, args, kwargs)
+
+    DeviceContext.__init__, DeviceContext.__torch_function__ = __init__, __torch_function__
 
 
 def _generator_type(native: type) -> type:
@@ -123,40 +170,146 @@ def _generator_type(native: type) -> type:
 
 def _alias_tensor_methods() -> None:
     tensor = torch.Tensor
-    native_to, native_device, native_get_device = tensor.to, tensor.device, tensor.get_device
-    native_type = tensor.type
+    native_to, native_type = _natively(tensor.to), _natively(tensor.type)
+    native_device, native_get_device = tensor.device, tensor.get_device
+    native_numpy, native_is_cpu = tensor.numpy, tensor.is_cpu
 
     @functools.wraps(native_to)
     def to(self, *args, **kwargs):
-        if kwargs.get("device") is not None:
-            kwargs["device"] = host(kwargs["device"])
-        elif args:
-            args = (host(args[0]), *args[1:])
-        return native_to(self, *args, **kwargs)
+        given = kwargs.get("device")
+        other = args[0] if args else kwargs.get("other")
+        if given is not None:
+            place = place_named(given)
+            if place is CARD:
+                kwargs["device"] = "cpu"
+        elif isinstance(other, torch.Tensor):
+            place = None if other.is_meta else on_card(other)
+        elif args and not isinstance(other, torch.dtype) and other is not None:
+            place = place_named(other)
+            if place is CARD:
+                args = ("cpu", *args[1:])
+        else:
+            place = None
+        return _move(self, native_to(self, *args, **kwargs), place)
 
     def device(self) -> torch.device:
-        native = native_device.__get__(self)
-        return HPU if in_use and native.type == "cpu" else native
+        return HPU if on_card(self) else native_device.__get__(self)
 
     @functools.wraps(native_type)
     def type_(self, dtype=None, *args, **kwargs):
-        if dtype is not None:
-            return native_type(self, dtype.replace(".hpu.", ".") if isinstance(dtype, str) else dtype, *args, **kwargs)
-        name = native_type(self)
-        return name.replace("torch.", "torch.hpu.") if self.is_hpu else name
+        if dtype is None:
+            name = native_type(self)
+            return name.replace("torch.", "torch.hpu.") if self.is_hpu else name
+        if isinstance(dtype, torch.dtype):
+            return native_type(self, dtype, *args, **kwargs)
+        name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
+        result = native_type(self, name.replace(".hpu.", "."), *args, **kwargs)
+        return _move(self, result, names_hpu("hpu") if ".hpu." in name else HOST)
+
+    @functools.wraps(native_numpy)
+    def numpy(self, *, force=False):
+        if placement.strict and on_card(self):
+            if not force:
+                raise TypeError(
+                    "can't convert hpu:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+                    "memory first."
+                )
+            self = self.detach().cpu()
+        return native_numpy(self, force=force)
+
+    def pin_memory(self, device=None):
+        if placement.strict and on_card(self):
+            raise RuntimeError(f"cannot pin '{self.type()}' only dense CPU tensors can be pinned")
+        return self
 
     tensor.to = to
     tensor.type = type_
+    tensor.numpy = numpy
     tensor.device = property(device)
     tensor.is_hpu = property(lambda self: self.device.type == "hpu")
     tensor.get_device = lambda self: 0 if self.is_hpu else native_get_device(self)
     tensor.hpu = lambda self, device=None, non_blocking=False: self.to("hpu", non_blocking=non_blocking)
     torch.nn.Module.hpu = lambda self, device=None: self.to("hpu")
-    tensor.pin_memory = lambda self, device=None: self
+    tensor.pin_memory = pin_memory
     tensor.record_stream = lambda self, stream: None
     for name in NEW_METHODS:
-        setattr(tensor, name, with_host_device(getattr(tensor, name)))
+        setattr(tensor, name, _following(_natively(getattr(tensor, name))))
+    if placement.strict:
+        tensor.is_cpu = property(lambda self: native_is_cpu.__get__(self) and not on_card(self))
+        tensor.cpu = lambda self, memory_format=torch.preserve_format: self.to("cpu", memory_format=memory_format)
+
+
+def _natively(method: Callable) -> Callable:
+    """torch's own method, also within a mode such as `with torch.device(...)`, which would look up its replacement."""
+
+    @functools.wraps(method)
+    def native(*args, **kwargs):
+        with torch._C.DisableTorchFunction():
+            return method(*args, **kwargs)
+
+    return native
+
+
+def _move(source: torch.Tensor, result: torch.Tensor, place: bool | None) -> torch.Tensor:
+    """`result`, made of `source`, at `place`: in memory of its own where that is another place."""
+    if place is None or not placement.strict or result.is_meta:
+        return result
+    was_on_card = on_card(source)
+    if was_on_card is place:
+        return result
+    if result is source:
+        result = source.clone()
+    put(result, place)
+    if result.grad_fn is not None:  # the gradient goes the way back
+        result.register_hook(lambda gradient: put(gradient.clone(), CARD if was_on_card else HOST))
+    return result
+
+
+def _following(method: Callable) -> Callable:
+    """A method that makes a tensor beside its own one, unless its keyword `device` names another place."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        device = kwargs.get("device")
+        place = (on_card(self) or HOST) if device is None else place_named(device)
+        if place is None or not placement.in_use:
+            return method(self, *args, **kwargs)
+        if device is not None:
+            kwargs["device"] = "cpu"
+        return _ask(place, functools.partial(method, self), args, kwargs)
+
+    return wrapper
+
+
+def _alias_storage_copies() -> None:
+    """copy.deepcopy of a tensor copies its storage, and with it where it is."""
+    native = torch.UntypedStorage.clone
+
+    @functools.wraps(native)
+    def clone(self):
+        copied = native(self)
+        if placement.MARK in self.__dict__:
+            setattr(copied, placement.MARK, self.__dict__[placement.MARK])
+        return copied
+
+    torch.UntypedStorage.clone = clone
+
+
+def _seed_both() -> None:
+    """torch.manual_seed seeds the card too (core/torch_overwrites.py)."""
+    native = torch.manual_seed
+
+    @functools.wraps(native)
+    def manual_seed(seed):
+        random_state.card_generator.manual_seed(int(seed))
+        return native(seed)
+
+    torch.manual_seed = torch.random.manual_seed = manual_seed
 
 
 def _restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
-    return storage if host(location) != location else None
+    if not names_hpu(location):
+        return None
+    if placement.strict:
+        setattr(storage, placement.MARK, CARD)
+    return storage

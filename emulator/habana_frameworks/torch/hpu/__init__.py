@@ -43,12 +43,12 @@ _lazy_init = init
 
 
 def is_initialized() -> bool:
-    return device_alias.in_use
+    return device_alias.in_use()
 
 
 def __getattr__(name: str) -> bool:
     if name == "_initialized":  # what torch.utils.checkpoint looks at before it keeps the device's random state
-        return device_alias.in_use
+        return device_alias.in_use()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,6 +1,9 @@
-"""Random numbers of the device: it draws from the CPU's generator, so there is one state, whatever its name."""
+"""Random numbers of the card: a generator of its own, which torch.manual_seed seeds as it does the host's."""
 
 import torch
+
+from habana_frameworks.emulator import placement
+from habana_frameworks.emulator.random_state import card_generator
 
 __all__ = [
     "get_rng_state",
@@ -14,15 +17,16 @@ __all__ = [
     "set_rng_state_all",
 ]
 
-default_generators = (torch.default_generator,)
+# Without strict devices nobody knows which tensors are on the card, and all draw the host's numbers.
+default_generators = [card_generator if placement.strict else torch.default_generator]
 
 
 def get_rng_state(device="hpu") -> torch.Tensor:
-    return torch.get_rng_state()
+    return default_generators[0].get_state()
 
 
 def set_rng_state(new_state: torch.Tensor, device="hpu") -> None:
-    torch.set_rng_state(new_state)
+    default_generators[0].set_state(new_state)
 
 
 def get_rng_state_all() -> list[torch.Tensor]:
@@ -30,21 +34,26 @@ def get_rng_state_all() -> list[torch.Tensor]:
 
 
 def set_rng_state_all(new_states: list[torch.Tensor]) -> None:
-    for state in new_states:
-        set_rng_state(state)
+    if len(new_states) != 1:
+        raise RuntimeError("hpu set_rng_state_all supports only states len of 1")
+    set_rng_state(new_states[0])
 
 
-def manual_seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
+def manual_seed(seed: int) -> torch.Generator:
+    return default_generators[0].manual_seed(int(seed))
 
 
-def seed() -> None:
-    torch.default_generator.seed()
+def manual_seed_all(seed: int) -> None:
+    manual_seed(seed)
+
+
+def seed() -> int:
+    return default_generators[0].seed()
+
+
+def seed_all() -> None:
+    seed()
 
 
 def initial_seed() -> int:
-    return torch.default_generator.initial_seed()
-
-
-manual_seed_all = manual_seed
-seed_all = seed
+    return default_generators[0].initial_seed()

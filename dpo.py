@@ -146,7 +146,7 @@ def main() -> None:
     # Model, as far as it can be checked without its weights
     config = modeling.load_config(model_args)
     tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
-    modeling.check_vocabulary(tokenizer, config)
+    modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
     ref_args = replace(model_args, model_name_or_path=preference_args.ref_model or model_args.model_name_or_path)
     ref_config = modeling.load_config(ref_args, "--ref_model")
@@ -157,14 +157,13 @@ def main() -> None:
     limits = {"max_prompt_length": args.max_prompt_length, "max_length": args.max_length}
     tokenize = partial(tokenize_pairs, tokenizer=samples, truncation=data_args.truncation, **limits)
     key = f"dpo {samples.fingerprint} {limits} {data_args.truncation}"
-    has_template = tokenizer.chat_template is not None
+    has_template = bool(tokenizer.chat_template)
     with args.main_process_first():
         prepared = prepare_data(
             data_args, args, "data/rl", tokenize, key, has_template, model_args.token, preference=True
         )
     if data_args.show_examples:
-        some = next(iter(prepared.values())).rows.take(data_args.show_examples)
-        show_examples(pairs.as_samples(some), tokenizer, 2 * data_args.show_examples)
+        show_examples(prepared, tokenizer, data_args.show_examples, folders.page_of(args, "examples.html"))
         return
     per_device = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = {

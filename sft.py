@@ -61,7 +61,7 @@ def main() -> None:
     # Model, as far as it can be checked without its weights
     config = modeling.load_config(model_args)
     tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
-    modeling.check_vocabulary(tokenizer, config)
+    modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
 
     # Data
@@ -70,11 +70,11 @@ def main() -> None:
         tokenize_samples, tokenizer=samples, max_length=args.max_seq_length, truncation=data_args.truncation
     )
     key = f"sft {samples.fingerprint} {args.max_seq_length} {data_args.truncation}"
-    has_template = tokenizer.chat_template is not None
+    has_template = bool(tokenizer.chat_template)
     with args.main_process_first():
         prepared = prepare_data(data_args, args, "data/finetune", tokenize, key, has_template, model_args.token)
     if data_args.show_examples:
-        show_examples(next(iter(prepared.values())).rows, tokenizer, data_args.show_examples)
+        show_examples(prepared, tokenizer, data_args.show_examples, folders.page_of(args, "examples.html"))
         return
 
     models = {"--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash)}

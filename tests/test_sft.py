@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,12 +173,36 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_its_tokens_in_any_batches(sf
     assert sft(*flags, "8", "--packing", "False", output="buckets")["eval_loss"] == pytest.approx(packed, abs=1e-5)
 
 
-def test_show_examples_prints_what_is_learnt_in_colour_and_stops(run, model, questions):
-    arguments = ["--model_name_or_path", model, "--dataset_name", questions, "--do_train", "--show_examples", "2"]
-    shown = run("sft.py", *arguments).out
+def test_show_examples_prints_what_is_learnt_between_marks_and_what_was_cut(run, model, questions):
+    arguments = ["--model_name_or_path", model, "--dataset_name", questions, "--do_train", "--show_examples", "200"]
+    shown = run("sft.py", *arguments, "--max_seq_length", "40").out
     assert "\033[90m" in shown
-    assert "\033[7;32m<|end|>" in shown
+    assert "▸" in shown
+    assert "\033[7;32m<|end|>\033[0m\033[32m◂" in shown
+    assert "(cut: lost its end, and the token that ends it)" in shown
     assert not Path("trainer_output").exists()
+
+
+def test_show_examples_of_pairs_names_both_answers_and_writes_a_page(run, model, questions):
+    arguments = ["--model_name_or_path", model, "--dataset_name", questions, "--do_train", "--show_examples", "1"]
+    shown = run("dpo.py", *arguments, "--output_dir", "out").out
+    page = Path("out/examples.html").read_text()
+    for text in ("train, sample 1, chosen", "train, sample 1, rejected"):
+        assert text in shown
+        assert text in page
+    assert "<b>▸</b><b>It is four." in page
+    assert "<b><i>&lt;|end|&gt;</i></b>" in page
+
+
+def test_a_tokenizer_that_ends_texts_otherwise_than_its_model_is_told(run, model, questions, caplog, monkeypatch):
+    monkeypatch.setattr("sft.start_logging", lambda args: None)
+    other = Path(shutil.copytree(model, "other"))
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|start|>"}))
+    run("sft.py", "--model_name_or_path", other, "--dataset_name", questions, "--do_train", "--show_examples", "1")
+    assert "ends a text with '<|start|>' (its eos_token)" in caplog.text
+    assert "the model's texts end with ['<|end|>']" in caplog.text
+    assert "the chat template ends a turn with '<|eot|>'" in caplog.text
 
 
 def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkeypatch):

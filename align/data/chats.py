@@ -90,11 +90,20 @@ class ChatTemplate:
             seen.append(shape)
         return rendering
 
+    def find_end(self) -> str | None:
+        """The special token that ends a turn of the assistant, None where a turn ends without one or asks for more."""
+        try:
+            closing = self._find_frame([{"role": "user", "content": "Hello"}], None)[1]
+        except RowError:
+            return None
+        special = self.special.search(closing)
+        return special[0] if special else None
+
     # Writing
 
     def write(self, messages: Messages, tools: list | None = None, ask: bool = False) -> str:
         """The chat's text; `ask` puts the generation prompt at its end."""
-        if self.source is None:
+        if not self.source:
             raise InputError("--chat_template: the tokenizer has none for chats; name a file, or plain")
         try:
             text = self._apply(messages, tools, ask)
@@ -148,7 +157,8 @@ class ChatTemplate:
             raise RowError("the chat template shows no turn of the assistant to learn from")
         notes += self._find_unseen(messages, tools, text)
         spans = [(len(turn.asked), len(turn.asked) + len(turn.said)) for _, turn in found]
-        shape = None if notes or len(found) < len(turns) else _find_shape(messages, found, text)
+        is_plain = tools is None and not notes and all(map(_is_plain, messages)) and len(found) == len(turns)
+        shape = _find_shape(messages, found, text) if is_plain else None
         return _cut(text, spans, tuple(dict.fromkeys(notes))), shape
 
     def _read_turn(self, messages: Messages, tools: list | None) -> Turn:
@@ -183,6 +193,8 @@ class ChatTemplate:
                     said = whole.lstrip()[len(owed.strip()) :]
                     said = said.removeprefix(owed[len(owed.rstrip()) :])
                     whole = said
+                elif owed and said is not None and owed.count("<think>") == owed.count("</think>"):
+                    pass  # asked with more than the template shows, as an empty block of thoughts: learnt behind it
                 else:
                     asks, shows = asked_tail[-40:], opened_tail[-40:]
                     notes = (f"asked with …{asks!r}, but shown by the chat template behind …{shows!r}",)

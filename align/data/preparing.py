@@ -32,12 +32,13 @@ Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None], lis
 class Prepared:
     """Tokenised rows, and what became of the rows that were read (None for a stream, which nobody has counted).
 
-    `notes` hold what was told about rows: how many of them, and where the first one stands.
+    `notes` hold what was told about rows: how many of them, and where the first one stands; `noted` is its index.
     """
 
     rows: Dataset | IterableDataset
     dropped: dict[str, int] | None
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
 
 
 def prepare_data(
@@ -319,17 +320,19 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
         raise InputError(f"--dataset_name: no row of {args.dataset_name} is left; dropped: {_count(dropped)}")
     tokenized = tokenized if len(kept) == len(rows) else tokenized.select(kept)
     notes: dict[str, tuple[int, str]] = {}
+    noted: dict[str, int] = {}
     told = (
         tokenized.data.column("notes") if tokenized._indices is None else pc.take(tokenized.data.column("notes"), kept)
     )
     for entry in pc.value_counts(told).to_pylist():
         if entry["values"]:
-            row = rows[int(kept[pc.index(told, entry["values"]).as_py()])]
-            where = row.get(PLACE) or "the first in " + str(args.dataset_name)
+            index = pc.index(told, entry["values"]).as_py()
+            where = rows[int(kept[index])].get(PLACE) or "the first in " + str(args.dataset_name)
             for note in entry["values"].split("\n"):
                 count, place = notes.get(note, (0, where))
                 notes[note] = count + entry["counts"], place
-    return Prepared(tokenized.remove_columns(["reason", "notes"]), dropped, notes)
+                noted.setdefault(note, index)
+    return Prepared(tokenized.remove_columns(["reason", "notes"]), dropped, notes, noted)
 
 
 def _count(dropped: dict[str, int]) -> str:

@@ -117,7 +117,7 @@ class Speaker:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.generator.tokenizer.chat_template is None:
+        if not self.generator.tokenizer.chat_template:
             self.generator.tokenizer.chat_template = QUESTIONS
             print(f"{self.name} has no chat template; it is asked as `Question: ...`, as after training on questions.")
 

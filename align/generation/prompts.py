@@ -132,7 +132,7 @@ def encode_prompts(
     """Token ids of each prompt, as training puts them in front of what is learnt."""
     from align.data.tokenization import encode_prompt
 
-    if use_chat_template and tokenizer.chat_template is None:
+    if use_chat_template and not tokenizer.chat_template:
         raise InputError("--use_chat_template: the tokenizer has no chat template; leave the flag out")
     encoded = []
     for number, prompt in enumerate(prompts, 1):

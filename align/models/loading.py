@@ -1,8 +1,10 @@
 """Loads tokenizer and model, and says before that which modules LoRA will train."""
 
+import json
 import logging
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from align.data.chats import ChatTemplate
 from align.data.tokenization import set_chat_template
 from align.errors import InputError
 from align.models import guard
@@ -74,14 +77,36 @@ def load_tokenizer(args: ModelArguments, chat_template: str | None = None) -> Pr
     return tokenizer
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Every id that the tokenizer may give must have a row in the embedding."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Every id that the tokenizer may give must have a row in the embedding; an end that is not the model's is told."""
     highest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if highest >= rows:
         raise InputError(
             f"--tokenizer_name_or_path: its ids go up to {highest}, the model's embedding has {rows} rows; "
             "use the model's own tokenizer"
         )
+    ends = _find_ends(config)
+    if ends and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        logger.warning(
+            f"the tokenizer ends a text with {tokenizer.eos_token!r} (its eos_token), which every answer learns as its "
+            f"end, but the model's texts end with {tokenizer.convert_ids_to_tokens(ends)} (its eos_token_id)"
+        )
+    turn = ChatTemplate(tokenizer).find_end() if tokenizer.chat_template else None
+    if turn and turn != tokenizer.eos_token:
+        logger.warning(
+            f"the chat template ends a turn with {turn!r}, which is learnt, and the tokenizer a text with "
+            f"{tokenizer.eos_token!r}, which is learnt behind it"
+        )
+
+
+def _find_ends(config: PretrainedConfig) -> list[int]:
+    """Ids that end the model's texts, by its config and by generation_config.json beside it."""
+    found = [config.eos_token_id]
+    beside = Path(config.name_or_path) / "generation_config.json"
+    if beside.is_file():
+        found.append(json.loads(beside.read_text(encoding="utf-8")).get("eos_token_id"))
+    ends = {end for each in found for end in (each if isinstance(each, list) else [each])}
+    return sorted(ends - {None})
 
 
 def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code: bool = False) -> LoraConfig | None:

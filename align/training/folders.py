@@ -81,6 +81,11 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
     return None
 
 
+def page_of(args, name: str) -> Path | None:
+    """A page in --output_dir, where the user named one (transformers makes up a folder else)."""
+    return None if args.output_dir == "trainer_output" else Path(args.output_dir, name)
+
+
 def _as_text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 

@@ -77,16 +77,6 @@ def collect(rows: Dataset | IterableDataset, limit: int) -> Dataset:
     return Dataset(table, fingerprint=content.hexdigest()[:32])
 
 
-def as_samples(pairs: Dataset | IterableDataset) -> Dataset:
-    """Each pair as two samples, chosen and rejected, with labels on the answers."""
-    samples = [
-        {"input_ids": pair[COLUMNS[0]] + pair[answer], "labels": [IGNORED] * len(pair[COLUMNS[0]]) + pair[labels]}
-        for pair in pairs
-        for answer, labels in zip(COLUMNS[1:], LABELS, strict=True)
-    ]
-    return Dataset.from_list(samples)
-
-
 def measure(pairs: Dataset) -> np.ndarray:
     """Tokens of each prompt, chosen and rejected answer, `[pairs, 3]`."""
     parts = pairs.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=10_000)

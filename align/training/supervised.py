@@ -128,8 +128,8 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
 
     def describe_rows(self, batch):
         """A packed row is taken apart into its samples; of a stream they have no number."""
-        columns = batch["input_ids"], batch.get("segment_ids", batch.get("attention_mask"))
-        for ids, segments in zip(*(column.cpu().numpy() for column in columns), strict=True):
+        for place, ids in enumerate(batch["input_ids"].numpy()):
+            segments = (batch.get("segment_ids", batch.get("attention_mask"))[place]).numpy()
             for segment in np.unique(segments[segments > 0]):
                 sample = ids[segments == segment]
                 yield {

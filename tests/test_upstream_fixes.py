@@ -1,0 +1,152 @@
+"""Each fault that align/upstream_fixes.py works around is still there: a test that fails names what can go.
+
+Run: pytest tests/test_upstream_fixes.py
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+
+import pytest
+import torch
+
+from align import upstream_fixes
+
+TRAINER = "optimum.habana.transformers.trainer"
+
+
+def find(module, name):
+    """The syntax tree of a function or class, as it is written: decorators hide it at run time."""
+    tree = ast.parse(importlib.util.find_spec(module).loader.get_source(module))
+    for part in name.split("."):
+        tree = next(node for node in tree.body if getattr(node, "name", None) == part)
+    return tree
+
+
+def statements(tree, kind):
+    return [node for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def divides_only_when_pipelining():
+    """All divisions of the loss by the accumulation steps stand inside the branch for pipelining."""
+    divisions, inside = set(), set()
+    step = find(TRAINER, "GaudiTrainer.training_step")
+    for branch in statements(step, ast.If):
+        if "pipelining_fwd_bwd" in ast.unparse(branch.test):
+            inside |= {ast.unparse(each) for each in statements(branch, ast.BinOp) if isinstance(each.op, ast.Div)}
+    divisions = {ast.unparse(each) for each in statements(step, ast.BinOp) if isinstance(each.op, ast.Div)}
+    return inside and divisions == inside
+
+
+def counts_a_resumed_epoch_from_its_start():
+    loop = ast.unparse(find(TRAINER, "GaudiTrainer._inner_training_loop"))
+    return "do_sync_step = (step + 1) % args.gradient_accumulation_steps == 0 or step + 1 == steps_in_epoch" in loop
+
+
+def concatenates_labels_of_a_step():
+    return "torch.cat([batch['labels']" in ast.unparse(find(TRAINER, "GaudiTrainer.get_batch_samples_transformers"))
+
+
+def steps_one_part_with_the_others_empty():
+    step = ast.unparse(find("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3._optimizer_step"))
+    return "self.optimizer.param_groups[param_group_id]['params'] = []" in step
+
+
+def loads_pickles():
+    name = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine"
+    upstream = importlib.import_module(name)
+    return "weights_only=False" in inspect.getsource(upstream)
+
+
+def steps_inside_backward_and_looks_for_nan_under_fp16_alone():
+    backward = ast.unparse(find("accelerate.utils.deepspeed", "DeepSpeedEngineWrapper.backward"))
+    zero3 = "DeepSpeedZeroOptimizer_Stage3._overflow_check_and_loss_scale_update"
+    branch = statements(find("deepspeed.runtime.zero.stage3", zero3), ast.If)[0]
+    looks = ast.unparse(branch.test) == "self.dtype == torch.float16" and "check_overflow" in ast.unparse(branch)
+    return "self.engine.step()" in backward and looks
+
+
+def keeps_inputs_of_frozen_weights():
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    kept = []
+    hidden = torch.ones(2, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each.shape) or each, lambda each: each):
+        LinearFunctionForZeroStage3.apply(hidden, torch.ones(4, 3))
+    return hidden.shape in kept
+
+
+def adds_up_experts_of_all_ranks():
+    name = "optimum.habana.transformers.models.mixtral.modeling_mixtral"
+    forward = find(name, "GaudiMixtralSparseMoeBlock.forward")
+    branches = [branch for branch in statements(forward, ast.If) if ast.unparse(branch.test) == "not self.training"]
+    return any("comm.all_reduce(final_hidden_states)" in ast.unparse(branch) for branch in branches)
+
+
+def flattens_every_mask():
+    name = "optimum.habana.transformers.models.gpt2.modeling_gpt2"
+    return "attention_mask.view(batch_size, -1)" in ast.unparse(find(name, "gaudi_gpt2_forward"))
+
+
+def imports_its_trainers_with_any_module():
+    """Read as text: the package may be deferred by then, which is the cure."""
+    for name in ("optimum.habana", "optimum.habana.transformers"):
+        source = importlib.util.find_spec(name).loader.get_source(name)
+        if not any(
+            "rainer" in ast.unparse(each) for each in ast.parse(source).body if isinstance(each, ast.ImportFrom)
+        ):
+            return False
+    return True
+
+
+def asks_for_a_reordering_that_models_have_lost():
+    loop = inspect.getsource(importlib.import_module("optimum.habana.transformers.generation.utils"))
+    llama = importlib.import_module("transformers.models.llama.modeling_llama").LlamaForCausalLM
+    own = [
+        kind
+        for kind in llama.__mro__
+        if "_reorder_cache" in vars(kind) and kind.__module__.startswith("transformers.models")
+    ]
+    return "self._reorder_cache(" in loop and not own
+
+
+def leaves_the_fused_optimizer_off():
+    from optimum.habana import GaudiConfig
+
+    return not GaudiConfig().use_fused_adam
+
+
+def passes_what_the_generation_config_asks_for():
+    """The trainers hand the flash attention flags to the model from there, so a probe has to do the same."""
+    return "generation_config.use_flash_attention" in inspect.getsource(importlib.import_module(TRAINER))
+
+
+FAULTS = {
+    "RightScaleMixin": [divides_only_when_pipelining],
+    "WholeStepsMixin": [counts_a_resumed_epoch_from_its_start, concatenates_labels_of_a_step],
+    "StepsInPartsMixin": [steps_one_part_with_the_others_empty],
+    "load_deepspeed_safely": [loads_pickles],
+    "inspect_deepspeed_files": [loads_pickles],
+    "check_deepspeed_steps": [steps_inside_backward_and_looks_for_nan_under_fp16_alone],
+    "keep_no_input_of_frozen_layers": [keeps_inputs_of_frozen_weights],
+    "keep_ranks_apart": [adds_up_experts_of_all_ranks],
+    "unflatten_masks": [flattens_every_mask],
+    "adapt_transformers": [imports_its_trainers_with_any_module, asks_for_a_reordering_that_models_have_lost],
+    "gaudi_config": [leaves_the_fused_optimizer_off],
+    "attention_inputs": [passes_what_the_generation_config_asks_for],
+}
+
+
+@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name, faults in FAULTS.items() for fault in faults])
+def test_the_fault_is_still_there(name, fault):
+    assert fault(), f"upstream no longer needs align.upstream_fixes.{name}: it can go"
+
+
+def test_every_workaround_has_its_fault():
+    public = {
+        name
+        for name, value in vars(upstream_fixes).items()
+        if getattr(value, "__module__", None) == upstream_fixes.__name__ and not name.startswith("_")
+    }
+    assert public == FAULTS.keys()

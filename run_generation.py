@@ -10,15 +10,20 @@
 
 import gc
 import logging
+import math
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
+from itertools import cycle, islice
 
 from align.cli import run_script
 from align.errors import InputError, check_seed
 from align.generation.answers import (
     OutputArguments,
     answer_all,
+    count_graphs,
+    describe_as_upstream,
     describe_speed,
     measure,
     prepare_output_dir,
@@ -30,6 +35,7 @@ from align.generation.config import (
     DecodingArguments,
     GaudiArguments,
     check_support,
+    choose_kernels,
     find_end_tokens,
     find_stop_tokens,
     make_generation_config,
@@ -38,6 +44,7 @@ from align.generation.decoding import TextGenerator
 from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
 from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
 from align.upstream_fixes import adapt_transformers
+from align.upstream_flags import FP8, translate
 
 logger = logging.getLogger("run_generation")
 
@@ -55,6 +62,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         description="Generate text with a causal language model on Gaudi.",
         allow_abbrev=False,
     )
+    argv = translate("run_generation.py", sys.argv[1:] if argv is None else list(map(str, argv)))
     *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise InputError(f"unknown argument(s) {' '.join(unknown)}; --help lists the flags")
@@ -67,11 +75,14 @@ def check_arguments(
     """The rules that values and pairs of flags must keep."""
     if model.model_name_or_path is None and model.peft_model is None:
         raise InputError("--model_name_or_path: missing; give a model folder or hub name")
+    if os.environ.get("QUANT_CONFIG"):
+        raise InputError(f"the variable QUANT_CONFIG: not here, as {FP8}; unset it, and give --bf16")
     least = {
         "max_new_tokens": (decoding.max_new_tokens, 1),
         "num_beams": (decoding.num_beams, 1),
-        "top_k": (decoding.top_k, 1),
+        "top_k": (decoding.top_k, 0),
         "batch_size": (gaudi.batch_size, 1),
+        "attn_batch_split": (gaudi.attn_batch_split, 1),
         "warmup": (output.warmup, 0),
         "n_iterations": (output.n_iterations, 1),
     }
@@ -79,29 +90,32 @@ def check_arguments(
         if value is not None and value < limit:
             raise InputError(f"--{flag}: got {value}; give {limit} or more")
     check_seed(decoding.seed)
-    for flag in ("temperature", "repetition_penalty"):
-        value = getattr(decoding, flag)
-        if value is not None and value <= 0:
-            raise InputError(f"--{flag}: got {value:g}; give more than 0")
+    if decoding.temperature is not None and not 0 <= decoding.temperature < math.inf:
+        raise InputError(f"--temperature: got {decoding.temperature:g}; give more than 0, or 0 for greedy texts")
+    if decoding.repetition_penalty is not None and not 0 < decoding.repetition_penalty < math.inf:
+        raise InputError(f"--repetition_penalty: got {decoding.repetition_penalty:g}; give more than 0")
     if decoding.top_p is not None and not 0 < decoding.top_p <= 1:
         raise InputError(f"--top_p: got {decoding.top_p:g}; give more than 0, at most 1")
-    for flag in ("temperature", "top_k", "top_p"):
-        if getattr(decoding, flag) is not None and not decoding.do_sample:
+    for flag, neutral in {"temperature": (0, 1), "top_k": (0,), "top_p": (1,)}.items():
+        if getattr(decoding, flag) not in (None, *neutral) and not decoding.do_sample:
             raise InputError(f"--{flag}: has an effect only with --do_sample; add it, or leave --{flag} out")
     if gaudi.bucket_size == 0 or gaudi.bucket_size < -1:
         raise InputError(f"--bucket_size: got {gaudi.bucket_size}; give a number of tokens, or -1 for none")
     if gaudi.limit_hpu_graphs and not gaudi.use_hpu_graphs:
-        raise InputError("--limit_hpu_graphs: there are no graphs to limit; add --use_hpu_graphs")
+        logger.warning("--limit_hpu_graphs has no effect: there are no graphs to limit without --use_hpu_graphs.")
     if decoding.num_beams > 1 and (gaudi.reuse_cache or gaudi.bucket_size > 0):
         raise InputError("--num_beams: beams are searched on growing shapes, without --reuse_cache and --bucket_size")
     if gaudi.reuse_cache and not gaudi.use_kv_cache:
         raise InputError("--reuse_cache: contradicts --use_kv_cache False; leave one of them out")
     if gaudi.reuse_cache and gaudi.bucket_size > 0:
         raise InputError("--reuse_cache: allocates the whole cache, --bucket_size grows it; leave one of them out")
-    if gaudi.flash_attention_recompute and not gaudi.use_flash_attention:
-        raise InputError("--flash_attention_recompute: is a mode of flash attention; add --use_flash_attention")
-    if output.benchmark and output.output_dir is None:
-        raise InputError("--benchmark: give --output_dir, where benchmark.json shall go")
+    for flag in ("flash_attention_recompute", "flash_attention_causal_mask", "flash_attention_fast_softmax"):
+        if getattr(gaudi, flag) and not gaudi.use_flash_attention:
+            raise InputError(f"--{flag}: is a mode of flash attention; add --use_flash_attention")
+    if gaudi.bucket_internal and gaudi.bucket_size < 1:
+        raise InputError("--bucket_internal: needs the size of the buckets; add --bucket_size 128")
+    if output.measures and decoding.ignore_eos is False:
+        raise InputError("--ignore_eos False: a benchmark has texts of one length; leave it out")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,10 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
     os.environ.setdefault("PT_HPU_ENABLE_LAZY_COLLECTIVES", "true")
     model_args, prompt_args, decoding_args, gaudi_args, output_args, chat_args = parse_arguments(argv)
-    check_arguments(model_args, decoding_args, gaudi_args, output_args)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
-    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    speaks = rank == 0 or output_args.verbose_workers
+    logging.basicConfig(level=logging.WARNING if speaks else logging.ERROR, format="%(message)s")
+    logger.setLevel(logging.INFO if speaks else logging.ERROR)
+    check_arguments(model_args, decoding_args, gaudi_args, output_args)
 
     check_chat(chat_args, prompt_args, decoding_args, gaudi_args, output_args, world_size)
     if chat_args.chat:
@@ -121,35 +136,33 @@ def main(argv: list[str] | None = None) -> None:
 
     # Prompts
     prompts = load_prompts(prompt_args, world_size)
+    if output_args.measures:  # as upstream's example: no part of a batch is empty
+        prompts = list(islice(cycle(prompts), max(gaudi_args.batch_size, len(prompts))))
     output_dir = prepare_output_dir(output_args)
-    folder, tokenizer_folder, adapter = find_folders(
-        model_args.model_name_or_path, model_args.tokenizer_name_or_path, model_args.peft_model
-    )
-    model_config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args.trust_remote_code)
+    folder, tokenizer_folder, adapter = find_folders(model_args)
+    model_config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args)
     heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
     if heads % world_size:
         raise InputError(f"--world_size: {world_size} cards cannot share {heads} key/value heads evenly")
     vocabulary_size = max(model_config.vocab_size, len(tokenizer) if adapter else 0)
     room = getattr(model_config, "max_position_embeddings", sys.maxsize) - decoding_args.max_new_tokens
-    encoded = encode_prompts(prompts, tokenizer, prompt_args.use_chat_template, vocabulary_size, room)
+    width = prompt_args.max_input_tokens if prompt_args.max_input_tokens > 0 else None
+    encoded = encode_prompts(prompts, tokenizer, prompt_args.use_chat_template, vocabulary_size, room, width)
     stop_tokens = find_stop_tokens(decoding_args.stop_tokens, tokenizer)
-    batches = plan_batches(list(map(len, encoded)), gaudi_args.batch_size, gaudi_args.bucket_size, room)
+    pads = not gaudi_args.flash_attention_causal_mask
+    batches = plan_batches(
+        list(map(len, encoded)), gaudi_args.batch_size, gaudi_args.bucket_size, room, width=width, pads=pads
+    )
 
     # Model
     adapt_transformers()
-    model = load_model(
-        folder,
-        adapter,
-        vocabulary_size,
-        model_args.bf16,
-        model_args.trust_remote_code,
-        world_size,
-        gaudi_args.use_hpu_graphs,
-    )
+    model = load_model(folder, adapter, vocabulary_size, model_args, world_size, gaudi_args.use_hpu_graphs)
     check_support(model, gaudi_args)
     penalty = decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0
-    end_tokens = [] if output_args.benchmark else find_end_tokens(model, tokenizer, stop_tokens)
-    config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, end_tokens)
+    goes_on = output_args.measures if decoding_args.ignore_eos is None else decoding_args.ignore_eos
+    end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)
+    kernels = choose_kernels(model, gaudi_args, world_size)
+    config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, end_tokens, kernels)
     generator = TextGenerator(
         model,
         tokenizer,
@@ -173,17 +186,22 @@ def main(argv: list[str] | None = None) -> None:
         "prompts": len(prompts),
         "shapes": len({batch.width for batch in batches}),
     }
-    if output_args.benchmark:
-        run = partial(answer_all, generator, prompts, encoded, batches)
-        results |= measure(lambda: run()[1], output_args.warmup, output_args.n_iterations)
-        if rank == 0:
-            print_table(results)
-            write_json(output_dir / "benchmark.json", results)
+    if output_args.measures:
+        runs = {name: value for name in ("warmup", "n_iterations") if (value := getattr(output_args, name)) is not None}
+        measured, answers = measure(partial(answer_all, generator, prompts, encoded, batches), **runs)
+        if speaks:
+            print_table(results | measured)
+        if rank == 0 and output_dir is not None:
+            write_json(output_dir / "benchmark.json", results | measured)
+            write_json(output_dir / "results.json", describe_as_upstream(measured, answers, len(batches)))
         return
     streams = sys.stdout.isatty() and generator.rows == 1 and config.num_beams == 1
-    show = None if rank != 0 or output_dir is not None else "stream" if streams else "print"
+    show = None if not speaks or output_dir is not None else "stream" if streams else "print"
     between = "\n" if prompt_args.use_chat_template else ""
-    answers, timings = answer_all(generator, prompts, encoded, batches, show, between)
+    with count_graphs() if output_args.show_graphs_count else nullcontext({}) as graphs:
+        answers, timings = answer_all(generator, prompts, encoded, batches, show, between)
+    if graphs:
+        logger.info(f"{graphs['compiled']} graphs were compiled.")
 
     # Save
     speed = describe_speed(timings)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError, ResultError, Stopped
 from align.ranges import limit
+from align.upstream_flags import translate
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -33,8 +34,9 @@ def make_parser(dataclasses: Sequence[type], description: str, defaults: Mapping
 def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Mapping[str, Any]) -> tuple:
     """One instance of each dataclass from the command line; an unknown flag is an error that suggests a known one."""
     parser = make_parser(dataclasses, description, defaults)
+    arguments = translate(os.path.basename(sys.argv[0]), sys.argv[1:])
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
         raise InputError(" ".join(str(error).split())) from error
     if unknown:

@@ -13,5 +13,15 @@ from run_generation import main
 if __name__ == "__main__":
     end = sys.argv.index("--")
     for model in sys.argv[1:end]:
-        flags = ["--batch_size", "8", "--max_new_tokens", "20", "--use_hpu_graphs", "--output_dir", Path(model).name]
+        flags = [
+            "--batch_size",
+            "8",
+            "--max_new_tokens",
+            "20",
+            "--use_hpu_graphs",
+            "--bf16",
+            "False",
+            "--output_dir",
+            Path(model).name,
+        ]
         main(["--model_name_or_path", model, *flags, "--prompt", *sys.argv[end + 1 :]])

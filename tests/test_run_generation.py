@@ -285,20 +285,22 @@ def test_the_guides_command_works_as_it_is_written(models):
 
 BAD_INPUT = {
     "--foo 1 --prompt Hi": "unknown argument.s. --foo 1",
-    "": "no prompt: give --prompt",
     "--prompt Hi --max_new_tokens 0": "--max_new_tokens: got 0; give 1 or more",
     "--prompt Hi --batch_size -1": "--batch_size: got -1",
     "--prompt Hi --temperature 0.7": "--temperature: has an effect only with --do_sample",
-    "--prompt Hi --do_sample --temperature 0": "--temperature: got 0; give more than 0",
+    "--prompt Hi --do_sample --temperature -1": "--temperature: got -1; give more than 0, or 0",
+    "--prompt Hi --bucket_internal": "--bucket_internal: needs the size of the buckets",
+    "--prompt Hi --max_input_tokens 500": "--max_input_tokens: got 500; .* leaves room for 412",
+    "--prompt Hi --use_chat_template --max_input_tokens 4": "prompt 1 has .* tokens in its chat template",
+    "--prompt Hi --model_revision v1": "--model_revision: .* is a folder, which has one revision",
     "--prompt Hi --do_sample --top_p 1.5": "--top_p: got 1.5",
     "--prompt Hi --bucket_size 0": "--bucket_size: got 0",
-    "--prompt Hi --limit_hpu_graphs": "add --use_hpu_graphs",
     "--prompt Hi --reuse_cache --use_kv_cache False": "--reuse_cache: contradicts",
     "--prompt Hi --reuse_cache --bucket_size 16": "leave one of them out",
     "--prompt Hi --num_beams 2 --bucket_size 16": "--num_beams: beams are searched on growing shapes",
     "--prompt Hi --flash_attention_recompute": "add --use_flash_attention",
     "--prompt Hi --seed -1": "--seed: got -1; give 0 to 4294967295",
-    "--prompt Hi --benchmark": "--benchmark: give --output_dir",
+    "--prompt Hi --benchmark --ignore_eos False": "--ignore_eos False: a benchmark has texts of one length",
     "--prompt Hi --prompt_file good.jsonl": "--prompt and --prompt_file: give only one source",
     "--prompt_file none.txt": "--prompt_file none.txt: cannot be read",
     "--prompt_file latin.txt": "--prompt_file latin.txt: cannot be read as UTF-8",
@@ -349,7 +351,7 @@ def test_models_and_adapters_that_are_not_whole_or_do_not_fit_are_told_before_ge
     shutil.copytree(models / "llama", "deeper")
     change_json("deeper/config.json", num_hidden_layers=3)
     fails("deeper holds no weights for model.layers.2", "deeper")
-    fails("prompt 1: '' has no tokens", models / "gpt2", "--prompt", "")
+    fails("prompt 2: '' has no tokens", models / "gpt2", "--prompt", "")
     fails("--use_chat_template: the tokenizer has no chat template", models / "gpt2", "--use_chat_template")
     fails("adapter does not fit the model", models / "gpt2", "--peft_model", models / "adapter")
     save_model("wide", "llama", "llama-2", hidden_size=128)

@@ -34,7 +34,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Folder inside the data set to train on (default: data/finetune for sft.py and data/rl for dpo.py, "
-            "where the data set has such a folder)."
+            "where the data set has such a folder; `None` is the whole data set)."
         },
     )
     eval_subset: str | None = field(
@@ -169,6 +169,8 @@ def _load(
 ) -> dict:
     """The data set's splits by name; `folder` is tried where no `subset` is named, and alone if `optional`."""
     name, local = args.dataset_name, Path(args.dataset_name).expanduser()
+    if subset == "None":  # upstream's word for the whole data set
+        subset = folder = ""
     load = partial(datasets.load_dataset, streaming=streaming, token=token)
     try:
         if local.is_file():
@@ -199,7 +201,7 @@ def _load(
         if is_readable(local) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise InputError(f"--dataset_name: no such file or folder: {name}")
         if subset is not None:
-            return load(name, data_dir=subset)
+            return load(name, data_dir=subset or None)
         try:
             return load(name, data_dir=folder)
         except Exception:  # hubs differ in how they say that a folder is not there

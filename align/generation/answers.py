@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,17 +22,28 @@ class OutputArguments:
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
     benchmark: bool = field(
-        default=False, metadata={"help": "Measure speed at exactly --max_new_tokens, into benchmark.json."}
+        default=False,
+        metadata={"help": "Measure speed at exactly --max_new_tokens; --output_dir gets benchmark.json, results.json."},
     )
-    warmup: int = field(default=3, metadata={"help": "Untimed runs over all prompts before a benchmark."})
-    n_iterations: int = field(default=5, metadata={"help": "Timed runs over all prompts of a benchmark."})
+    warmup: int | None = field(
+        default=None, metadata={"help": "Untimed runs over all prompts before a benchmark, which it asks for; 3."}
+    )
+    n_iterations: int | None = field(
+        default=None, metadata={"help": "Timed runs over all prompts of a benchmark, which it asks for; 5."}
+    )
+    show_graphs_count: bool = field(default=False, metadata={"help": "Tell how many graphs were compiled."})
+    verbose_workers: bool = field(default=False, metadata={"help": "Let all ranks speak, not only the first."})
+
+    @property
+    def measures(self) -> bool:
+        return self.benchmark or (self.warmup, self.n_iterations) != (None, None)
 
 
 def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     if arguments.output_dir is None:
         return None
     folder = Path(arguments.output_dir)
-    result = folder / ("benchmark.json" if arguments.benchmark else "generations.jsonl")
+    result = folder / ("benchmark.json" if arguments.measures else "generations.jsonl")
     if result.exists() and not arguments.overwrite_output_dir:
         raise InputError(f"--output_dir: {folder} holds another run; choose another, or add --overwrite_output_dir")
     try:
@@ -93,21 +106,45 @@ def describe_speed(timings: list[Timing]) -> dict[str, float]:
     }
 
 
-def measure(run: Callable[[], list[Timing]], warmup: int, n_iterations: int) -> dict[str, Any]:
-    """Speed of the timed runs, and what the warm-up needed: graphs that were compiled, memory."""
-    from optimum.habana.utils import get_hpu_memory_stats
-
+@contextmanager
+def count_graphs() -> Iterator[dict[str, int]]:
+    """`compiled` is, in the end, the number of graphs that the plugin has compiled in the meantime."""
     from habana_frameworks.torch.hpu.metrics import metric_localcontext
 
+    counted: dict[str, int] = {}
     with metric_localcontext("graph_compilation") as compilation:
+        yield counted
+    counted["compiled"] = dict(compilation.stats())["TotalNumber"]
+
+
+def measure(
+    run: Callable[[], tuple[list[dict[str, Any]], list[Timing]]], warmup: int = 3, n_iterations: int = 5
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Speed of the timed runs, and what the warm-up needed: graphs that were compiled, memory. And the last answers."""
+    from optimum.habana.utils import get_hpu_memory_stats
+
+    with count_graphs() as graphs:
         for _ in range(warmup):
             run()
-    timings = [timing for _ in range(n_iterations) for timing in run()]
+    runs = [run() for _ in range(n_iterations)]
     memory = get_hpu_memory_stats()
-    return describe_speed(timings) | {
-        "graphs": dict(compilation.stats())["TotalNumber"] if warmup else None,
+    measured = describe_speed([timing for _, timings in runs for timing in timings]) | {
+        "graphs": graphs["compiled"] if warmup else None,
         "memory_gb": memory["memory_allocated (GB)"],
         "max_memory_gb": memory["max_memory_allocated (GB)"],
+    }
+    return measured, runs[-1][0]
+
+
+def describe_as_upstream(measured: dict[str, Any], answers: list[dict[str, Any]], batches: int) -> dict[str, Any]:
+    """What optimum-habana's example writes to results.json: seconds a batch, tokens a second, prompts, whole texts."""
+    return {
+        "throughput": measured["tokens_per_second"],
+        "avg_first_token_latency": measured["first_token_seconds"],
+        "avg_rest_token_latency": measured["later_token_seconds"],
+        "avg_e2e_latency": measured["seconds"] / batches,
+        "input": [[answer["prompt"]] for answer in answers],
+        "output": [[answer["prompt"] + answer["text"]] for answer in answers],
     }
 
 
@@ -118,7 +155,8 @@ def print_table(results: dict[str, Any]) -> None:
 
 def write_json(path: Path, content: dict | list[dict]) -> None:
     """Writes an object as JSON, or a list as JSON lines; the file appears whole or not at all."""
-    lines = [json.dumps(content, indent=2)] if isinstance(content, dict) else map(json.dumps, content)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write = partial(json.dumps, ensure_ascii=False)
+    lines = [write(content, indent=2)] if isinstance(content, dict) else map(write, content)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    unfinished.replace(path)

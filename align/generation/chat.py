@@ -15,6 +15,7 @@ from align.generation.config import (
     DecodingArguments,
     GaudiArguments,
     check_support,
+    choose_kernels,
     find_end_tokens,
     find_stop_tokens,
     make_generation_config,
@@ -71,6 +72,10 @@ def check_chat(
         "batch_size": gaudi.batch_size > 1,
         "bucket_size": gaudi.bucket_size > 0,
         "reuse_cache": gaudi.reuse_cache,
+        "max_input_tokens": prompts.max_input_tokens > 0,
+        "flash_attention_causal_mask": gaudi.flash_attention_causal_mask,
+        "ignore_eos": bool(decoding.ignore_eos),
+        "benchmark": output.measures,
     }
     for flag, is_given in without.items():
         if is_given:
@@ -158,10 +163,8 @@ class Speaker:
 
 
 def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments) -> Speaker:
-    folder, tokenizer_folder, adapter = find_folders(
-        model_args.model_name_or_path, model_args.tokenizer_name_or_path, model_args.peft_model
-    )
-    config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args.trust_remote_code)
+    folder, tokenizer_folder, adapter = find_folders(model_args)
+    config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args)
     stop_tokens = find_stop_tokens(decoding.stop_tokens, tokenizer)
     room = getattr(config, "max_position_embeddings", sys.maxsize) - decoding.max_new_tokens
     if room < 1:
@@ -171,13 +174,12 @@ def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi:
         )
     adapt_transformers()
     vocabulary_size = max(config.vocab_size, len(tokenizer) if adapter else 0)
-    model = load_model(
-        folder, adapter, vocabulary_size, model_args.bf16, model_args.trust_remote_code, 1, gaudi.use_hpu_graphs
-    )
+    model = load_model(folder, adapter, vocabulary_size, model_args, 1, gaudi.use_hpu_graphs)
     check_support(model, gaudi)
     end_tokens = find_end_tokens(model, tokenizer, stop_tokens)
     penalty = decoding.repetition_penalty or model.generation_config.repetition_penalty or 1.0
-    generation_config = make_generation_config(model, tokenizer, decoding, gaudi, end_tokens)
+    kernels = choose_kernels(model, gaudi)
+    generation_config = make_generation_config(model, tokenizer, decoding, gaudi, end_tokens, kernels)
     generator = TextGenerator(
         model,
         tokenizer,

@@ -2,10 +2,14 @@
 
 import copy
 import inspect
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from align.errors import InputError
+from align.generation.model import SWITCH
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from optimum.habana.transformers.generation import GaudiGenerationConfig
@@ -19,7 +23,11 @@ class DecodingArguments:
         default_factory=list, metadata={"help": "Tokens that end a text besides the model's own end tokens."}
     )
     do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
-    temperature: float | None = field(default=None, metadata={"help": "Temperature of --do_sample, above 0."})
+    ignore_eos: bool | None = field(
+        default=None,
+        metadata={"help": "Write on after end tokens, to --max_new_tokens (default: in a benchmark).", **SWITCH},
+    )
+    temperature: float | None = field(default=None, metadata={"help": "Temperature of --do_sample; 0 is greedy."})
     top_k: int | None = field(default=None, metadata={"help": "Sample among this many likeliest tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Sample among the likeliest tokens of this mass."})
     num_beams: int = field(default=1, metadata={"help": "Beams of a beam search; 1 is none."})
@@ -43,10 +51,27 @@ class GaudiArguments:
     bucket_size: int = field(
         default=-1, metadata={"help": "Grow the sequence by this many tokens at a time; -1 allocates all at once."}
     )
+    bucket_internal: bool = field(
+        default=False, metadata={"help": "Grow what attention sees of the key/value cache by --bucket_size."}
+    )
+    attn_softmax_bf16: bool = field(default=False, metadata={"help": "Under --bf16, softmax in bfloat16 as well."})
+    attn_batch_split: int = field(
+        default=1, metadata={"help": "Parts of a batch that hide the exchange between cards on the prompt (llama)."}
+    )
     use_flash_attention: bool = field(default=False, metadata={"help": "Use flash attention for the prompt."})
     flash_attention_recompute: bool = field(
         default=False, metadata={"help": "Use flash attention's recompute mode, to save memory on long prompts."}
     )
+    flash_attention_causal_mask: bool = field(
+        default=False,
+        metadata={"help": "Flash attention without a mask, where the prompts of a batch are equally long."},
+    )
+    flash_attention_fast_softmax: bool = field(default=False, metadata={"help": "Flash attention's fast softmax."})
+
+
+# How attention is computed; arguments of the models that have the choice
+KERNELS = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
+KERNELS += ("flash_attention_fast_softmax", "attn_softmax_bf16", "attn_batch_split")
 
 
 def find_stop_tokens(tokens: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -78,12 +103,34 @@ def check_support(model: "PreTrainedModel", gaudi: GaudiArguments) -> None:
         raise InputError(f"--bucket_size: optimum-habana has no static shapes for {kind} models; leave it out")
 
 
+def choose_kernels(model: "PreTrainedModel", gaudi: GaudiArguments, world_size: int = 1) -> dict[str, bool | int]:
+    """Those of `KERNELS` that this model has; that another has no effect, other than on speed, is told."""
+    import torch
+
+    kind = model.config.model_type
+    chosen = {}
+    known = inspect.signature(type(model).forward).parameters
+    for flag in KERNELS:
+        if getattr(gaudi, flag) == getattr(GaudiArguments, flag):
+            continue
+        if flag not in known:
+            logger.warning(f"--{flag} has no effect: optimum-habana's {kind} models have none.")
+        elif flag == "attn_softmax_bf16" and model.dtype != torch.bfloat16:
+            logger.warning("--attn_softmax_bf16 has no effect in float32; add --bf16.")
+        elif flag == "attn_batch_split" and world_size == 1:
+            logger.warning("--attn_batch_split has no effect on one card: it hides the exchange between several.")
+        else:
+            chosen[flag] = getattr(gaudi, flag)
+    return chosen
+
+
 def make_generation_config(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     decoding: DecodingArguments,
     gaudi: GaudiArguments,
     end_tokens: list[int],
+    kernels: dict[str, bool | int],
 ) -> "GaudiGenerationConfig":
     """The model's own generation config, with what the user asked for on top; `model` gets it as its own."""
     config = copy.deepcopy(model.generation_config)
@@ -91,13 +138,14 @@ def make_generation_config(
     # Its beam search on static shapes knows one end token and puts any finished beam first (utils.py:3175).
     static_shapes = not beams and has_static_shapes(model)
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *end_tokens)  # masked, so any token will do
+    samples = decoding.do_sample and decoding.temperature != 0
     sampling = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-    if decoding.do_sample:
+    if samples:
         sampling = {key: value for key in sampling if (value := getattr(decoding, key)) is not None}
     config.update(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.num_beams,
-        do_sample=decoding.do_sample,
+        do_sample=samples,
         **sampling,
         repetition_penalty=1.0,  # RepetitionPenalty does it
         pad_token_id=next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
@@ -109,8 +157,7 @@ def make_generation_config(
         reuse_cache=gaudi.reuse_cache,
         bucket_size=gaudi.bucket_size,
         limit_hpu_graphs=gaudi.limit_hpu_graphs,
-        use_flash_attention=gaudi.use_flash_attention,
-        flash_attention_recompute=gaudi.flash_attention_recompute,
+        **kernels,
     )
     model.generation_config = config  # where generate() looks for tokens that its own config leaves out
     return config

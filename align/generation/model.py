@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SWITCH = {"nargs": "?", "const": True}  # of a flag that has no value, or True or False
+
 
 @dataclass
 class ModelArguments:
@@ -32,44 +34,69 @@ class ModelArguments:
     peft_model: str | None = field(
         default=None, metadata={"help": "Adapter folder or hub name, folded into the model in memory."}
     )
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 instead of float32."})
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model from the hub (default: its main branch)."}
+    )
+    token: str | None = field(default=None, metadata={"help": "Token for the hub (default: the one of the login)."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Compute in bfloat16, not float32 (default: with several cards).", **SWITCH},
+    )
+    sdp_on_bf16: bool = field(
+        default=False, metadata={"help": "Let torch's own attention sum up in bfloat16 where its inputs are."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    trust_remote_code_tokenizer: bool = field(
+        default=False, metadata={"help": "Run code that comes with the tokenizer, but not the model's."}
+    )
 
 
-def find_folders(
-    model_name_or_path: str | None, tokenizer_name_or_path: str | None, peft_model: str | None
-) -> tuple[Path, Path, Path | None]:
+def uses_bf16(arguments: ModelArguments, world_size: int) -> bool:
+    """What --bf16 says; several cards take bfloat16 by themselves, as models that need them do."""
+    if arguments.bf16 is None and world_size > 1:
+        logger.warning(f"{world_size} cards compute in bfloat16; --bf16 False gives float32.")
+        return True
+    return bool(arguments.bf16)
+
+
+def find_folders(arguments: ModelArguments) -> tuple[Path, Path, Path | None]:
     """Folders of model, tokenizer and adapter, from the hub where they are not local; the model's files are whole.
 
     Where no model is named it is the one that the adapter was trained on; where no tokenizer is named it is the
     adapter's, which may have learnt new tokens, else the model's.
     """
+    name, token = arguments.model_name_or_path, arguments.token
+    peft_model, revision = arguments.peft_model, arguments.model_revision
     patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
-    adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin")
+    adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin", token=token)
     if adapter:
-        recorded = guard.check_adapter(adapter, "--peft_model").get("base_model_name_or_path")
-        model_name_or_path = model_name_or_path or recorded
-    if not model_name_or_path:
+        name = name or guard.check_adapter(adapter, "--peft_model").get("base_model_name_or_path")
+    if not name:
         raise InputError(f"--model_name_or_path: missing, and --peft_model {peft_model} names no base; give one")
-    folder = find_folder(model_name_or_path, "--model_name_or_path", *patterns)
+    if revision not in (None, "main") and Path(name).is_dir():
+        raise InputError(f"--model_revision: {name} is a folder, which has one revision; leave it out")
+    hub = {"revision": revision, "token": token}
+    folder = find_folder(name, "--model_name_or_path", *patterns, **hub)
     if not any(folder.glob("*.safetensors")):
-        folder = find_folder(model_name_or_path, "--model_name_or_path", *patterns, "*.bin")
+        folder = find_folder(name, "--model_name_or_path", *patterns, "*.bin", **hub)
     with contextlib.suppress(NotStreamableError):  # which torch can load all the same
         open_checkpoint(folder)
-    if tokenizer_name_or_path:
-        tokenizer = find_folder(tokenizer_name_or_path, "--tokenizer_name_or_path", *patterns[:-1])
+    if named := arguments.tokenizer_name_or_path:
+        tokenizer = find_folder(named, "--tokenizer_name_or_path", *patterns[:-1], token=token)
     else:
         tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").exists() else folder
     return folder, tokenizer, adapter or None
 
 
 def load_config_and_tokenizer(
-    folder: Path, tokenizer_folder: Path, trust_remote_code: bool
+    folder: Path, tokenizer_folder: Path, arguments: ModelArguments
 ) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
-    guard.check_folder(folder, "--model_name_or_path", trust_remote_code)
-    guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_remote_code)
-    config = guard.load_config(folder, "--model_name_or_path", trust_remote_code)
-    return config, guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_remote_code)
+    trust = arguments.trust_remote_code
+    trust_tokenizer = trust or arguments.trust_remote_code_tokenizer
+    guard.check_folder(folder, "--model_name_or_path", trust)
+    guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
+    config = guard.load_config(folder, "--model_name_or_path", trust)
+    return config, guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
 
 
 def _one_line(error: BaseException) -> str:
@@ -80,8 +107,7 @@ def load_model(
     folder: Path,
     adapter: Path | None,
     vocabulary_size: int,
-    bf16: bool,
-    trust_remote_code: bool,
+    arguments: ModelArguments,
     world_size: int,
     use_hpu_graphs: bool,
 ) -> "PreTrainedModel":
@@ -94,13 +120,15 @@ def load_model(
 
     from habana_frameworks.torch.hpu import wrap_in_hpu_graph
 
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if uses_bf16(arguments, world_size) else torch.float32
+    if arguments.sdp_on_bf16:
+        torch._C._set_math_sdp_allow_fp16_bf16_reduction(True)
     try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             torch_dtype=dtype,
             attn_implementation="eager",
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=arguments.trust_remote_code,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -4,9 +4,14 @@ Heavy packages are imported where they are used: imports are most of the time to
 """
 
 import json
+import logging
+import os
+import select
+import stat
 import sys
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,69 +23,95 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+OWN_PROMPTS = [  # where the user gives none
+    "The shortest way from the harbour to the station",
+    "When the first snow fell, the village",
+    "A good teacher is someone who",
+    "To bake bread you need",
+    "The three most important things about the sea are",
+    "My grandmother used to say that",
+    "If a program is slow, first",
+    "Nobody knew why the lighthouse",
+]
 MIN_WIDTH = 16  # tokens: prompts that are all shorter count as one width
 WIDTH_CHOICES = 256  # the finest grid that widths are chosen from, as the choice takes its square in memory
 
 
 @dataclass
 class PromptArguments:
-    prompt: list[str] | None = field(default=None, metadata={"help": "One or more prompts."})
+    prompt: list[str] | None = field(default=None, metadata={"help": "One or more prompts.", "action": "extend"})
     prompt_file: str | None = field(
-        default=None, metadata={"help": "File of prompts: .jsonl with --column_name, else one prompt a line."}
+        default=None,
+        metadata={"help": "File of prompts: .jsonl with --column_name, else one prompt a line; - waits for stdin."},
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set of prompts: hub name, folder or file."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
-    column_name: str = field(default="prompt", metadata={"help": "Column of the prompts in a .jsonl file or data set."})
+    column_name: str | None = field(
+        default=None,
+        metadata={"help": "Column of the prompts in a .jsonl file or data set (default: prompt, else the first text)."},
+    )
+    dataset_max_samples: int = field(
+        default=-1, metadata={"help": "Take at most this many prompts of a data set, the first ones; -1 is all."}
+    )
+    max_input_tokens: int = field(
+        default=0,
+        metadata={"help": "Cut prompts to this many tokens, and pad all to them; 0 and -1 leave them as they are."},
+    )
     use_chat_template: bool = field(
         default=False, metadata={"help": "Wrap each prompt as a user's turn of the tokenizer's chat template."}
     )
 
 
 def load_prompts(arguments: PromptArguments, world_size: int) -> list[str]:
-    if world_size > 1 and (arguments.prompt, arguments.prompt_file, arguments.dataset_name) == (None, None, None):
-        raise InputError("no prompt: give --prompt, --prompt_file or --dataset_name; stdin does not reach all ranks")
-    return read_prompts(
-        arguments.prompt,
-        arguments.prompt_file,
-        arguments.dataset_name,
-        arguments.dataset_split,
-        arguments.column_name,
-    )
-
-
-def read_prompts(
-    prompt: list[str] | None = None,
-    prompt_file: str | None = None,
-    dataset_name: str | None = None,
-    dataset_split: str = "train",
-    column_name: str = "prompt",
-) -> list[str]:
-    """The prompts in the user's order, from the one source that was given, or one a line from a pipe on stdin."""
-    given = [
-        flag
-        for flag, value in (("--prompt", prompt), ("--prompt_file", prompt_file), ("--dataset_name", dataset_name))
-        if value is not None
-    ]
+    """The prompts in the user's order, from the one source that was given, from stdin, or our own."""
+    sources = {name: getattr(arguments, name) for name in ("prompt", "prompt_file", "dataset_name")}
+    given = [f"--{name}" for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)}: give only one source of prompts")
-    if prompt is not None:
-        source, prompts = "--prompt", prompt
-    elif prompt_file is not None:
-        source = f"--prompt_file {prompt_file}"
-        prompts = _read_prompt_file(Path(prompt_file), column_name)
-    elif dataset_name is not None:
-        source = f"--dataset_name {dataset_name}"
-        prompts = _read_prompt_column(dataset_name, dataset_split, column_name)
-    elif sys.stdin.isatty():
-        raise InputError("no prompt: give --prompt, --prompt_file or --dataset_name, or pipe one prompt a line")
-    else:
+    if arguments.prompt is not None:
+        source, prompts = "--prompt", arguments.prompt
+    elif arguments.prompt_file == "-" or (not given and world_size == 1 and _holds_text(sys.stdin)):
+        if world_size > 1:
+            raise InputError("--prompt_file -: stdin does not reach all ranks; give a file")
         source, prompts = "stdin", [line for line in sys.stdin.read().split("\n") if line.strip()]
+    elif arguments.prompt_file is not None:
+        source = f"--prompt_file {arguments.prompt_file}"
+        prompts = _read_prompt_file(Path(arguments.prompt_file), arguments.column_name)
+    elif arguments.dataset_name is not None:
+        source = f"--dataset_name {arguments.dataset_name}"
+        prompts = _read_prompt_column(arguments)
+    else:
+        logger.warning("No prompt was given (--prompt, --prompt_file, --dataset_name): eight sentences of our own.")
+        return [_lengthen(prompt, arguments.max_input_tokens) for prompt in OWN_PROMPTS]
     if not prompts:
         raise InputError(f"{source}: holds no prompt")
     return prompts
 
 
-def _read_prompt_file(path: Path, column_name: str) -> list[str]:
+def _holds_text(stdin) -> bool:
+    """Whether prompts are there to read: a pipe that stays open and empty is never waited for."""
+    if stdin is None or stdin.isatty():
+        return False
+    try:
+        mode = os.fstat(stdin.fileno()).st_mode
+    except (OSError, ValueError):  # no file, so nobody to wait for
+        return True
+    if stat.S_ISREG(mode):
+        return os.fstat(stdin.fileno()).st_size > 0
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) or not select.select([stdin], [], [], 0)[0]:
+        return False
+    return bool(stdin.buffer.peek(1))
+
+
+def _lengthen(prompt: str, words: int) -> str:
+    """The prompt again and again, until it has this many words and so at least as many tokens."""
+    own = prompt.split()
+    return " ".join(islice(cycle(own), max(words, len(own))))
+
+
+def _read_prompt_file(path: Path, column_name: str | None) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which knows ten more ends of a line
     except (OSError, UnicodeDecodeError) as error:
@@ -101,19 +132,25 @@ def _read_prompt_file(path: Path, column_name: str) -> list[str]:
     return prompts
 
 
-def _read_prompt_column(dataset_name: str, split: str, column_name: str) -> list[str]:
+def _read_prompt_column(arguments: PromptArguments) -> list[str]:
     from align.data.loading import DataArguments, load_splits
     from align.data.preparing import get_columns
 
-    arguments = DataArguments(dataset_name=dataset_name, split=split, streaming=False)
-    rows = load_splits(arguments, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
+    most = arguments.dataset_max_samples if arguments.dataset_max_samples > 0 else None
+    data = DataArguments(
+        dataset_name=arguments.dataset_name, split=arguments.dataset_split, streaming=False, max_train_samples=most
+    )
+    rows = load_splits(data, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
+    where = f"--dataset_name {arguments.dataset_name}"
     return [
-        _prompt_of(get_columns(row, {}), column_name, f"--dataset_name {dataset_name}, row {n}")
-        for n, row in enumerate(rows, 1)
+        _prompt_of(get_columns(row, {}), arguments.column_name, f"{where}, row {n}") for n, row in enumerate(rows, 1)
     ]
 
 
-def _prompt_of(row: dict[str, Any], column_name: str, where: str) -> str:
+def _prompt_of(row: dict[str, Any], column_name: str | None, where: str) -> str:
+    if column_name is None:
+        texts = [name for name, value in row.items() if isinstance(value, str)]
+        column_name = "prompt" if "prompt" in row or not texts else texts[0]
     if column_name not in row:
         found = ", ".join(row) or "none"
         raise InputError(f"{where}: has no column {column_name!r} but {found}; choose one with --column_name")
@@ -128,10 +165,19 @@ def encode_prompts(
     use_chat_template: bool,
     vocabulary_size: int,
     max_length: int,
+    max_input_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt, as training puts them in front of what is learnt."""
+    """Token ids of each prompt, as training puts them in front of what is learnt.
+
+    Beyond `max_input_tokens` a prompt is cut.
+    """
     from align.data.tokenization import encode_prompt
 
+    if max_input_tokens and max_input_tokens > max_length:
+        raise InputError(
+            f"--max_input_tokens: got {max_input_tokens}; the model's context leaves room for {max_length}"
+        )
+    cut = 0
     if use_chat_template and not tokenizer.chat_template:
         raise InputError("--use_chat_template: the tokenizer has no chat template; leave the flag out")
     encoded = []
@@ -139,6 +185,13 @@ def encode_prompts(
         ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}] if use_chat_template else prompt)
         if not ids:
             raise InputError(f"prompt {number}: {prompt!r} has no tokens; write something")
+        if max_input_tokens and len(ids) > max_input_tokens:
+            if use_chat_template:
+                raise InputError(
+                    f"--max_input_tokens: prompt {number} has {len(ids)} tokens in its chat template, whose end would "
+                    f"be cut off; give at least that many"
+                )
+            ids, cut = ids[:max_input_tokens], cut + 1
         if len(ids) > max_length:
             raise InputError(
                 f"prompt {number}: {len(ids)} tokens, but with --max_new_tokens the model's context leaves room for "
@@ -150,6 +203,8 @@ def encode_prompts(
                 "tokenizer belongs to another model"
             )
         encoded.append(ids)
+    if cut:
+        logger.warning(f"--max_input_tokens {max_input_tokens}: the end of {cut} of {len(prompts)} prompts is cut off.")
     return encoded
 
 
@@ -161,16 +216,31 @@ class Batch:
     width: int
 
 
-def plan_batches(lengths: list[int], batch_size: int, bucket_size: int, max_width: int) -> list[Batch]:
+def plan_batches(
+    lengths: list[int], batch_size: int, bucket_size: int, max_width: int, width: int | None = None, pads: bool = True
+) -> list[Batch]:
     """Batches of like lengths on few widths, since every new shape is a graph that a Gaudi has to compile.
 
     There are as many widths as powers of two would be, but where they pad least. With a `bucket_size` optimum-habana
-    pads `width + 1` to a multiple of it.
+    pads `width + 1` to a multiple of it. All have the `width` that is given. Where nothing `pads`, every prompt of a
+    batch is as long as the others.
     """
     order = range(len(lengths)) if batch_size == 1 else sorted(range(len(lengths)), key=lengths.__getitem__)
     groups = [list(order[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
     longest = [max(lengths[place] for place in group) for group in groups]
-    if bucket_size > 0:
+    if not pads:
+        for group, length in zip(groups, longest, strict=True):
+            shortest = min(group, key=lengths.__getitem__)
+            if lengths[shortest] < (width or length):
+                raise InputError(
+                    f"--flash_attention_causal_mask: forgets padding, and prompt {shortest + 1} of {lengths[shortest]} "
+                    f"tokens would be padded to {width or length}; leave the flag out, or give --batch_size 1"
+                    + (" without --max_input_tokens" if width else "")
+                )
+        return [Batch(group, length) for group, length in zip(groups, longest, strict=True)]
+    if width:
+        widths = [width] * len(groups)
+    elif bucket_size > 0:
         widths = [-(-(length + 1) // bucket_size) * bucket_size - 1 for length in longest]
     else:
         from align.data.packing import choose_buckets

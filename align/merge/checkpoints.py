@@ -56,7 +56,7 @@ class Checkpoint:
         return {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
 
 
-def find_folder(name: str, flag: str, *patterns: str, token: str | None = None) -> Path:
+def find_folder(name: str, flag: str, *patterns: str, token: str | None = None, revision: str | None = None) -> Path:
     """`name` where it is a folder, else the files with these patterns of that hub repository, or of its cache."""
     if Path(name).is_dir():
         return Path(name)
@@ -66,7 +66,9 @@ def find_folder(name: str, flag: str, *patterns: str, token: str | None = None) 
 
     try:
         ignored = ["*/*", "consolidated*"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, token=token))
+        return Path(
+            snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, token=token, revision=revision)
+        )
     except (OSError, ValueError) as error:  # what huggingface_hub raises for names, access, network and cache
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{flag}: {name} is neither a folder nor to be had from the hub ({reason})") from None

@@ -21,7 +21,7 @@ from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
 from align.training import checkpoints, folders, pairs, preference, reference, results
-from align.upstream_fixes import attention_inputs, gaudi_config
+from align.upstream_fixes import attention_inputs, gaudi_config, trainer_autocast
 
 RECIPE = {
     "dataset_name": "lvwerra/stack-exchange-paired",
@@ -182,9 +182,10 @@ def main() -> None:
 
     # Model
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
-    packable = preference_args.skip_probe or probe_packing(
-        model, 2 * args.max_length, args.device, **attention_inputs(model)
-    )
+    with trainer_autocast(args):
+        packable = preference_args.skip_probe or probe_packing(
+            model, 2 * args.max_length, args.device, **attention_inputs(model)
+        )
     ref_model = None
     trains_adapter, resumes = peft_config is not None, checkpoint is not None
     if preference.needs_copy(args, trains_adapter, preference_args.ref_model, stored, resumes):

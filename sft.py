@@ -21,7 +21,7 @@ from align.models import loading as modeling
 from align.models.attention import probe_packing
 from align.training import checkpoints, folders, results
 from align.training.supervised import SupervisedTrainer, make_batches
-from align.upstream_fixes import attention_inputs, gaudi_config
+from align.upstream_fixes import attention_inputs, gaudi_config, trainer_autocast
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
 
@@ -83,9 +83,10 @@ def main() -> None:
 
     # Model
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
-    packable = batch_args.skip_probe or probe_packing(
-        model, args.max_seq_length, args.device, **attention_inputs(model)
-    )
+    with trainer_autocast(args):
+        packable = batch_args.skip_probe or probe_packing(
+            model, args.max_seq_length, args.device, **attention_inputs(model)
+        )
 
     # Trainer
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -35,6 +35,13 @@ def attention_inputs(model: "PreTrainedModel") -> dict[str, bool]:
     return {name: True for name, value in values.items() if value}
 
 
+def trainer_autocast(args) -> "torch.autocast":
+    """The autocast in which optimum-habana's trainers compute (1.21.2: transformers/trainer.py:246 and :1697)."""
+    import torch
+
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16 and not args.deepspeed)
+
+
 def gaudi_config(args) -> "GaudiConfig":
     """The fused optimizer for every flavour of AdamW that --optim can name, else the optimizer that it names.
 
@@ -243,6 +250,33 @@ def unflatten_masks(model: "nn.Module") -> None:
         hooks = module._forward_pre_hooks.values()
         if type(module).__name__.endswith("Attention") and _unflatten_mask not in hooks:
             module.register_forward_pre_hook(_unflatten_mask, with_kwargs=True)
+
+
+def bound_masks(model: "nn.Module") -> None:
+    """Keeps masks finite in bfloat16.
+
+    optimum-habana 1.21.2 fills them with the lowest number of the embeddings' type (modeling_attn_mask_utils.py:185, and
+    transformers 4.55 at :350). Within autocast that is float32's, which is -inf where fused attention computes in
+    bfloat16. Can go when both take a number that bfloat16 has.
+    """
+    for module in model.modules():
+        hooks = module._forward_pre_hooks.values()
+        if type(module).__name__.endswith(("Layer", "Block")) and _bound_mask not in hooks:
+            module.register_forward_pre_hook(_bound_mask, with_kwargs=True)
+
+
+def _bound_mask(block: "nn.Module", args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    import torch
+
+    def bound(value: Any) -> Any:
+        is_mask = isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] == 1
+        if not is_mask or value.dtype != torch.float32:
+            return value
+        if not hasattr(value, "bounded"):  # once for all blocks, which keep it for their gradients
+            value.bounded = value.clamp(min=torch.finfo(torch.bfloat16).min)
+        return value.bounded
+
+    return tuple(map(bound, args)), {name: bound(value) for name, value in kwargs.items()}
 
 
 def _unflatten_mask(attention: "nn.Module", args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -172,6 +172,33 @@ def test_the_probe_accepts_an_adapter_and_flash_attention():
     assert probe_packing(model, 512, HPU, use_flash_attention=True, flash_attention_recompute=True)
 
 
+@pytest.mark.parametrize("model_type", MODELS)
+def test_within_autocast_packing_is_right_and_no_mask_is_infinite(model_type):
+    model, masks = make_model(model_type).bfloat16().to(HPU), []
+    ids = torch.ones(1, 4, dtype=torch.long, device=HPU)
+    segment_mask(model, ids, ids)  # the blocks take what bounds their masks
+
+    def note_masks(_, args, kwargs):
+        masks.extend(value for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.dim() == 4)
+
+    for module in model.modules():
+        if type(module).__name__.endswith(("Layer", "Block")):
+            module.register_forward_pre_hook(note_masks, with_kwargs=True)
+    with torch.autocast(HPU.type, torch.bfloat16):
+        assert probe_packing(model, 32, HPU)
+
+    assert all(mask.bfloat16().isfinite().all() for mask in masks)
+    assert any((mask < -1e38).any() for mask in masks)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "phi3", "gemma2"])
+def test_within_autocast_the_probe_notices_a_mask_in_the_wrong_form(model_type, monkeypatch):
+    model = make_model(model_type).bfloat16()
+    monkeypatch.setitem(FAMILIES, model_type, FAMILIES["llama"])
+    with torch.autocast(HPU.type, torch.bfloat16):
+        assert not probe_packing(model, 32, HPU)
+
+
 def test_the_probe_gathers_what_zero3_has_partitioned():
     """In a process of its own, as DeepSpeed stays initialised."""
     code = """

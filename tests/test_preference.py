@@ -192,6 +192,18 @@ def test_the_first_loss_is_ln_2_at_any_accumulation(make_trainer):
         assert loss == pytest.approx(np.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("whole_logits", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_bf16_the_first_loss_is_ln_2_too(family, whole_logits, make_trainer):
+    trainer = make_trainer(family, adapter=False, bf16=True)
+    if whole_logits:
+        trainer.heads = {"policy": None}
+    loss, _ = compute_step(trainer)
+
+    assert loss == pytest.approx(np.log(2), abs=1e-6)
+    assert {total.dtype for total in trainer.totals["train"].values()} == {torch.float32, torch.int64}
+
+
 def test_stored_log_probs_give_the_same_step_with_one_pass_less(make_trainer, plain, tmp_path, monkeypatch):
     stored = Stored(tmp_path / "key.safetensors", None)
     trainer = make_trainer(stored=stored)

@@ -89,6 +89,16 @@ def flattens_every_mask():
     return "attention_mask.view(batch_size, -1)" in ast.unparse(find(name, "gaudi_gpt2_forward"))
 
 
+def fills_masks_with_what_bfloat16_lacks():
+    name = "optimum.habana.transformers.modeling_attn_mask_utils"
+    prepare = ast.unparse(find(name, "_gaudi_prepare_4d_causal_attention_mask"))
+    return "torch.finfo(inputs_embeds.dtype).min" in prepare
+
+
+def computes_in_autocast_without_deepspeed():
+    return "if args.bf16 and (not args.deepspeed):" in ast.unparse(find(TRAINER, "GaudiTrainer.__init__"))
+
+
 def imports_its_trainers_with_any_module():
     """Read as text: the package may be deferred by then, which is the cure."""
     for name in ("optimum.habana", "optimum.habana.transformers"):
@@ -132,6 +142,8 @@ FAULTS = {
     "keep_no_input_of_frozen_layers": [keeps_inputs_of_frozen_weights],
     "keep_ranks_apart": [adds_up_experts_of_all_ranks],
     "unflatten_masks": [flattens_every_mask],
+    "bound_masks": [fills_masks_with_what_bfloat16_lacks],
+    "trainer_autocast": [computes_in_autocast_without_deepspeed],
     "adapt_transformers": [imports_its_trainers_with_any_module, asks_for_a_reordering_that_models_have_lost],
     "gaudi_config": [leaves_the_fused_optimizer_off],
     "attention_inputs": [passes_what_the_generation_config_asks_for],

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from align.errors import InputError
 from align.models.families import FAMILIES, Family, choose_attn_implementation
-from align.upstream_fixes import unflatten_masks
+from align.upstream_fixes import bound_masks, unflatten_masks
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,11 @@ def find_visible(segment_ids: torch.Tensor, branch_ids: torch.Tensor | None = No
     return visible & ((branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :]))
 
 
+def compute_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """What the model's matrices are multiplied in: autocast's type, or its own."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+
+
 def segment_mask(
     model: PreTrainedModel,
     segment_ids: torch.Tensor,
@@ -50,11 +55,14 @@ def segment_mask(
     family, config = _find_family(model), model.config
     if family.flattened:
         unflatten_masks(model)
+    bound_masks(model)
     visible = near = find_visible(segment_ids, branch_ids)
     if family.window_margin is not None and config.sliding_window is not None:
         distance = position_ids[:, :, None] - position_ids[:, None, :]
         near = visible & (distance < config.sliding_window + family.window_margin)
-    visible, near = (_form(who, family, model.dtype) for who in (visible, near))
+    # Within autocast embeddings are float32, and a model fills its mask with the lowest number of their type.
+    dtype = torch.float32 if torch.is_autocast_enabled(segment_ids.device.type) else model.dtype
+    visible, near = (_form(who, family, dtype) for who in (visible, near))
     return {"full_attention": visible, "sliding_attention": near} if family.by_layer_type else near
 
 
@@ -67,7 +75,10 @@ def _find_family(model: PreTrainedModel) -> Family:
 
 def _form(visible: torch.Tensor, family: Family, dtype: torch.dtype) -> torch.Tensor:
     mask = visible[:, None].to(dtype)
-    return (1 - mask) * torch.finfo(dtype).min if family.additive else mask
+    if not family.additive:
+        return mask
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)  # float32's is -inf in bfloat16
+    return torch.zeros_like(mask).masked_fill(~visible[:, None], lowest)
 
 
 # How much of a token's logits rounding may change, by dtype. A mask that leaks changes more than half of them.
@@ -88,7 +99,8 @@ class ProbeResult:
 def probe(model: PreTrainedModel, device: torch.device, **model_inputs) -> ProbeResult:
     """Measures on the loaded model whether a token sees a later one, or a packed sample another.
 
-    Two forward passes over a few dozen tokens in all. `model_inputs` are the further inputs that training passes.
+    Two forward passes over a few dozen tokens in all. `model_inputs` are the further inputs that training passes. To be
+    called within the trainer's autocast.
     Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists; parameters are gathered layer by layer.
     """
     length, half = 8, 4
@@ -121,7 +133,7 @@ def probe(model: PreTrainedModel, device: torch.device, **model_inputs) -> Probe
         logger.info(f"packing: {error}")
         packed_differs = math.inf
     model.train(was_training)
-    tolerance = TOLERANCE[model.dtype]
+    tolerance = TOLERANCE[compute_dtype(model, device)]
     return ProbeResult(earlier_moved, packed_differs, earlier_moved <= tolerance, packed_differs <= tolerance)
 
 

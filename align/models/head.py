@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from align.models.attention import gathered, place
+from align.models.attention import compute_dtype, gathered, place
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def find_head(model: PreTrainedModel, device: torch.device, graphs: bool) -> Hea
 
     `graphs`: whether the forward is recorded as an HPU graph, which would keep the first batch's targets. A forward of
     eight tokens shows that the model returns the head's output as it is: soft caps and scales change it afterwards.
-    Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists.
+    Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists. To be called within the trainer's autocast.
     """
     base = place(model.get_base_model() if hasattr(model, "get_base_model") else model, device)
     module = base.get_output_embeddings()
@@ -196,8 +196,9 @@ def find_difference(model: PreTrainedModel, head: Head) -> str | None:
         return f"the model computes with its logits itself ({str(error).splitlines()[0]})"
     finally:
         model.train(was_training)
-    expected = plain.logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    tolerance = 1e-4 if compute_dtype(model, ids.device) == torch.float32 else 5e-2
+    with torch.autocast(ids.device.type, enabled=False):
+        expected = plain.logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     if scored.logits.shape != (*ids.shape, 2):
         return "the model changes its logits"
     if not torch.allclose(scored.logits[:, :-1, 0].float(), expected, atol=tolerance, rtol=tolerance):

@@ -172,9 +172,10 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
         graphs = records_graphs(args)
         for each in filter(None, (self.model, ref_model)):
             look_up_as_stored(each)
-        self.heads = {"policy": find_head(self.model, args.device, graphs)}
-        if ref_model is not None:
-            self.heads["reference"] = find_head(ref_model, args.device, graphs)
+        with self.compute_loss_context_manager():
+            self.heads = {"policy": find_head(self.model, args.device, graphs)}
+            if ref_model is not None:
+                self.heads["reference"] = find_head(ref_model, args.device, graphs)
         self.ref_model = ref_model and self._prepare_reference(ref_model)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
@@ -224,7 +225,8 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
             prepared["reference"] = reference.to(self.args.device)
         if "segment_ids" in inputs:
             ids = inputs.pop("segment_ids"), inputs["position_ids"], inputs.pop("branch_ids")
-            inputs["attention_mask"] = segment_mask(self.model, *ids)
+            with self.compute_loss_context_manager():
+                inputs["attention_mask"] = segment_mask(self.model, *ids)
         if self.keeps_logits and None in self.heads.values():
             inputs["logits_to_keep"] = prepared["targets"].shape[1]
         return {**prepared, "model_inputs": {**inputs, "use_cache": False}}
@@ -237,7 +239,8 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
         head = self.heads["reference" if model is self.ref_model else "policy"]
         if head is None:
             logits = model(**inputs["model_inputs"]).logits[:, -targets.shape[1] :]
-            scores = ScoreTokens.apply(logits, targets)
+            with self._in_float32():
+                scores = ScoreTokens.apply(logits, targets)
         else:
             with head.scoring(targets):
                 scores = model(**inputs["model_inputs"]).logits.unbind(-1)
@@ -270,11 +273,20 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
 
     # Loss and metrics
 
+    def _in_float32(self) -> torch.autocast:
+        """Out of autocast, which multiplies in bfloat16: there ln 2, the first loss, is 0.6914."""
+        return torch.autocast(self.args.device.type, enabled=False)
+
     def _total(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
         """Sums over the pairs of a micro-batch of whatever is averaged later, and the number of pairs and tokens."""
         reference = self._score_reference(inputs)  # first: the policy's activations need not be there yet
         policy, logits = self._score(model, inputs)
-        lengths = inputs["answer_lengths"]
+        with self._in_float32():
+            return self._add_up(policy, logits, reference, inputs["answer_lengths"])
+
+    def _add_up(
+        self, policy: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         nll, present, tokens = -policy[:, 0], lengths[:, 0] > 0, lengths.clamp(min=1)
         if self.loss_type == "ipo":
             policy, reference = policy / tokens, reference / tokens
@@ -320,7 +332,8 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Gaudi
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         totals = self._total(model, inputs)
         self._remember("train", totals)
-        loss = self._loss(totals, *num_items_in_batch)
+        with self._in_float32():
+            loss = self._loss(totals, *num_items_in_batch)
         return (loss, totals) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -95,7 +95,8 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
             **kwargs,
         )
         look_up_as_stored(self.model)
-        self.head = None if self.label_smoother else find_head(self.model, args.device, records_graphs(args))
+        with self.compute_loss_context_manager():
+            self.head = None if self.label_smoother else find_head(self.model, args.device, records_graphs(args))
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
@@ -151,7 +152,9 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
         """On the device: segment ids become the mask that keeps packed samples apart; nothing is cached in training."""
         inputs = super()._prepare_inputs(inputs)
         if "segment_ids" in inputs:
-            inputs["attention_mask"] = segment_mask(self.model, inputs.pop("segment_ids"), inputs["position_ids"])
+            with self.compute_loss_context_manager():
+                mask = segment_mask(self.model, inputs.pop("segment_ids"), inputs["position_ids"])
+            inputs["attention_mask"] = mask
         return {**inputs, "use_cache": False}
 
     def compute_loss(self, model, inputs, *args, **kwargs):

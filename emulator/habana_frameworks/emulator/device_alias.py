@@ -17,14 +17,13 @@ import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
 
-from habana_frameworks.emulator import metrics_file, placement, random_state
+from habana_frameworks.emulator import autocast, metrics_file, placement, random_state
 from habana_frameworks.emulator.placement import CARD, HOST, asked, on_card, put, settle
 
 HPU = torch.device("hpu", 0)
 LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 SHARING = ("as_tensor", "asarray")  # they may return what they got, or its memory
 NEW_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
-AUTOCAST_FUNCTIONS = ("is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
 
 
 def use() -> None:
@@ -96,24 +95,14 @@ def _ask(place: bool, factory: Callable, args: tuple, kwargs: dict, copy: bool =
         asked.place = before
 
 
-def with_cpu_autocast(function: Callable) -> Callable:
-    """`function`, whose first argument is a device type: asking about hpu's autocast is no use of the device."""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        return function(*("cpu" if argument == "hpu" else argument for argument in args), **kwargs)
-
-    return wrapper
-
-
 def install() -> None:
     # Looking the set up fills torch's cache with the originals, which is what `with torch.device(...)` compares.
     for factory in _device_constructors() | {getattr(torch, name) for name in LIKE_FACTORIES}:
         for module in (torch, torch.fft, torch.nested):
             if getattr(module, factory.__name__, None) is factory:
                 _replace(module, factory.__name__, with_host_device)
-    for name in AUTOCAST_FUNCTIONS:
-        _replace(torch, name, with_cpu_autocast)
+    for function in autocast.FUNCTIONS:
+        _replace(torch, function.__name__, lambda native, function=function: functools.partial(function, native))
     _alias_device_context()
     torch.Generator = _generator_type(torch.Generator)
     _alias_tensor_methods()

@@ -22,10 +22,11 @@ from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from habana_frameworks.emulator.device_alias import AUTOCAST_FUNCTIONS, LIKE_FACTORIES, with_cpu_autocast
+from habana_frameworks.emulator.device_alias import LIKE_FACTORIES
 
 HPU, CPU, META = torch.device("hpu", 0), torch.device("cpu"), torch.device("meta")
 NEW_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+AUTOCAST_FUNCTIONS = ("is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
 REMEMBERED = 1 << 16  # elements of a tensor whose values are kept
 HOST_LIMIT = 1 << 25  # bytes of a tensor on the host that is really allocated
 
@@ -326,6 +327,16 @@ def _on_host_first(function: Callable) -> Callable:
     return wrapper
 
 
+def _with_cpu_autocast(function: Callable) -> Callable:
+    """`function`, whose first argument is a device type: asking about hpu's autocast is no use of the device."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*("cpu" if argument == "hpu" else argument for argument in args), **kwargs)
+
+    return wrapper
+
+
 def install() -> None:
     for factory in _device_constructors() | {getattr(torch, name) for name in LIKE_FACTORIES}:
         for module in (torch, torch.fft, torch.nested):
@@ -335,7 +346,7 @@ def install() -> None:
                 alias = functools.update_wrapper(functools.partial(_with_place(native)), native)
                 setattr(module, factory.__name__, alias)
     for name in AUTOCAST_FUNCTIONS:
-        setattr(torch, name, with_cpu_autocast(getattr(torch, name)))
+        setattr(torch, name, _with_cpu_autocast(getattr(torch, name)))
     for name in ("tensor", "as_tensor", "asarray"):
         setattr(torch, name, _on_host_first(getattr(torch, name)))
     _install_context()

@@ -255,7 +255,7 @@ def unflatten_masks(model: "nn.Module") -> None:
 def bound_masks(model: "nn.Module") -> None:
     """Keeps masks finite in bfloat16.
 
-    optimum-habana 1.21.2 fills them with the lowest number of the embeddings' type (modeling_attn_mask_utils.py:185, and
+    optimum-habana 1.21.2 fills them with the lowest number of the embeddings' type (modeling_attn_mask_utils.py:185;
     transformers 4.55 at :350). Within autocast that is float32's, which is -inf where fused attention computes in
     bfloat16. Can go when both take a number that bfloat16 has.
     """

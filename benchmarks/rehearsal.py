@@ -4,8 +4,8 @@
     python benchmarks/rehearsal.py llama-lora # one of them
     python benchmarks/rehearsal.py --write    # and keep the error band in align/rehearsal/calibration.json
 
-The settings were written down before any of them was looked at. Both sides run the emulator's own kernels and the CPU's
-autocast lists, since that is what can be measured here: what Gaudi's fused kernels keep was read in their source
+The settings were written down before any of them was looked at. Both sides run the emulator's own kernels, since
+that is what can be measured here: what Gaudi's fused kernels keep was read in their source
 (emulator/habana_frameworks/emulator/dry_kernels.py).
 """
 
@@ -61,13 +61,6 @@ SETTINGS = {
 STEPS = 3
 PHASES = ("forward", "backward", "optimizer", "evaluation")
 STATES = ("weights", "adapter", "gradients", "optimizer", "reference")
-# aten/src/ATen/autocast_mode.h, AT_FORALL_LOWER_PRECISION_FP and AT_FORALL_FP32 for the CPU
-CPU_LOWER = """conv1d conv2d conv3d bmm mm baddbmm addmm addbmm linear _convolution matmul conv_tbc conv_transpose1d
-conv_transpose2d conv_transpose3d prelu scaled_dot_product_attention"""
-CPU_FLOAT32 = """binary_cross_entropy grid_sampler polar prod quantile nanquantile stft cdist trace cholesky
-binary_cross_entropy_with_logits mse_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss
-poisson_nll_loss smooth_l1_loss cross_entropy_loss l1_loss huber_loss margin_ranking_loss soft_margin_loss
-triplet_margin_loss multi_margin_loss ctc_loss kl_div multilabel_margin_loss"""
 
 
 def write_inputs(folder: Path) -> None:
@@ -93,8 +86,6 @@ def write_inputs(folder: Path) -> None:
         config = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
         config |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
         (folder / f"zero{stage}.json").write_text(json.dumps({**config, "zero_optimization": zero}))
-    (folder / "lower.txt").write_text("\n".join(CPU_LOWER.split()))
-    (folder / "float32.txt").write_text("\n".join(CPU_FLOAT32.split()))
 
 
 def plan(name: str, folder: Path, side: str) -> dict:
@@ -125,12 +116,9 @@ def run_side(names: list[str], folder: Path, side: str, ranks: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HABANA_EMULATOR_DRY": "1" if side == "predicted" else "0"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "align.rehearsal.stage", str(path)]
-    if side == "predicted":
-        environment["PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST"] = str(folder / "lower.txt")
-        environment["PT_HPU_AUTOCAST_FP32_OPS_LIST"] = str(folder / "float32.txt")
-        if ranks > 1:
-            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    if ranks > 1 and side == "predicted":
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     elif ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [*launcher, *command[1:]]

@@ -104,7 +104,7 @@ def calls(monkeypatch):
         ({}, 1e-4),
         ({"use_flash_attention": True}, 1e-4),
         ({"gradient_checkpointing": True, "use_hpu_graphs_for_training": True}, 1e-4),
-        ({"bf16": True}, 1e-3),
+        ({"bf16": True}, 4e-3),  # softmax and norms too are computed in bfloat16
     ],
     ids=["float32", "fused attention", "checkpointing and graphs", "bfloat16"],
 )

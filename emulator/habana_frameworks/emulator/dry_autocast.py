@@ -1,48 +1,28 @@
-"""Autocast for dry tensors, which torch itself leaves as they are.
-
-The lists are those of gaudi-pytorch-bridge 1.19.0 (hpu_ops/autocast_helpers.h), or the files of one name a line that
-PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST and PT_HPU_AUTOCAST_FP32_OPS_LIST name, as for the real plugin.
-"""
-
-import os
-from pathlib import Path
+"""Autocast for dry tensors, which torch itself leaves as they are. Its lists are those of the emulator's autocast."""
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from habana_frameworks.emulator.autocast import FIRST_ONLY, LISTS, load_list
 from habana_frameworks.emulator.dry import is_dry
 
-LOWER = """addmm addbmm baddbmm bmm batch_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-dot dropout feature_dropout group_norm instance_norm
-layer_norm leaky_relu linear matmul mean mm mul mv softmax log_softmax
-scaled_dot_product_attention""".split()
-FLOAT32 = """acos addcdiv asin atan2 bilinear binary_cross_entropy binary_cross_entropy_with_logits cdist cosh
-cosine_embedding_loss cosine_similarity cross_entropy cross_entropy_loss dist div divide embedding embedding_bag erfinv
-exp expm1 hinge_embedding_loss huber_loss kl_div l1_loss log log10 log1p log2 logsumexp margin_ranking_loss mse_loss
-multi_margin_loss multilabel_margin_loss nll_loss pdist poisson_nll_loss pow reciprocal renorm rsqrt sinh smooth_l1_loss
-soft_margin_loss softplus tan topk triplet_margin_loss truediv true_divide""".split()
-FIRST_ONLY = {"layer_norm", "group_norm", "instance_norm", "batch_norm"}
-OPERATORS = {"__matmul__": "matmul", "__rmatmul__": "matmul", "__mul__": "mul", "__rmul__": "mul", "__truediv__": "div"}
-OPERATORS |= {"__rtruediv__": "div", "__pow__": "pow", "__rpow__": "pow", "multiply": "mul"}
-
-
-def _names(variable: str, default: list[str]) -> set[str]:
-    path = os.environ.get(variable)
-    return set(Path(path).read_text().split() if path else default)
+# Python's names of what the lists name
+OPERATIONS = {"__matmul__": "matmul", "__rmatmul__": "matmul", "__mul__": "mul", "__rmul__": "mul", "multiply": "mul"}
+OPERATIONS |= {"__truediv__": "div", "__rtruediv__": "div", "__pow__": "pow", "__rpow__": "pow"}
+OPERATIONS |= {"cross_entropy": "cross_entropy_loss"}
 
 
 class _Casting(TorchFunctionMode):
-    """Casts what functions of the lists are called with; weights once, as long as the outermost context lasts."""
+    """Casts what functions of the lists are called with. As on a card, no cast is kept for the next call."""
 
-    def __init__(self, dtype: torch.dtype, lower: set[str], wide: set[str]):
+    def __init__(self, dtype: torch.dtype, lower: frozenset[str], wide: frozenset[str]):
         super().__init__()
         self.dtype, self.lower, self.wide = dtype, lower, wide
-        self.weights: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        name = OPERATORS.get(name, name)
+        name = OPERATIONS.get(name, name)
         dtype = self.dtype if name in self.lower else torch.float32 if name in self.wide else None
         if dtype is not None and torch.is_autocast_enabled("cpu"):
             if name in FIRST_ONLY:
@@ -57,17 +37,12 @@ class _Casting(TorchFunctionMode):
             return value
         if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return value
-        if dtype == self.dtype and value.is_leaf and value.requires_grad and value.dtype == torch.float32:
-            if id(value) not in self.weights:
-                self.weights[id(value)] = value, value.to(dtype)
-            return self.weights[id(value)][1]
         return value.to(dtype)
 
 
 def install() -> None:
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
-    lower = _names("PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST", LOWER)
-    wide = _names("PT_HPU_AUTOCAST_FP32_OPS_LIST", FLOAT32)
+    lower, wide = map(load_list, LISTS)
 
     def enter_and_cast(context):
         context.casting = None

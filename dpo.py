@@ -151,6 +151,10 @@ def main() -> None:
     ref_args = replace(model_args, model_name_or_path=preference_args.ref_model or model_args.model_name_or_path)
     ref_config = modeling.load_config(ref_args, "--ref_model")
     preference.check_same_vocabulary(config, ref_config)
+    if not data_args.show_examples:
+        modeling.check_weights(model_args, args, config, "--model_name_or_path")
+        if preference_args.ref_model:
+            modeling.check_weights(ref_args, args, ref_config, "--ref_model")
 
     # Data
     samples = SampleTokenizer(tokenizer)

@@ -39,7 +39,7 @@ from align.merge.plan import (
     plan_merge,
 )
 from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
-from align.models.guard import check_adapter, check_folder, load_config
+from align.models.guard import check_adapter, check_folder, check_layers, check_weights, load_config
 
 logger = logging.getLogger("merge_peft_adapter")
 
@@ -243,13 +243,17 @@ def main(argv: list[str] | None = None) -> None:
     base_config = read_json(base / "config.json")
     dtype = DTYPES.get(args.dtype)
     try:
-        opened = open_adapter(adapter, adapter_config)
-        plan = plan_merge(open_checkpoint(base), base_config, opened, dtype)
+        opened, checkpoint = open_adapter(adapter, adapter_config), open_checkpoint(base)
+        check_layers(checkpoint, base_config, "--base_model_name")
+        plan = plan_merge(checkpoint, base_config, opened, dtype)
         report_gaps(plan, opened)
     except NotStreamableError as reason:
         plan = None
         logger.info("Merging through PEFT, with the whole model in memory: %s", reason)
         check_folder(base, "--base_model_name")
+        loadable = load_config(base, "--base_model_name")
+        has_head = adapter_config.get("task_type") != "SEQ_CLS"
+        check_weights(base, loadable, "--base_model_name", has_head=has_head)
     needed = plan.nbytes if plan else sum(path.stat().st_size for path in base.glob("*model*"))
     check_disk(output, needed)
     if plan and plan.config.get("tie_word_embeddings") != base_config.get("tie_word_embeddings"):
@@ -262,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
             if plan:
                 write_weights(plan, folder, args.num_workers, args.verify)
             else:
-                merge_through_peft(base, load_config(base, "--base_model_name"), adapter, adapter_config, folder, dtype)
+                merge_through_peft(base, loadable, adapter, adapter_config, folder, dtype)
                 if args.verify:
                     check_finite(open_checkpoint(folder))
             write_companions(folder, base, adapter, plan and plan.config, merges)

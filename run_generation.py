@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     adapt_transformers()
-    model = load_model(folder, adapter, vocabulary_size, model_args, world_size, gaudi_args.use_hpu_graphs)
+    model = load_model(folder, adapter, vocabulary_size, model_args, world_size, gaudi_args.use_hpu_graphs, rank)
     check_support(model, gaudi_args)
     penalty = decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0
     goes_on = output_args.measures if decoding_args.ignore_eos is None else decoding_args.ignore_eos

@@ -63,6 +63,8 @@ def main() -> None:
     tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
     modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
+    if not data_args.show_examples:
+        modeling.check_weights(model_args, args, config, "--model_name_or_path")
 
     # Data
     samples = SampleTokenizer(tokenizer, batch_args.train_on_prompt)

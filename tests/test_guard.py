@@ -197,3 +197,131 @@ def test_an_adapters_settings_import_nothing(run, copy, marker):
     for flags in (["--peft_model", "adapter", "--prompt", "Hi"], ["--chat", "--compare", "adapter"]):
         fails(run, "is made for Megatron", "run_generation.py", *flags, "--model_name_or_path", copy)
     fails(run, "is made for Megatron", "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
+
+
+# ---------------------------------------------------------------- weights
+
+
+def change_weights(folder, change):
+    """Applies `change` to the dictionary of tensors in model.safetensors."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_index(folder, place):
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    change(folder / "model.safetensors.index.json", weight_map={UP: place, "lm_head.weight": "model-1.safetensors"})
+
+
+class Runs:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def write_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Runs()}, folder / "pytorch_model.bin")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "more layers than the files hold": (
+        lambda folder: change(folder / "config.json", num_hidden_layers=4),
+        "asks for 4 layers, the files hold 2: there is nothing of layer 2",
+    ),
+    "fewer layers": (
+        lambda folder: change(folder / "config.json", num_hidden_layers=1),
+        r"config.json leaves out 9 tensors that the files hold, such as model.layers.1",
+    ),
+    "another size": (
+        lambda folder: change(folder / "config.json", intermediate_size=96),
+        r"mlp.\w+.weight is (128 x 64|64 x 128), config.json makes it (96 x 64|64 x 96)",
+    ),
+    "a tensor is missing": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.pop(UP)),
+        f"no weights for 1 of the 21 tensors that its config.json asks for, such as {UP}",
+    ),
+    "the head is missing": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.pop("lm_head.weight")),
+        "such as lm_head.weight",
+    ),
+    "one NaN": (
+        lambda folder: change_weights(folder, lambda tensors: tensors[UP][127].fill_(torch.nan)),
+        f"{UP} holds NaN or infinity",
+    ),
+    "one infinity": (
+        lambda folder: change_weights(folder, lambda tensors: tensors["model.norm.weight"][3:4].fill_(-torch.inf)),
+        "model.norm.weight holds NaN or infinity",
+    ),
+    "integers": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)})),
+        rf"{UP} is quantised \(I8\)",
+    ),
+    "cut short": (lambda folder: os.truncate(folder / "model.safetensors", 9999), "is truncated or damaged"),
+    "gone": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors or pytorch_model.bin"),
+    "an index that leaves the folder": (
+        lambda folder: write_index(folder, "../evil/x.safetensors"),
+        "leaves the folder",
+    ),
+    "an index without files": (lambda folder: write_index(folder, ["x"]), 'has no "weight_map" of files'),
+    "a pickle that runs code": (write_pickle, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_one_line_before_anything_is_loaded(run, copy, damage, monkeypatch):
+    from transformers import PreTrainedModel
+
+    make, message = DAMAGES[damage]
+    make(copy)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+
+    fails(run, message, "sft.py", *command("sft.py", copy))
+    fails(run, message, "run_generation.py", *command("run_generation.py", copy))
+
+    assert not Path("ran").exists()
+
+
+def test_a_damaged_reference_and_a_damaged_adapter_are_told_too(run, model, copy):
+    write_adapter()
+    DAMAGES["one NaN"][0](copy)
+    fails(run, f"--ref_model: .*{UP} holds NaN", "dpo.py", *command("dpo.py", model, "--ref_model", copy))
+    adapter = torch.full((2, 64), torch.nan)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file("adapter/adapter_model.safetensors")
+    save_file(tensors | {next(iter(tensors)): adapter}, "adapter/adapter_model.safetensors")
+    flags = ["--peft_model", "adapter"]
+    fails(run, "--peft_model: adapter/.* holds NaN", "run_generation.py", *command("run_generation.py", model, *flags))
+
+
+def test_a_merge_refuses_a_base_with_fewer_layers_than_its_configuration(run, copy):
+    write_adapter()
+    change(copy / "config.json", num_hidden_layers=4)
+    fails(run, "asks for 4 layers, the files hold 2", "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
+
+
+FAMILIES = ("gpt2", "gemma2", "mixtral", "qwen2", "gpt_neox", "falcon", "bloom", "opt", "mpt", "phi3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "legacy"])
+def test_whole_models_of_all_kinds_pass_in_every_format_and_with_bare_names(tmp_path, family, file, caplog):
+    from align.models import guard
+
+    folder = save_model(tmp_path / "model", family)
+    if file != "model.safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        # transformers' own older checkpoints lack the prefix of the model that has the head
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=file != "legacy")
+
+    guard.check_weights(folder, guard.load_config(folder, "--model"), "--model")
+
+    assert ("is not looked through" in caplog.text) == (file == "legacy")

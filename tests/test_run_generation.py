@@ -350,7 +350,7 @@ def test_models_and_adapters_that_are_not_whole_or_do_not_fit_are_told_before_ge
     fails("cut has no model.safetensors", "cut")
     shutil.copytree(models / "llama", "deeper")
     change_json("deeper/config.json", num_hidden_layers=3)
-    fails("deeper holds no weights for model.layers.2", "deeper")
+    fails("deeper/config.json asks for 3 layers, the files hold 2", "deeper")
     fails("prompt 2: '' has no tokens", models / "gpt2", "--prompt", "")
     fails("--use_chat_template: the tokenizer has no chat template", models / "gpt2", "--use_chat_template")
     fails("adapter does not fit the model", models / "gpt2", "--peft_model", models / "adapter")

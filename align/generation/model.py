@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.errors import InputError
-from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint
+from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_tensors
+from align.merge.plan import find_adapter_file
 from align.models import guard
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def load_model(
     arguments: ModelArguments,
     world_size: int,
     use_hpu_graphs: bool,
+    rank: int = 0,
 ) -> "PreTrainedModel":
     """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
 
@@ -120,12 +122,17 @@ def load_model(
 
     from habana_frameworks.torch.hpu import wrap_in_hpu_graph
 
+    config = guard.load_config(folder, "--model_name_or_path", arguments.trust_remote_code)
+    guard.check_weights(folder, config, "--model_name_or_path", arguments.trust_remote_code, rank, world_size)
+    if adapter is not None:
+        guard.check_values(read_tensors(find_adapter_file(adapter)), "--peft_model")
     dtype = torch.bfloat16 if uses_bf16(arguments, world_size) else torch.float32
     if arguments.sdp_on_bf16:
         torch._C._set_math_sdp_allow_fp16_bf16_reduction(True)
     try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             torch_dtype=dtype,
             attn_implementation="eager",
             trust_remote_code=arguments.trust_remote_code,

@@ -58,6 +58,13 @@ def all_finite(values: torch.Tensor) -> bool:
     return all(math.isfinite(end) for end in torch.stack(values.aminmax()).tolist()) if len(values) else True
 
 
+def is_finite(tensor: StoredTensor) -> bool:
+    """Whether a stored float tensor holds neither NaN nor infinity; reads it once, chunk by chunk."""
+    size = math.prod(tensor.shape)
+    chunks = (range(size)[start : start + CHUNK_ELEMENTS] for start in range(0, size, CHUNK_ELEMENTS))
+    return all(all_finite(read_elements(tensor, chunk.start, chunk.stop, "checked")) for chunk in chunks)
+
+
 def merged_chunks(tensor: MergedTensor) -> Iterator[tuple[int, torch.Tensor]]:
     """The chunks of a float tensor in order: the first element's number, and the values, valid until the next one."""
     dtype = TORCH_DTYPES[tensor.dtype]

@@ -167,8 +167,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if not index.exists():
             continue
         places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise InputError(f'{index} has no "weight_map": copy or download it again')
+        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+            raise InputError(f'{index} has no "weight_map" of files: copy or download it again')
+        if outside := [file for file in places.values() if Path(file).name != file]:
+            raise InputError(f"{index} leaves the folder for {outside[0]}: copy or download it again")
         missing = sorted(set(places.values()) - {path.name for path in folder.iterdir() if path.is_file()})
         if missing:
             raise InputError(f"{index} names {missing[0]}, which is not there: copy or download it again")

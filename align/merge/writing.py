@@ -140,9 +140,9 @@ def _merge(tensor: MergedTensor, offset: int, out: int, check: bool, count: Call
 
 
 def _check_copied(tensor: MergedTensor) -> None:
-    from align.merge.arithmetic import all_finite, merged_chunks
+    from align.merge.arithmetic import is_finite
 
-    if not all(all_finite(values) for _, values in merged_chunks(tensor)):
+    if not is_finite(tensor.source):
         raise _not_finite(tensor.name, tensor.source.path)
 
 
@@ -177,13 +177,11 @@ def _reads_back(tensor: MergedTensor, written: StoredTensor) -> bool:
 
 def check_finite(written: Checkpoint) -> None:
     """The check of values for a model that was not written chunk by chunk."""
-    from align.merge.arithmetic import all_finite, merged_chunks
+    from align.merge.arithmetic import is_finite
 
     for name, tensor in written.tensors.items():
-        if tensor.dtype in FLOATS:
-            for _, values in merged_chunks(MergedTensor(name, tensor.dtype, tensor)):
-                if not all_finite(values):
-                    raise _not_finite(name, "the adapter")
+        if tensor.dtype in FLOATS and not is_finite(tensor):
+            raise _not_finite(name, "the adapter")
 
 
 def _not_finite(name: str, cause: object) -> InputError:

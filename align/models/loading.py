@@ -167,14 +167,16 @@ def _matches(target: str, module: str) -> bool:
 
 def _linear_modules(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
     """Paths of the modules that LoRA can adapt, from a model without weights."""
-    with torch.device("meta"):
-        if type(config) in AutoModelForCausalLM._model_mapping:
-            # The class itself: from_config would shard it under ZeRO-3.
-            model = AutoModelForCausalLM._model_mapping[type(config)](config)
-        else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = guard.empty_model(config, trust_remote_code)
     kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def check_weights(args: ModelArguments, training_args, config: PretrainedConfig, flag: str) -> None:
+    """Finds before anything is loaded that the files of a model are not whole, not its own or hold NaN."""
+    folder = guard.find_weights(args.model_name_or_path, flag, args.token)
+    ranks = training_args.process_index, training_args.world_size
+    guard.check_weights(folder, config, flag, args.trust_remote_code, *ranks)
 
 
 def load_model(
@@ -191,7 +193,7 @@ def load_model(
     dtype = args.torch_dtype or ("bfloat16" if in_bfloat16 else "float32")
     name = name or args.model_name_or_path
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             torch_dtype=getattr(torch, dtype),
@@ -199,9 +201,12 @@ def load_model(
             token=args.token,
             revision=config._commit_hash,  # what was checked; None for a folder
             trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"--model_name_or_path: {name} cannot be loaded: {guard.one_line(error)}") from error
+    if loaded["missing_keys"]:  # of a format that the guard does not read
+        raise InputError(f"--model_name_or_path: {name} holds no weights for {sorted(loaded['missing_keys'])[0]}")
     if args.use_flash_attention:  # optimum-habana's trainers read these and hand them to the model's forward
         model.generation_config.use_flash_attention = True
         model.generation_config.flash_attention_recompute = training_args.flash_attention_recompute

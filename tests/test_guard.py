@@ -13,7 +13,20 @@ from transformers import AutoConfig
 
 from align.errors import InputError
 
-CODE = 'import pathlib\npathlib.Path({marker!r}).write_text("")\nfrom transformers import LlamaConfig as Evil\n'
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).touch()
+
+
+class Evil(LlamaConfig):
+    pass
+
+
+class EvilModel(LlamaForCausalLM):
+    config_class = Evil
+"""
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +143,7 @@ def test_neither_reference_nor_second_model_nor_tokenizer_nor_an_adapters_base_r
     assert not marker.exists()
 
 
-EVIL = {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.Evil"}
+EVIL = {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.EvilModel"}
 TYPE = {"model_type": "evil"}
 WAYS = {
     "code of its own": ("config.json", {"auto_map": EVIL}, "asks to run code that comes with it"),
@@ -186,8 +199,11 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(run, copy):
 def test_code_that_the_user_trusts_runs(run, copy, marker):
     change(copy / "config.json", auto_map={"AutoConfig": "code.Evil"})
     shutil.copy("evil/code.py", copy)
+    flags = ["--trust_remote_code", "--show_examples", 1]
+    fails(run, "brings code for a configuration and none for a causal", "sft.py", *command("sft.py", copy, *flags))
 
-    run("sft.py", *command("sft.py", copy, "--trust_remote_code", "--show_examples", 1))
+    change(copy / "config.json", auto_map=EVIL)
+    run("sft.py", *command("sft.py", copy, *flags))
 
     assert marker.exists()
 
@@ -325,3 +341,125 @@ def test_whole_models_of_all_kinds_pass_in_every_format_and_with_bare_names(tmp_
     guard.check_weights(folder, guard.load_config(folder, "--model"), "--model")
 
     assert ("is not looked through" in caplog.text) == (file == "legacy")
+
+
+# ---------------------------------------------------------------- transformers 5
+
+
+def write_as_5(folder, changes):
+    """The configuration as transformers 5.24 writes it (compared with it, family by family)."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"dtype": config.pop("torch_dtype"), "transformers_version": "5.24.0", **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "out"}))
+
+
+def rope(theta=70000.0, kind="default", **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}, "rope_theta": "out"}
+
+
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"short_factor": [1.5] * 8, "long_factor": [3.0] * 8}
+TWO = {"full_attention": {"rope_theta": 7e5}, "sliding_attention": {"rope_theta": 9e3, "rope_type": "default"}}
+WRITTEN_BY_5 = {  # family: its configuration in 4.55, and what 5 writes instead
+    "llama": ({"rope_theta": 70000.0}, rope() | {"head_dim": None}),
+    "llama, scaled": (
+        {"rope_theta": 70000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}},
+        rope(kind="llama3", **LLAMA_3) | {"rope_scaling": "out"},
+    ),
+    "phi3": (
+        {"rope_theta": 70000.0, "rope_scaling": {"type": "longrope", **LONG}, "original_max_position_embeddings": 256},
+        rope(kind="longrope", original_max_position_embeddings=256, **LONG)
+        | {"rope_scaling": "out", "original_max_position_embeddings": "out"},
+    ),
+    "phi": ({"rope_theta": 70000.0, "partial_rotary_factor": 0.5}, rope(partial_rotary_factor=0.5)),
+    "gpt_neox": (
+        {"rotary_emb_base": 70000, "rotary_pct": 0.5},
+        rope(partial_rotary_factor=0.5) | dict.fromkeys(("rotary_emb_base", "rotary_pct"), "out"),
+    ),
+    "gemma3_text": (
+        {"rope_theta": 7e5, "rope_local_base_freq": 9e3, "head_dim": 16},
+        {"rope_parameters": TWO, "rope_theta": "out", "rope_local_base_freq": "out"},
+    ),
+    "qwen3_moe": (
+        {"rope_theta": 70000.0, "num_experts": 4, "moe_intermediate_size": 32},
+        rope() | {"num_experts": "out", "num_local_experts": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", WRITTEN_BY_5)
+def test_a_configuration_of_transformers_5_means_what_it_meant_there(tmp_path, family):
+    from align.models import guard
+
+    before, changes = WRITTEN_BY_5[family]
+    folder = save_model(tmp_path / "model", family.partition(",")[0], **before)
+    expected = guard.load_config(folder, "--model").to_dict()
+
+    write_as_5(folder, changes)
+    config = guard.load_config(folder, "--model")
+
+    assert AutoConfig.from_pretrained(folder).to_dict() != expected  # transformers 4.55 alone reads over it
+    ours = config.to_dict() | {"transformers_version": expected["transformers_version"]}
+    assert {name: ours[name] for name in expected} == expected
+    guard.check_weights(folder, config, "--model")
+
+
+REFUSED = {
+    "factor 4, where the lengths make it 8": rope(kind="yarn", factor=4.0, original_max_position_embeddings=64),
+    "rope_type: spiral": rope(kind="spiral"),
+    "full_attention, sliding_attention": {"rope_parameters": TWO, "rope_theta": "out"},
+    "partial_rotary_factor: 0.25": rope(partial_rotary_factor=0.25),
+    "rope_theta is 10000.0; take one out": {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 1e4},
+    "this is no causal language model": {"use_bidirectional_attention": True},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_translated_is_refused(run, copy, message):
+    write_as_5(copy, REFUSED[message])
+    fails(run, message, "sft.py", *command("sft.py", copy))
+
+
+def test_an_entry_that_only_transformers_5_knows_is_told(copy, caplog):
+    from align.models import guard
+
+    write_as_5(copy, rope() | {"swiglu_limit": 7.0})
+    guard.load_config(copy, "--model")
+    assert "4.55 does not use its entries swiglu_limit" in caplog.text
+
+
+def test_a_folder_of_transformers_5_says_and_tokenises_the_same(run, model, copy):
+    path = copy / "tokenizer_config.json"
+    write_as_5(copy, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_theta": "out"})
+    settings = json.loads(path.read_text())
+    more = settings.pop("additional_special_tokens")
+    new = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "extra_special_tokens": more}
+    del settings["added_tokens_decoder"]
+    path.write_text(json.dumps(settings | new))
+    (copy / "special_tokens_map.json").unlink()
+
+    answers = [run("run_generation.py", *command("run_generation.py", folder)) for folder in (model, copy)]
+
+    assert answers[0].out == answers[1].out
+    assert "not the same type" not in answers[1].err
+    from align.models import guard
+
+    first, second = (guard.load_tokenizer(folder, "--model") for folder in (model, copy))
+    text = "Hello <|start|>user<|stop|> two and two<|eot|>"
+    assert first(text).input_ids == second(text).input_ids
+    assert set(first.all_special_tokens) == set(second.all_special_tokens)
+
+
+# ---------------------------------------------------------------- generation_config.json
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_full_training_of_a_model_with_an_invalid_generation_config_saves(run, copy, file):
+    change(copy / file, temperature=0.9, top_p=0.6)
+
+    said = run("sft.py", *command("sft.py", copy, "--use_peft", "False", "--per_device_train_batch_size", 1)).err
+
+    saved = json.loads(Path("out/generation_config.json").read_text())
+    assert not {"temperature", "top_p"} & saved.keys()
+    assert said.count("sets temperature, top_p without effect") == 1

@@ -270,8 +270,9 @@ def test_checkpoints_by_the_clock(train):
 
 
 @pytest.fixture
-def poisoned(model, tmp_path):
+def poisoned(model, tmp_path, monkeypatch):
     """A model that is not finite where it meets one word, and rows of which one has it."""
+    monkeypatch.setattr("align.models.guard.check_values", lambda *_: None)  # it would find that before the run
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

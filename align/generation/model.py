@@ -71,7 +71,8 @@ def find_folders(arguments: ModelArguments) -> tuple[Path, Path, Path | None]:
     patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
     adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin", token=token)
     if adapter:
-        name = name or guard.check_adapter(adapter, "--peft_model").get("base_model_name_or_path")
+        recorded = guard.check_adapter(adapter, "--peft_model").get("base_model_name_or_path")
+        name = name or recorded
     if not name:
         raise InputError(f"--model_name_or_path: missing, and --peft_model {peft_model} names no base; give one")
     if revision not in (None, "main") and Path(name).is_dir():
@@ -94,7 +95,7 @@ def load_config_and_tokenizer(
 ) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
     trust = arguments.trust_remote_code
     trust_tokenizer = trust or arguments.trust_remote_code_tokenizer
-    guard.check_folder(folder, "--model_name_or_path", trust)
+    guard.check_folder(folder, "--model_name_or_path", trust, trust_tokenizer)
     guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
     config = guard.load_config(folder, "--model_name_or_path", trust)
     return config, guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)

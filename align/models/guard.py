@@ -4,6 +4,7 @@ Every refusal is one line that names the flag, the file, and what to do. Heavy p
 used: run_generation.py and the merge check folders before they need them.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -35,23 +36,28 @@ ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implemen
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # one thing in three spellings
+# Entries of transformers 5 that say what 4.55 does anyway, or finds out by itself
+NEW_AND_HARMLESS = ("head_dim", "qk_head_dim", "num_nextn_predict_layers", "_sliding_window_pattern")
 PARTS_OF_A_DECODER = ("attn_config", "ffn_config")  # sub-configs that are no models: mpt's and dbrx's
 
 
 # ---------------------------------------------------------------- code
 
 
-def check_folder(folder: Path, flag: str, trust_remote_code: bool = False) -> None:
+def check_folder(folder: Path, flag: str, trust_remote_code: bool = False, trust_tokenizer: bool | None = None) -> None:
     """Refuses settings that make transformers 4.55 run code, or read other files than the ones that are checked here.
 
-    `trust_remote_code` allows the code that comes with the model (`auto_map`), and no other.
+    `trust_remote_code` allows the code that comes with the model (`auto_map`), and no other; `trust_tokenizer`, where
+    it is given, decides for the tokenizer's.
     """
     for name in SETTINGS:
         path = folder / name
         if not path.exists() and not path.is_symlink():
             continue
         settings = read_json(path)
-        _check_keys(path, settings, flag, trust_remote_code)
+        is_tokenizer = name == "tokenizer_config.json" and trust_tokenizer is not None
+        _check_keys(path, settings, flag, trust_tokenizer if is_tokenizer else trust_remote_code)
         if name == "config.json":
             _check_config(path, settings, flag)
     if (folder / "custom_generate" / "generate.py").exists() and not trust_remote_code:
@@ -156,21 +162,31 @@ def find_model(name: str, flag: str, trust_remote_code: bool = False, token: str
 def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The configuration in a folder that `check_folder` has passed: that of a causal language model."""
     from transformers import AutoConfig
+    from transformers.utils.hub import extract_commit_hash
 
     if not (folder / "config.json").is_file():
         hint = "; it holds an adapter: merge that one first" if (folder / "adapter_config.json").exists() else ""
         raise InputError(f"{flag}: no model at {folder}: there is no config.json{hint}")
-    content = read_json(folder / "config.json")
-    has_own_code = trust_remote_code and "AutoConfig" in (content.get("auto_map") or {})
-    if not has_own_code:
-        _check_kind(content, folder, flag)
+    path = folder / "config.json"
+    content = read_json(path)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        own_code = (trust_remote_code and content.get("auto_map")) or {}
+        if "AutoConfig" in own_code:
+            if "AutoModelForCausalLM" not in own_code:
+                raise InputError(
+                    f"{flag}: {folder} brings code for a configuration and none for a causal language model (auto_map)"
+                )
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        config_class = _find_class(content, folder, flag)
+        about = {"name_or_path": str(folder), "_commit_hash": extract_commit_hash(str(path.absolute()), None)}
+        return config_class.from_dict(translate_config(content, config_class, path, flag) | about)
+    except InputError:
+        raise
     except Exception as error:  # whatever a wrong value makes of a configuration's own code
-        raise InputError(f"{flag}: {folder}/config.json cannot be used: {one_line(error)}") from error
+        raise InputError(f"{flag}: {path} cannot be used: {one_line(error)}") from error
 
 
-def _check_kind(config: dict, folder: Path, flag: str) -> None:
+def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig"]:
     """Causal language models alone: other kinds have configurations that load more than themselves."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto import modeling_auto
@@ -195,16 +211,158 @@ def _check_kind(config: dict, folder: Path, flag: str) -> None:
     is_decoder = config_class in AutoModelForCausalLM._model_mapping and kind not in others and not parts
     if not is_decoder or config.get("is_encoder_decoder"):
         raise InputError(f"{flag}: {folder} is a {kind} model; give a causal language model, of text alone")
+    return config_class
+
+
+def translate_config(config: dict, config_class: type["PretrainedConfig"], path: Path, flag: str) -> dict:
+    """A configuration that transformers 5 wrote, in the words of 4.55, which reads over what it does not know."""
+    if not (config.keys() & {"rope_parameters", "dtype"} or str(config.get("transformers_version")).startswith("5")):
+        return config
+    from transformers import PretrainedConfig
+
+    config = dict(config)
+    known = set(inspect.signature(config_class.__init__).parameters)
+    if config.get("dtype") is not None:
+        config["torch_dtype"] = config["dtype"]
+    config.pop("dtype", None)
+    if config.get("head_dim", 0) is None:
+        del config["head_dim"]
+    given, wanted = (set(EXPERT_COUNTS) & names for names in (config.keys(), known))
+    if given and wanted and not given & wanted:
+        config[wanted.pop()] = config.pop(given.pop())
+    if config.get("use_bidirectional_attention"):
+        raise InputError(f"{flag}: {path}: use_bidirectional_attention: this is no causal language model")
+    rope = config.pop("rope_parameters", None)
+    if rope:
+        translated = _translate_rope(rope, config, config_class, path, flag)
+        for name, value in translated.items():
+            if config.get(name, value) not in (value, None):
+                raise InputError(
+                    f"{flag}: {path}: rope_parameters makes {name} {value}, and {name} is {config[name]}; take one out"
+                )
+        config |= translated
+    known |= PretrainedConfig().to_dict().keys() | set(config_class.attribute_map) | set(NEW_AND_HARMLESS)
+    if unread := [name for name, value in config.items() if name not in known and value not in (None, False)]:
+        logger.warning(
+            f"{flag}: {path} is of transformers 5; 4.55 does not use its entries {', '.join(sorted(unread))}"
+        )
+    return config
+
+
+def _translate_rope(
+    rope: dict, config: dict, config_class: type["PretrainedConfig"], path: Path, flag: str
+) -> dict[str, Any]:
+    """Transformers 5's `rope_parameters` as 4.55's entries, where that model's class reads each of them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def refuse(what: str) -> InputError:
+        return InputError(
+            f"{flag}: {path} is of transformers 5, and 4.55's {config['model_type']} model cannot be told its "
+            f"rope_parameters ({what})"
+        )
+
+    known = set(inspect.signature(config_class.__init__).parameters)
+    new = {}
+    if not isinstance(rope, dict):
+        raise refuse(str(rope))
+    if all(isinstance(value, dict) for value in rope.values()):  # one set for each type of layer
+        if "rope_local_base_freq" not in known or set(rope) != {"full_attention", "sliding_attention"}:
+            raise refuse(", ".join(rope))
+        local = rope["sliding_attention"]
+        if set(local) - {"rope_theta", "rope_type"} or local.get("rope_type", "default") != "default":
+            raise refuse("a scaled sliding_attention")
+        new["rope_local_base_freq"] = local["rope_theta"]
+        rope = rope["full_attention"]
+    rope = {name: value for name, value in rope.items() if value is not None}
+    kind = rope.pop("rope_type", None) or rope.pop("type", "default")
+    names = {
+        "rope_theta": ("rope_theta", "rotary_emb_base"),
+        "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+    }
+    for name, spellings in names.items():
+        value = rope.pop(name, None)
+        spelling = next((each for each in spellings if each in known), None)
+        if spelling is not None and value is not None:
+            new[spelling] = value
+        elif name == "rope_theta" or value not in (None, 1.0):
+            raise refuse(f"{name}: {value}")
+    if kind == "default":
+        if rope:
+            raise refuse(", ".join(rope))
+        return new
+    if kind not in ROPE_INIT_FUNCTIONS or "rope_scaling" not in known:
+        raise refuse(f"rope_type: {kind}")
+    original = rope.get("original_max_position_embeddings")
+    if original and "factor" in rope and kind in ("yarn", "longrope"):
+        # 4.55 computes it (modeling_rope_utils.py:244), 5 takes the given one.
+        implied = config.get("max_position_embeddings", original) / original
+        if implied != rope["factor"]:
+            raise refuse(f"factor {rope['factor']:g}, where the lengths make it {implied:g}")
+    if kind == "longrope":
+        if "original_max_position_embeddings" in rope:  # which 4.55 looks for beside it
+            new["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+        return new | {"rope_scaling": {"type": kind, **rope}}
+    return new | {"rope_scaling": {"rope_type": kind, **rope}}
 
 
 def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer in a folder that `check_folder` has passed."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging as logging_of_transformers
 
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    changes = {}
+    if isinstance(settings.get("extra_special_tokens"), list):  # transformers 5's additional_special_tokens
+        more = settings.get("additional_special_tokens") or []
+        changes["additional_special_tokens"] = [*more, *settings["extra_special_tokens"]]
+        changes["extra_special_tokens"] = settings.get("model_specific_special_tokens") or {}
+    loader = AutoTokenizer
+    if settings.get("backend") == "tokenizers" or settings.get("tokenizer_class") == "TokenizersBackend":
+        # Written by transformers 5: tokenizer.json alone says how; classes of 4.55 would change it by their own rules.
+        if not (folder / "tokenizer.json").is_file():
+            raise InputError(f"{flag}: {folder} has no tokenizer.json; copy or download it again")
+        loader = PreTrainedTokenizerFast
+    verbosity = logging_of_transformers.get_verbosity()
+    if loader is PreTrainedTokenizerFast:
+        logging_of_transformers.set_verbosity_error()  # it would warn of the other class
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return loader.from_pretrained(folder, trust_remote_code=trust_remote_code, **changes)
     except Exception as error:  # whatever a damaged file makes of a tokenizer's own code
         raise InputError(f"{flag}: no tokenizer at {folder}: {one_line(error)}") from error
+    finally:
+        logging_of_transformers.set_verbosity(verbosity)
+
+
+def mend_generation_config(model: "PreTrainedModel", flag: str) -> None:
+    """Takes out what has no effect, such as a temperature without sampling: transformers does not save it.
+
+    Text is the same without. Entries that stand in config.json are moved as saving would move them.
+    """
+    from transformers import GenerationConfig
+
+    config, defaults = model.generation_config, GenerationConfig()
+    for name, value in model.config._get_non_default_generation_parameters().items():
+        setattr(config, name, value)
+        setattr(model.config, name, None)
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError as error:
+        invalid = re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)
+        reason = one_line(error)
+    for name in invalid:
+        setattr(config, name, getattr(defaults, name))
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        raise InputError(
+            f"{flag}: {config._name_or_path or model.name_or_path}: generation_config.json: {reason}"
+        ) from None
+    logger.warning(
+        f"{flag}: generation_config.json of {model.name_or_path} sets {', '.join(invalid)} without effect (it neither "
+        "samples nor searches beams); what is saved leaves that out"
+    )
 
 
 # ---------------------------------------------------------------- weights

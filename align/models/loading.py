@@ -207,6 +207,7 @@ def load_model(
         raise InputError(f"--model_name_or_path: {name} cannot be loaded: {guard.one_line(error)}") from error
     if loaded["missing_keys"]:  # of a format that the guard does not read
         raise InputError(f"--model_name_or_path: {name} holds no weights for {sorted(loaded['missing_keys'])[0]}")
+    guard.mend_generation_config(model, "--model_name_or_path")
     if args.use_flash_attention:  # optimum-habana's trainers read these and hand them to the model's forward
         model.generation_config.use_flash_attention = True
         model.generation_config.flash_attention_recompute = training_args.flash_attention_recompute

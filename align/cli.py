@@ -39,6 +39,9 @@ def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Map
         *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
         raise InputError(" ".join(str(error).split())) from error
+    except OSError as error:  # optimum-habana looks for the Gaudi configuration here
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"a file that --gaudi_config_name or another flag names is not there: {reason}") from error
     if unknown:
         flag = unknown[0].partition("=")[0]
         close = get_close_matches(flag, parser._option_string_actions, 1)

@@ -43,17 +43,34 @@ def trainer_autocast(args) -> "torch.autocast":
 
 
 def gaudi_config(args) -> "GaudiConfig":
-    """The fused optimizer for every flavour of AdamW that --optim can name, else the optimizer that it names.
+    """--gaudi_config_name, else the fused optimizer for every flavour of AdamW, and fused clipping.
 
     Paged and 8-bit AdamW are CUDA implementations of the same update, which Gaudi's FusedAdamW computes.
+    optimum-habana 1.21.2 takes FusedAdamW for whatever --optim names (transformers/trainer.py:422).
     """
     from optimum.habana import GaudiConfig
 
-    config = GaudiConfig()
-    config.use_fused_adam = args.use_habana and "adamw" in str(args.optim.value)
-    config.use_fused_clip_norm = args.use_habana
-    if config.use_fused_adam and args.optim.value not in ("adamw_torch", "adamw_torch_fused"):
-        logger.info(f"--optim {args.optim.value} runs as FusedAdamW, Gaudi's implementation of the same update")
+    name, optim = args.gaudi_config_name, args.optim.value
+    if name is None:
+        config = GaudiConfig(use_fused_adam=args.use_habana, use_fused_clip_norm=args.use_habana)
+    else:
+        try:
+            config = GaudiConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--gaudi_config_name: no gaudi_config.json at {name}: {reason}") from error
+        if config.use_torch_autocast and not args.bf16:
+            raise InputError(f"--gaudi_config_name: {name} sets use_torch_autocast, which is --bf16 here; add that")
+        if config.autocast_bf16_ops or config.autocast_fp32_ops:
+            # optimum-habana sets them too late for the plugin (gaudi_configuration.py:92).
+            raise InputError(
+                f"--gaudi_config_name: {name} sets lists of operations for autocast; name files of them in "
+                "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST and PT_HPU_AUTOCAST_FP32_OPS_LIST instead"
+            )
+    if "adamw" not in optim:
+        config.use_fused_adam = False
+    elif not config.use_fused_adam and optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise InputError(f"--gaudi_config_name: {name} is without FusedAdamW, as which --optim {optim} runs on Gaudi")
     return config
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from align.errors import InputError
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, RunArguments
+from align.training.optimizers import check_optimizer
 from align.training.unused import check_unused
+from align.upstream_fixes import gaudi_config
 
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*")
 RUN_FILES = (*WEIGHTS, "adapter_config.json", "checkpoint-*")
@@ -20,6 +22,8 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
     `models` are those that the run reads, which it must not replace.
     """
     check_unused(args)
+    check_optimizer(args)
+    gaudi_config(args)
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
     if args.flash_attention_causal_mask and getattr(args, "packing", False):

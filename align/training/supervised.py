@@ -129,8 +129,8 @@ class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsIn
 
     def describe_rows(self, batch):
         """A packed row is taken apart into its samples; of a stream they have no number."""
-        for place, ids in enumerate(batch["input_ids"].numpy()):
-            segments = (batch.get("segment_ids", batch.get("attention_mask"))[place]).numpy()
+        for place, ids in enumerate(batch["input_ids"].cpu().numpy()):
+            segments = batch.get("segment_ids", batch.get("attention_mask"))[place].cpu().numpy()
             for segment in np.unique(segments[segments > 0]):
                 sample = ids[segments == segment]
                 yield {

@@ -51,6 +51,8 @@ WITHOUT_EFFECT = {  # of both scripts
     "fsdp_min_num_params": "use --deepspeed with a ZeRO-3 file of configs/",
     "fsdp_transformer_layer_cls_to_wrap": "use --deepspeed with a ZeRO-3 file of configs/",
     "ddp_backend": "cards speak over hccl",
+    "use_liger_kernel": "its kernels are Triton's, for other devices; Gaudi's own are in use already",
+    "liger_kernel_config": "its kernels are Triton's, for other devices; Gaudi's own are in use already",
     "torchdynamo": "use --torch_compile",
     "ray_scope": "there is no search over hyperparameters here",
     "use_hpu_graphs": "use --use_hpu_graphs_for_training and --use_hpu_graphs_for_inference",

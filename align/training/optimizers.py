@@ -1,0 +1,68 @@
+"""What the flags of optimizer, schedule and loggers need, looked for before a model is loaded."""
+
+import importlib.util
+import logging
+
+from align.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# One update in several implementations, which Gaudi's FusedAdamW computes in one kernel: the others are of CUDA, or
+# keep its moments in fewer bits to save memory.
+SAME_AS_FUSED_ADAMW = {
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused"),
+    *("adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit", "adamw_8bit"),
+    *("paged_adamw_32bit", "paged_adamw_8bit"),
+}
+OF_TORCH = {"adafactor", "adagrad", "rmsprop", "sgd"}
+TRANSFORMER_ENGINE = "habana_frameworks.torch.hpex.experimental.transformer_engine"
+
+
+def check_optimizer(args) -> None:
+    """Refuses what would be replaced by another update, or ends with a missing package once the model is there."""
+    name = args.optim.value
+    if name not in SAME_AS_FUSED_ADAMW | OF_TORCH:
+        raise InputError(
+            f"--optim {name}: its update is another than FusedAdamW's, and its package is not made for Gaudi; choose "
+            f"from {', '.join(sorted(OF_TORCH))}, or adamw_torch, which runs as FusedAdamW"
+        )
+    if name in SAME_AS_FUSED_ADAMW - {"adamw_torch", "adamw_torch_fused"}:
+        logger.info(f"--optim {name} runs as FusedAdamW, Gaudi's implementation of the same update")
+    if args.optim_args:
+        raise InputError(f"--optim_args {args.optim_args}: --optim {name} takes none")
+    if args.optim_target_modules:
+        raise InputError("--optim_target_modules: is of GaLore and APOLLO, which do not run here; leave it out")
+    if args.fp8 and importlib.util.find_spec("habana_frameworks.torch.hpex.experimental") is None:
+        raise InputError(f"--fp8: needs Gaudi's {TRANSFORMER_ENGINE}, which this plugin does not have; use --bf16")
+    if args.do_train:
+        _check_schedule(args)
+    _check_loggers(args)
+
+
+def _check_schedule(args) -> None:
+    """Makes the schedule once, for a parameter of its own."""
+    import torch
+    from transformers import get_scheduler
+
+    name = args.lr_scheduler_type.value
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
+    kwargs = args.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(name, optimizer, args.get_warmup_steps(100), 100, scheduler_specific_kwargs=dict(kwargs))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--lr_scheduler_type {name}: --lr_scheduler_kwargs {kwargs}: {error}") from error
+
+
+def _check_loggers(args) -> None:
+    """Makes each logger's callback, which looks for its package."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise InputError(f"--report_to {name}: is none of {known}; none keeps the log of this run alone")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--report_to {name}: {reason or 'no package'}; install it, or leave it out") from error

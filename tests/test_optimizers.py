@@ -1,0 +1,75 @@
+"""Optimizers, schedules, loggers: they do as they say, or stop first. Run: pytest tests/test_optimizers.py"""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+from tiny import save_model
+from transformers.training_args import OptimizerNames
+
+from align.errors import InputError
+from align.training.optimizers import OF_TORCH, SAME_AS_FUSED_ADAMW
+
+NOWHERE = ["--model_name_or_path", "nowhere", "--dataset_name", "rows.jsonl", "--output_dir", "out", "--do_train"]
+
+
+def fails(run, message, *flags):
+    with pytest.raises(InputError, match=message) as error:
+        run("sft.py", *NOWHERE, *flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [each.value for each in OptimizerNames])
+def test_every_optimizer_is_its_own_update_or_refused(run, name):
+    known = name in SAME_AS_FUSED_ADAMW | OF_TORCH
+    fails(run, "nowhere is neither a folder" if known else f"--optim {name}: its update is another", "--optim", name)
+
+
+REFUSED = {
+    "--optim_args rank=4": "--optim_args rank=4: --optim adamw_torch takes none",
+    "--optim_target_modules q_proj": "--optim_target_modules: is of GaLore",
+    "--report_to wandb": "--report_to wandb: .*requires wandb",
+    "--report_to papyrus": "--report_to papyrus: is none of",
+    "--fp8": "--fp8: needs Gaudi's habana_frameworks",
+    "--use_liger_kernel": "--use_liger_kernel has no effect here",
+    "--lr_scheduler_type cosine_with_min_lr": "cosine_with_min_lr: --lr_scheduler_kwargs {}: .*min_lr",
+    "--lr_scheduler_type warmup_stable_decay": "warmup_stable_decay: --lr_scheduler_kwargs {}: .*num_decay_steps",
+    '--lr_scheduler_type cosine --lr_scheduler_kwargs {"wide":1}': "cosine: --lr_scheduler_kwargs {'wide': 1}: .*wide",
+    "--lr_scheduler_type reduce_lr_on_plateau": "reduce_lr_on_plateau requires an eval strategy",
+    "--gaudi_config_name nothing": "a file that --gaudi_config_name or another flag names is not there",
+    "--gaudi_config_name plain --optim paged_adamw_32bit": "plain is without FusedAdamW",
+    "--gaudi_config_name cast": "cast sets use_torch_autocast, which is --bf16 here",
+    "--gaudi_config_name lists": "lists sets lists of operations for autocast",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_cannot_run_is_one_line_before_anything_is_loaded(run, flags):
+    write_gaudi_config("plain")
+    write_gaudi_config("cast", use_torch_autocast=True)
+    write_gaudi_config("lists", autocast_bf16_ops=["mul"], autocast_fp32_ops=["add"])
+    fails(run, REFUSED[flags], *flags.split())
+
+
+def write_gaudi_config(folder, **values):
+    Path(folder).mkdir()
+    (Path(folder) / "gaudi_config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("values", [{}, {"use_fused_adam": True}])
+def test_a_gaudi_config_decides_which_kernel_steps(run, values, tmp_path, monkeypatch):
+    from align.training.supervised import SupervisedTrainer
+
+    made = []
+    create = SupervisedTrainer.create_optimizer
+    monkeypatch.setattr(
+        SupervisedTrainer, "create_optimizer", lambda self: made.append(type(create(self)).__name__) or self.optimizer
+    )
+    write_gaudi_config("config", **values)
+    write_rows("rows.jsonl", [{"question": "Who?", "answer": "Me."}] * 8)
+    model = ["--model_name_or_path", save_model(tmp_path / "model")]
+
+    run("sft.py", *NOWHERE, *model, "--gaudi_config_name", "config", "--max_steps", 1, "--optim", "adamw_torch")
+
+    assert set(made) == {"FusedAdamW" if values else "AdamW"}

@@ -463,3 +463,47 @@ def test_full_training_of_a_model_with_an_invalid_generation_config_saves(run, c
     saved = json.loads(Path("out/generation_config.json").read_text())
     assert not {"temperature", "top_p"} & saved.keys()
     assert said.count("sets temperature, top_p without effect") == 1
+
+
+# ---------------------------------------------------------------- headers
+
+
+HEADERS = {  # entries of a file with 16 bytes of data: dtype, shape, range
+    "whole": {"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [8, 16])},
+    "whole, in another order": {"b": ("F32", [2], [8, 16]), "a": ("F32", [2], [0, 8])},
+    "whole, with an empty tensor": {"a": ("F32", [2], [0, 8]), "e": ("F32", [0], [8, 8]), "b": ("F32", [2], [8, 16])},
+    "an overlap": {"a": ("F32", [3], [0, 12]), "b": ("F32", [2], [8, 16])},
+    "the same bytes twice": {"a": ("F32", [4], [0, 16]), "b": ("F32", [4], [0, 16])},
+    "a hole": {"a": ("F32", [1], [0, 4]), "b": ("F32", [2], [8, 16])},
+    "a hole at the start": {"b": ("F32", [2], [8, 16])},
+    "a rest": {"a": ("F32", [2], [0, 8])},
+    "beyond the end": {"a": ("F32", [2], [0, 8]), "b": ("F32", [4], [8, 24])},
+    "backwards": {"a": ("F32", [2], [8, 0]), "b": ("F32", [2], [8, 16])},
+    "a negative size": {"a": ("F32", [-2, -2], [0, 16])},
+    "a size that is a fraction": {"a": ("F32", [4.0], [0, 16])},
+    "another size than its range": {"a": ("F32", [3], [0, 16])},
+    "three ends": {"a": ("F32", [4], [0, 16, 16])},
+    "an unknown type": {"a": ("F33", [4], [0, 16])},
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_is_refused_where_safetensors_itself_refuses_it(case):
+    from safetensors import SafetensorError, safe_open
+
+    from align.merge.checkpoints import read_tensors
+
+    keys = "dtype", "shape", "data_offsets"
+    entries = {name: dict(zip(keys, values, strict=True)) for name, values in HEADERS[case].items()}
+    header = json.dumps(entries).encode()
+    Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+
+    try:
+        with safe_open("x.safetensors", "pt") as opened:
+            names = set(opened.keys())
+    except SafetensorError:
+        with pytest.raises(InputError, match="x.safetensors"):
+            read_tensors(Path("x.safetensors"))
+    else:
+        assert {tensor.name for tensor in read_tensors(Path("x.safetensors"))} == names
+    assert case.startswith("whole") == ("names" in locals())

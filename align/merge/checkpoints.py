@@ -108,25 +108,39 @@ def _read_safetensors(path: Path) -> list[StoredTensor]:
             raise InputError(f"{path} is damaged (header of {header_size} bytes in a file of {size}): copy it again")
         header = file.read(header_size)
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_without_doubles)
         entries.pop("__metadata__", None)
-        tensors = [
-            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
-            for name, entry in entries.items()
-        ]
-        ends = [start + entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        tensors, ends = [], []
+        for name, entry in entries.items():
+            first, last = entry["data_offsets"]
+            if not all(isinstance(size, int) and size >= 0 for size in (first, last, *entry["shape"])):
+                raise ValueError
+            tensors.append(StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, start + first))
+            ends.append(start + last)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise InputError(f"{path} is damaged (its header is not one of safetensors): copy it again") from None
     for tensor, end in zip(tensors, ends, strict=True):
         if tensor.dtype not in ITEM_SIZES:
             raise InputError(f"{path}: {tensor.name} has dtype {tensor.dtype}, known are {', '.join(ITEM_SIZES)}")
         if tensor.offset + tensor.nbytes != end:
             raise InputError(f"{path} is damaged ({tensor.name} does not fit its place): copy it again")
+    place = start
+    for tensor, end in sorted(zip(tensors, ends, strict=True), key=lambda pair: (pair[0].offset, pair[1])):
+        if tensor.offset != place:
+            what = "overlaps the one before it" if tensor.offset < place else "leaves a hole before it"
+            raise InputError(f"{path} is damaged ({tensor.name} {what}): copy it again")
+        place = end
     if max(ends, default=start) != size:
         raise InputError(
             f"{path} is truncated or damaged ({size} bytes, not {max(ends, default=start)}): copy it again"
         )
     return tensors
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
 
 
 def _read_torch_file(path: Path) -> list[StoredTensor]:

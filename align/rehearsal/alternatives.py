@@ -68,12 +68,12 @@ def candidates(stage, plan: dict, seen: dict, work: Path) -> list[tuple[str, dic
     if size > 1:
         steps = int((judging.flag_values(arguments, "--gradient_accumulation_steps") or ["1"])[0])
         smaller = {"--per_device_train_batch_size": "1", "--gradient_accumulation_steps": str(steps * size)}
-        found.append((" ".join(f"{flag} {value}" for flag, value in smaller.items()), smaller, cards))
+        found.append((show(smaller), smaller, cards))
     has = {name: is_on(arguments, name) for name in (*flash, *checkpointing)}
     for change in (flash, checkpointing, {**flash, **checkpointing}):
         change = {flag: value for flag, value in change.items() if not has[flag]}
         if change and not any(change == each[1] for each in found):
-            found.append((" ".join(change), change, cards))
+            found.append((show(change), change, cards))
     file = (judging.flag_values(arguments, "--deepspeed") or [None])[0]
     if file and Path(file).is_file():
         config = json.loads(Path(file).read_text())
@@ -85,11 +85,16 @@ def candidates(stage, plan: dict, seen: dict, work: Path) -> list[tuple[str, dic
             found.append((f"ZeRO stage 3 in place of {stage_now} in {file}", {"--deepspeed": str(path)}, cards))
     everything = {**{flag: "True" for flag in has if not has[flag]}, **smaller}
     if len(everything) > 1:
-        found.append((" ".join(everything), everything, cards))
+        found.append((show(everything), everything, cards))
     found.append((f"{2 * cards} cards", {}, 2 * cards))
     if everything:
-        found.append((f"{2 * cards} cards and {' '.join(everything)}", everything, 2 * cards))
+        found.append((f"{2 * cards} cards and {show(everything)}", everything, 2 * cards))
     return found
+
+
+def show(flags: dict[str, str]) -> str:
+    """Flags as one types them."""
+    return " ".join(flag if value == "True" else f"{flag} {value}" for flag, value in flags.items())
 
 
 def is_on(arguments: list[str], flag: str) -> bool:

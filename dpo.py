@@ -21,6 +21,7 @@ from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
 from align.training import checkpoints, folders, pairs, preference, reference, results
+from align.training.flags import FLAGS
 from align.upstream_fixes import attention_inputs, gaudi_config, trainer_autocast
 
 RECIPE = {
@@ -67,6 +68,8 @@ class PreferenceArguments:
     are cut into micro-batches changes neither loss nor gradient, so they are cut into rows of few shapes, as many at
     once as fit into the tokens of that many padded pairs.
     """
+
+    _argument_group_name = "Preferences"
 
     ref_model: str | None = field(
         default=None,
@@ -135,7 +138,7 @@ def check_preference_arguments(
 
 
 def main() -> None:
-    parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE, FLAGS)
     model_args, lora_args, data_args, preference_args, run_args, args = parsed
     start_logging(args)
     used = model_args.model_name_or_path, preference_args.ref_model

@@ -11,9 +11,8 @@ import argparse
 import os
 import signal
 import sys
-from typing import NoReturn
 
-from align.cli import run_script
+from align.cli import Parser, run_script
 from align.errors import InputError
 from align.launch.engines import ENGINES, Run, clean_environment
 from align.launch.nodes import (
@@ -29,13 +28,8 @@ from align.launch.supervision import Supervisor
 from align.rehearsal import rehearse
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the flags")
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__, usage="gaudi_spawn.py [flags] script.py [its flags]")
     parser.add_argument("--world_size", type=int, help="number of cards; default 1, or all slots of the hostfile")
     parser.add_argument("--hostfile", help="file with a line `host slots=8` for each node")
     parser.add_argument("--use_deepspeed", action="store_true", help="let DeepSpeed's launcher start the ranks")
@@ -63,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     rehearse.add_flags(parser)
     # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
     parser.add_argument("command", nargs=argparse.PARSER, metavar="script", help="the script and its arguments")
-    return parser.parse_args(arguments)
+    return parser.parse(arguments)
 
 
 def plan_run(args: argparse.Namespace) -> Run:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from align.cli import run_script
+from align import __version__
+from align.cli import Parser, read_boolean, run_script
 from align.errors import InputError
 from align.merge.checkpoints import (
     NotStreamableError,
@@ -54,30 +55,19 @@ MODEL_FILES += ("LICENSE*", "NOTICE*", "USE_POLICY*")
 RECORD = "merge_info.json"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(message)
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--adapter_model_name", required=True, help="adapter: a folder or a hub name")
     parser.add_argument("--base_model_name", help="base model: a folder or a hub name (default: the adapter's own)")
     parser.add_argument("--output_name", required=True, help="folder for the merged model")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the merged model (default: the base's)")
-    flag = {"type": parse_boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    flag = {"type": read_boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     parser.add_argument("--overwrite", default=False, **flag, help="replace the model in --output_name")
     parser.add_argument("--verify", default=True, **flag, help="check what is written (default: True)")
     workers = min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("--num_workers", type=int, default=workers, help="threads (default: one a core, at most 4)")
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload the merged model to this hub repository")
-    return parser.parse_args(argv)
-
-
-def parse_boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"got {text!r}; give True or False")
-    return text.lower() == "true"
+    return parser.parse(argv)
 
 
 def find_base(named: str | None, adapter: str, recorded: str | None) -> tuple[str, Path]:
@@ -155,7 +145,7 @@ def write_companions(folder: Path, base: Path, adapter: Path, config: dict | Non
                 shutil.copyfile(path, folder / path.name)
     if config is not None and config != read_json(folder / "config.json"):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / RECORD).write_text(json.dumps({"merges": merges}, indent=2) + "\n")
+    (folder / RECORD).write_text(json.dumps({"merges": merges, "version": __version__}, indent=2) + "\n")
     root = merges[0]["base_model"]
     steps = "".join(f"{n}. {m['adapter']} (sha256 {m['adapter_sha256'][:16]})\n" for n, m in enumerate(merges, 1))
     link = f"base_model: {root}\n" if root.count("/") == 1 and not Path(root).exists() else ""

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import cycle, islice
 
+from align import __version__, cli
 from align.cli import run_script
 from align.errors import InputError, check_seed
 from align.generation.answers import (
@@ -44,29 +45,16 @@ from align.generation.decoding import TextGenerator
 from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
 from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
 from align.upstream_fixes import adapt_transformers
-from align.upstream_flags import FP8, translate
+from align.upstream_flags import FP8
 
 logger = logging.getLogger("run_generation")
 
 
-Arguments = tuple[ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments, ChatArguments]
+ARGUMENTS = (ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments, ChatArguments)
 
 
-def parse_arguments(argv: list[str] | None) -> Arguments:
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        (ModelArguments, PromptArguments, DecodingArguments, GaudiArguments, OutputArguments, ChatArguments),
-        prog="run_generation.py",
-        usage="run_generation.py --model_name_or_path MODEL --prompt PROMPT [flags, see --help]",
-        description="Generate text with a causal language model on Gaudi.",
-        allow_abbrev=False,
-    )
-    argv = translate("run_generation.py", sys.argv[1:] if argv is None else list(map(str, argv)))
-    *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise InputError(f"unknown argument(s) {' '.join(unknown)}; --help lists the flags")
-    return tuple(arguments)
+def parse_arguments(argv: list[str] | None) -> tuple:
+    return cli.parse_arguments(ARGUMENTS, __doc__, argv=argv and list(map(str, argv)), script="run_generation.py")
 
 
 def check_arguments(
@@ -180,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
 
     set_seed(decoding_args.seed)
     results = {
+        "version": __version__,
         "model": str(folder),
         "cards": world_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),  # of one card

@@ -20,6 +20,7 @@ from align.data.tokenization import SampleTokenizer, tokenize_samples
 from align.models import loading as modeling
 from align.models.attention import probe_packing
 from align.training import checkpoints, folders, results
+from align.training.flags import FLAGS
 from align.training.supervised import SupervisedTrainer, make_batches
 from align.upstream_fixes import attention_inputs, gaudi_config, trainer_autocast
 
@@ -29,6 +30,8 @@ RECIPE = {"pad_max": False, "remove_unused_columns": False}
 @dataclass
 class BatchArguments:
     """How samples become batches. --packing and --max_seq_length are optimum-habana's."""
+
+    _argument_group_name = "Batches"
 
     num_buckets: int = field(
         default=8, metadata={"help": "Without packing: the number of lengths that samples are padded to."}
@@ -52,7 +55,7 @@ ARGUMENTS = (
 
 
 def main() -> None:
-    parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE)
+    parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE, FLAGS)
     model_args, lora_args, data_args, batch_args, run_args, args = parsed
     start_logging(args)
     checkpoint = folders.check_training_arguments(args, run_args, model_args.model_name_or_path)

@@ -1,12 +1,16 @@
 """One way to speak to users: flags in, one clear line out."""
 
+import argparse
 import logging
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from align import __version__
 from align.errors import InputError, ResultError, Stopped
 from align.ranges import limit
 from align.upstream_flags import translate
@@ -15,26 +19,170 @@ if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
 DEFAULTS = {"use_habana": True, "use_lazy_mode": True, "report_to": "none"}
+REST = "Others"  # the group of flags that --help leaves to --help_all
+TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads them
 
 
-def make_parser(dataclasses: Sequence[type], description: str, defaults: Mapping[str, Any]) -> "HfArgumentParser":
-    """`defaults` replace those of the dataclasses where the script's recipe differs from optimum-habana's."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A flag, what it takes, what it means and its default: in one line where it fits."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=max(100, shutil.get_terminal_size((140, 24)).columns))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return str(action.metavar or action.dest)
+        kinds = {int: "N", float: "X"}
+        takes = "" if action.nargs in (0, "?") else kinds.get(getattr(action.type, "reads", action.type), "TEXT")
+        return f"{action.option_strings[0]} {action.metavar or takes}".strip()
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text, default = " ".join((action.help or "").split()), action.default
+        if action.choices and len(action.choices) <= 8:
+            text += f" One of {', '.join(map(str, action.choices))}."
+        if default in (None, "", argparse.SUPPRESS) or "default" in text or default == [] or action.nargs == 0:
+            return text
+        return f"{text} (default: {getattr(default, 'value', default)})"
+
+
+class ParserMixin:
+    """What the parsers of all scripts share: an error is one line, either spelling of a flag, --version, --help_all."""
+
+    shows_all = False
+    groups: Mapping[str, Mapping[str, str]] = {}  # of flags whose own help is not ours: by group, what they mean
+
+    def __init__(self, description: str, **options: Any):
+        options = {"allow_abbrev": False, "formatter_class": HelpFormatter, "add_help": False, **options}
+        super().__init__(description=description, **options)
+        about = self.add_argument_group("Help")
+        about.add_argument("--help", "-h", action="help", help="show this and stop")
+        version = f"{self.prog} {__version__}"
+        about.add_argument("--version", action="version", version=version, help="show the version and stop")
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", message)  # either spelling
+        message = re.sub(r"^argument (--\w+): ", r"\1: ", message)
+        missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+        raise InputError(f"{f'{missing[1]}: missing' if missing else message} (--help lists the flags)")
+
+    def refuse_unknown(self, unknown: Sequence[str]) -> None:
+        """An unknown flag is an error that suggests a known one."""
+        if unknown:
+            flag = unknown[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
+            close = get_close_matches(flag, [name for name in self._option_string_actions if "-" not in name[2:]], 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"unknown argument {unknown[0]!r}{hint} (--help lists them)")
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(f"usage: {self.usage or f'{self.prog} [flags]'}")
+        formatter.add_text(self.description)
+        for title, actions in self._find_sections().items():
+            formatter.start_section(title)
+            formatter.add_arguments([action for action in actions if action.help != argparse.SUPPRESS])
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _find_sections(self) -> dict[str, list[argparse.Action]]:
+        """Actions by the title of their group; of a library's flags those that are described by `groups`, or all."""
+        names = {name: title for title, flags in self.groups.items() for name in flags}
+        sections: dict[str, list[argparse.Action]] = {}
+        about = next(group for group in self._action_groups if group.title == "Help")
+        for group in [each for each in self._action_groups if each is not about]:
+            for action in group._group_actions:
+                is_ours = not self.groups or group.title not in ("options", "optional arguments")
+                if not action.option_strings:
+                    continue  # the usage shows it
+                title = (group.title or "Flags") if is_ours else names.get(action.dest, REST)
+                if action.dest in names and not is_ours:
+                    action.help = self.groups[title][action.dest]
+                if action.option_strings[:1] == [f"--no_{action.dest}"] or (title == REST and not self.shows_all):
+                    continue
+                sections.setdefault("Flags" if title == "options" else title, []).append(action)
+        order = [title for title in ("Model", "LoRA", "Data", *self.groups) if title in sections]
+        order += [title for title in sections if title not in order and title != REST]
+        rest = {REST: sections[REST]} if REST in sections else {}
+        return {**{title: sections[title] for title in order}, **rest, "Help": about._group_actions}
+
+
+class Parser(ParserMixin, argparse.ArgumentParser):
+    """For scripts that do without transformers' import time."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        return super().add_argument(*_spellings(names), **options)
+
+    def add_argument_group(self, *args: Any, **options: Any) -> argparse._ArgumentGroup:
+        group = super().add_argument_group(*args, **options)
+        add = group.add_argument
+        group.add_argument = lambda *names, **more: add(*_spellings(names), **more)
+        return group
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        values, unknown = self.parse_known_args(argv)
+        self.refuse_unknown(unknown)
+        return values
+
+
+def _spellings(names: Sequence[str]) -> list[str]:
+    dashed = [f"--{name[2:].replace('_', '-')}" for name in names if name.startswith("--")]
+    return list(dict.fromkeys([*names, *dashed]))
+
+
+def read_boolean(text: str) -> bool:
+    """The words that the flags of transformers take."""
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give True or False")
+    return text.lower() in TRUE
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: ParserMixin, *_: Any) -> None:
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+def make_parser(
+    dataclasses: Sequence[type],
+    description: str,
+    defaults: Mapping[str, Any],
+    groups: Mapping[str, Mapping[str, str]] | None = None,
+) -> "HfArgumentParser":
+    """`defaults` replace those of the dataclasses where the script's recipe differs from optimum-habana's.
+
+    `groups` describe the flags of a library's dataclass that --help shows; --help_all shows all.
+    """
     from transformers import HfArgumentParser  # gaudi_spawn.py and the merge do without this second
 
-    class ArgumentParser(HfArgumentParser):
-        def error(self, message: str) -> None:
-            raise InputError(message)
+    class DataclassParser(ParserMixin, HfArgumentParser):
+        pass
 
-    parser = ArgumentParser(dataclasses, description=description, allow_abbrev=False)
-    parser.set_defaults(**DEFAULTS, **defaults)
+    DataclassParser.groups = groups or {}
+    parser = DataclassParser(dataclass_types=dataclasses, description=description)
+    if groups:
+        about = next(group for group in parser._action_groups if group.title == "Help")
+        options = {"nargs": 0, "default": argparse.SUPPRESS, "help": "show all flags and stop"}
+        about.add_argument("--help_all", "--help-all", action=_HelpAll, **options)
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name in known}, **defaults)
     limit(parser)
     return parser
 
 
-def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Mapping[str, Any]) -> tuple:
-    """One instance of each dataclass from the command line; an unknown flag is an error that suggests a known one."""
-    parser = make_parser(dataclasses, description, defaults)
-    arguments = translate(os.path.basename(sys.argv[0]), sys.argv[1:])
+def parse_arguments(
+    dataclasses: Sequence[type],
+    description: str,
+    defaults: Mapping[str, Any] | None = None,
+    groups: Mapping[str, Mapping[str, str]] | None = None,
+    argv: Sequence[str] | None = None,
+    script: str | None = None,
+) -> tuple:
+    """One instance of each dataclass from the command line; an unknown flag is an error that suggests a known one.
+
+    Flags of upstream's example of the same name as `script` are understood too.
+    """
+    parser = make_parser(dataclasses, description, defaults or {}, groups)
+    arguments = translate(script or os.path.basename(sys.argv[0]), list(sys.argv[1:] if argv is None else argv))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
@@ -42,11 +190,7 @@ def parse_arguments(dataclasses: Sequence[type], description: str, defaults: Map
     except OSError as error:  # optimum-habana looks for the Gaudi configuration here
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"a file that --gaudi_config_name or another flag names is not there: {reason}") from error
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        close = get_close_matches(flag, parser._option_string_actions, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"unknown argument {unknown[0]!r}{hint} (--help lists them)")
+    parser.refuse_unknown(unknown)
     return tuple(parsed)
 
 

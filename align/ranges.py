@@ -132,4 +132,5 @@ def _limited(name: str, read: Callable[[str], float], allowed: Range) -> Callabl
             raise InputError(f"--{name}: got {text}; give {allowed}")
         return value
 
+    parse.reads = read  # for --help
     return parse

@@ -276,7 +276,8 @@ def translate(script: str, arguments: list[str]) -> list[str]:
                 translated += [part.format(value) for part in flag.by.split(" ")]
         else:
             spelt = dict(flag.spelt) if flag else {}
-            translated += [f"--{name}", *(spelt.get(value, value) for value in values)] if spelt else as_given
+            is_spelt = any(value in spelt for value in values)
+            translated += [f"--{name}", *(spelt.get(value, value) for value in values)] if is_spelt else as_given
     return translated
 
 

@@ -284,7 +284,7 @@ def test_the_guides_command_works_as_it_is_written(models):
 
 
 BAD_INPUT = {
-    "--foo 1 --prompt Hi": "unknown argument.s. --foo 1",
+    "--foo 1 --prompt Hi": "unknown argument .--foo.",
     "--prompt Hi --max_new_tokens 0": "--max_new_tokens: got 0; give 1 or more",
     "--prompt Hi --batch_size -1": "--batch_size: got -1",
     "--prompt Hi --temperature 0.7": "--temperature: has an effect only with --do_sample",

@@ -35,7 +35,8 @@ def generate(run, model):
 
 def own_flags(script):
     """The flags that this script's parser itself knows."""
-    main = f"import sys; sys.argv = ['{script}', '--help']; import {script[:-3]} as script; script.main()"
+    help = "--help_all" if script in ("sft.py", "dpo.py") else "--help"
+    main = f"import sys; sys.argv = ['{script}', '{help}']; import {script[:-3]} as script; script.main()"
     shown = subprocess.run([sys.executable, "-c", main], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     return {word.strip(",[]").split("=")[0] for word in shown.split() if word.startswith(("--", "[--"))}
 

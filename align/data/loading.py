@@ -19,6 +19,8 @@ VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 class DataArguments:
     """What to train on. The columns say which format the rows have."""
 
+    _argument_group_name = "Data"
+
     dataset_name: list[str] | None = field(
         default=None,
         metadata={

@@ -17,6 +17,8 @@ from align.generation.prompts import Batch
 
 @dataclass
 class OutputArguments:
+    _argument_group_name = "Output"
+
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for generations.jsonl and generation_results.json."}
     )

@@ -42,6 +42,8 @@ BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
 
 @dataclass
 class ChatArguments:
+    _argument_group_name = "Chat"
+
     chat: bool = field(default=False, metadata={"help": "Talk to the model in the terminal; Ctrl-C stops an answer."})
     compare: str | None = field(
         default=None, metadata={"help": "With --chat: folder of a second model or adapter, which answers the same."}

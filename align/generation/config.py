@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class DecodingArguments:
+    _argument_group_name = "Decoding"
+
     max_new_tokens: int = field(default=100, metadata={"help": "Longest answer in tokens."})
     stop_tokens: list[str] = field(
         default_factory=list, metadata={"help": "Tokens that end a text besides the model's own end tokens."}
@@ -39,6 +41,8 @@ class DecodingArguments:
 
 @dataclass
 class GaudiArguments:
+    _argument_group_name = "Gaudi"
+
     batch_size: int = field(default=1, metadata={"help": "Prompts generated together."})
     use_kv_cache: bool = field(default=True, metadata={"help": "Keep keys and values of earlier tokens."})
     use_hpu_graphs: bool = field(default=False, metadata={"help": "Record the model's forward as HPU graphs."})

@@ -26,6 +26,8 @@ SWITCH = {"nargs": "?", "const": True}  # of a flag that has no value, or True o
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "Model"
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model folder or hub name (default: the base that --peft_model names)."}
     )

@@ -41,6 +41,8 @@ WIDTH_CHOICES = 256  # the finest grid that widths are chosen from, as the choic
 
 @dataclass
 class PromptArguments:
+    _argument_group_name = "Prompts"
+
     prompt: list[str] | None = field(default=None, metadata={"help": "One or more prompts.", "action": "extend"})
     prompt_file: str | None = field(
         default=None,

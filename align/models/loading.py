@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 class ModelArguments:
     """Which model to start from."""
 
+    _argument_group_name = "Model"
+
     model_name_or_path: str | None = field(default=None, metadata={"help": "Model: a folder or a hub name."})
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer: a folder or a hub name (default: the model's)."}
@@ -48,6 +50,8 @@ class ModelArguments:
 @dataclass
 class LoraArguments:
     """Which part of it to train."""
+
+    _argument_group_name = "LoRA"
 
     use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; False trains all weights."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})

@@ -10,12 +10,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from align import __version__
+
 GB = 1 << 30  # as optimum-habana and hl-smi count them
 # Usable memory in GB, bfloat16 products in TFLOP/s, and links to other cards in GB/s (Intel's data sheets)
 CARDS = {
     "gaudi2": {"name": "Gaudi 2", "memory": 94.6, "tflops": 432, "links": 262},
     "gaudi3": {"name": "Gaudi 3", "memory": 126.0, "tflops": 1835, "links": 525},
 }
+
 CALIBRATION = json.loads(Path(__file__).with_name("calibration.json").read_text())
 BAND = "measured" if CALIBRATION["settings"] else "assumed, not measured"  # what the error band of memory is
 PHASES = ("loading", "between_steps", "forward", "backward", "optimizer", "evaluation", "saving", "generation")
@@ -77,6 +80,7 @@ def judge(stage, seen: dict, args: argparse.Namespace, shrunken: dict | None = N
             "model": seen.get("model"),
             "host_memory_gb": host_of(stage, seen),
             "rehearsal": seen.get("host"),
+            "version": __version__,
             "shrunken_run": shrunken and shrunken["about"],
             "certainty": CERTAINTY,
         },

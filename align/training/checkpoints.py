@@ -19,6 +19,7 @@ import xxhash
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 
+from align import __version__
 from align.errors import InputError
 from align.merge.checkpoints import flush
 
@@ -36,6 +37,8 @@ SECRETS = ("token", "hub_token", "push_to_hub_token")
 @dataclass
 class RunArguments:
     """How a run goes on after an interruption, and when it gives up."""
+
+    _argument_group_name = "Evaluation, logs and checkpoints"
 
     resume: str = field(
         default="no",
@@ -285,7 +288,7 @@ def _sharing(args: Any) -> str:
 
 
 def software() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
+    return {"gaudi-align": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def identify_rows(rows: Dataset | IterableDataset, names: Iterable[str]) -> str:

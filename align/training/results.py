@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from transformers import Trainer
 
+from align import __version__
+
 logger = logging.getLogger(__name__)
 
 
 def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None:
     """Writes `{name}_results.json` and adds to `all_results.json` (rank 0)."""
     trainer.log_metrics(name, metrics)
-    trainer.save_metrics(name, metrics)
+    trainer.save_metrics(name, {**metrics, "version": __version__})
 
 
 def save_history(trainer: Trainer, panels: Mapping[str, Sequence[str]]) -> None:

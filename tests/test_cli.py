@@ -1,0 +1,102 @@
+"""One command line for all scripts. Run: pytest tests/test_cli.py"""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from align import __version__
+from align.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py", "gaudi_spawn.py"]
+TRAINERS = SCRIPTS[:2]
+
+
+def shown(run_main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """`start(script, *words)` calls its main with that command line."""
+
+    def start(script, *words):
+        monkeypatch.setattr("sys.argv", [script, *words])
+        importlib.import_module(script.removesuffix(".py")).main()
+
+    return start
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_says_its_version(script, start, capsys):
+    assert shown(lambda: start(script, "--version"), capsys).endswith(f"{script} {__version__}\n")
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+NEAR = {
+    "sft.py": ("--learning_rat", "--learning_rate"),
+    "dpo.py": ("--betta", "--beta"),
+    "merge_peft_adapter.py": ("--output-nam", "--output_name"),
+    "run_generation.py": ("--max_new_token", "--max_new_tokens"),
+    "gaudi_spawn.py": ("--use_deepspeeed", "--use_deepspeed"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_near_flag_is_suggested_by_all(script, start):
+    wrong, right = NEAR[script]
+    rest = {"merge_peft_adapter.py": ["--adapter_model_name", "a", "--output_name", "b"]}.get(script, [])
+    rest = ["sft.py"] if script == "gaudi_spawn.py" else rest
+    with pytest.raises(InputError, match=f"unknown argument '{wrong}'; did you mean {right}?"):
+        start(script, *rest[:0], wrong, *rest)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_value_is_one_line_that_names_the_flag(script, start):
+    flag = {"merge_peft_adapter.py": "--output_name", "gaudi_spawn.py": "--hostfile"}.get(script, "--seed")
+    with pytest.raises(InputError, match=rf"^{flag}: expected one argument \(--help lists the flags\)$"):
+        start(script, flag)
+
+
+def test_dashes_do_as_well_as_underscores(start):
+    for script, words, message in (
+        ("sft.py", ["--do-train", "--learning-rate", "-1"], "learning_rate: got -1"),
+        ("merge_peft_adapter.py", ["--adapter-model-name", "nowhere", "--output-name", "out"], "nowhere"),
+        ("gaudi_spawn.py", ["--world-size", "0", "sft.py"], "--world_size 0"),
+        ("run_generation.py", ["--model-name-or-path", "nowhere", "--max-new-tokens", "0"], "max_new_tokens: got 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start(script, *words)
+
+
+@pytest.mark.parametrize("word", ["true", "False", "yes", "no", "1", "0", "y", "f"])
+def test_booleans_take_the_same_words_in_all_scripts(word, start):
+    for script, words, message in (
+        ("sft.py", ["--packing", word], "nothing to do"),
+        (
+            "merge_peft_adapter.py",
+            ["--verify", word, "--adapter_model_name", "nowhere", "--output_name", "o"],
+            "nowhere",
+        ),
+        ("run_generation.py", ["--use_kv_cache", word], "--model_name_or_path: missing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start(script, "--output_dir", "out", *words) if script == "sft.py" else start(script, *words)
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_help_is_short_and_grouped_and_help_all_is_whole(script, start, capsys):
+    short = shown(lambda: start(script, "--help"), capsys)
+    assert len(short.splitlines()) < 130
+    assert len(re.findall(r"^  --", short, re.MULTILINE)) > 60
+    for group in ("Model", "LoRA", "Data", "Batches", "Optimisation", "Gaudi"):
+        assert f"\n{group}:\n" in short
+    assert "--learning_rate X" in short
+    assert "--neftune_noise_alpha" not in short
+    assert "--neftune_noise_alpha" in shown(lambda: start(script, "--help_all"), capsys)

@@ -507,3 +507,41 @@ def test_a_header_is_refused_where_safetensors_itself_refuses_it(case):
     else:
         assert {tensor.name for tensor in read_tensors(Path("x.safetensors"))} == names
     assert case.startswith("whole") == ("names" in locals())
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub_name(model, tmp_path, monkeypatch):
+    """The model as the hub's cache holds it: links from a snapshot to blobs."""
+    from huggingface_hub import constants
+    from transformers.utils import hub
+
+    folder, commit = tmp_path / "hub" / "models--someone--model", "0123456789abcdef0123456789abcdef01234567"
+    snapshot = folder / "snapshots" / commit
+    shutil.copytree(model, folder / "blobs")
+    snapshot.mkdir(parents=True)
+    for path in (folder / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"))
+    return "someone/model", folder / "blobs"
+
+
+@pytest.mark.parametrize("script", ["sft.py", "run_generation.py"])
+def test_a_model_of_the_hub_is_checked_in_its_cache_and_runs(run, hub_name, marker, script):
+    name, blobs = hub_name
+    run(script, *command(script, name))
+    if script == "sft.py":
+        adapter = json.loads(Path("out/adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == name
+
+    change_weights(blobs, lambda tensors: tensors[UP][5].fill_(torch.nan))
+    again = ["--overwrite_output_dir"] if script == "sft.py" else []
+    fails(run, f"{UP} holds NaN", script, *command(script, name, *again))
+    write_lightglue(blobs)
+    fails(run, "sets trust_remote_code", script, *command(script, name, *again))
+    assert not marker.exists()

@@ -545,3 +545,12 @@ def test_a_model_of_the_hub_is_checked_in_its_cache_and_runs(run, hub_name, mark
     write_lightglue(blobs)
     fails(run, "sets trust_remote_code", script, *command(script, name, *again))
     assert not marker.exists()
+
+
+def test_attention_of_other_devices_gives_way_and_is_told(run, copy):
+    plain = run("run_generation.py", *command("run_generation.py", copy))
+    change(copy / "config.json", _attn_implementation="flash_attention_2")
+
+    said = run("run_generation.py", *command("run_generation.py", copy))
+
+    assert said.out == plain.out

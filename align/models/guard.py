@@ -178,6 +178,11 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
                 )
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
         config_class = _find_class(content, folder, flag)
+        for key in ATTENTION_KEYS:
+            if content.get(key) not in (None, "eager", "sdpa"):
+                logger.warning(
+                    f"{flag}: {path} asks for {content.pop(key)}, which Gaudi does not have; its own are used"
+                )
         about = {"name_or_path": str(folder), "_commit_hash": extract_commit_hash(str(path.absolute()), None)}
         return config_class.from_dict(translate_config(content, config_class, path, flag) | about)
     except InputError:

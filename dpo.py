@@ -188,6 +188,7 @@ def main() -> None:
         stored = reference.find(preference_args.ref_log_probs_dir, rows, *about)
 
     # Model
+    folders.prepare_output(args)
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
     with trainer_autocast(args):
         packable = preference_args.skip_probe or probe_packing(

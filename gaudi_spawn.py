@@ -23,6 +23,7 @@ from align.launch.nodes import (
     inspect_nodes,
     is_this_host,
     read_hostfile,
+    take_token,
 )
 from align.launch.supervision import Supervisor
 from align.rehearsal import rehearse
@@ -83,9 +84,12 @@ def plan_run(args: argparse.Namespace) -> Run:
     if not args.stall_timeout >= 0:  # nor nan
         raise InputError(f"--stall_timeout {args.stall_timeout:g}: give seconds, or 0 to wait for ever")
     check_script(args.command[0])
+    script, token = take_token(args.command)
+    if token:
+        os.environ["HF_TOKEN"] = token
     return Run(
         engine=ENGINES["deepspeed" if args.use_deepspeed else "mpi" if args.use_mpi else "torch"],
-        script=args.command,
+        script=script,
         nodes=nodes,
         over_ssh=args.hostfile is not None,
         exports=exported_variables(os.environ, args.export),

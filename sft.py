@@ -87,6 +87,7 @@ def main() -> None:
     this_run.check(checkpoint)
 
     # Model
+    folders.prepare_output(args)
     model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
     with trainer_autocast(args):
         packable = batch_args.skip_probe or probe_packing(

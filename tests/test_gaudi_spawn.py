@@ -17,6 +17,7 @@ from launches import ENGINES, SAVES, Launch
 import gaudi_spawn
 from align.errors import InputError
 from align.launch import engines, nodes
+from align.launch.nodes import describe
 
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
@@ -490,3 +491,15 @@ def test_hundreds_of_launches_end_with_0(engine, tmp_path):
         if code or output.count("is done") != 2:
             failures.append((number, code, output, errors[-2000:]))
     assert failures == []
+
+
+@pytest.mark.parametrize("flag", ["--token hf_secret", "--hub_token=hf_secret", "--hub-token hf_secret"])
+def test_a_token_reaches_the_ranks_by_environment_and_is_in_no_command(flag, monkeypatch):
+    open("script.py", "w").close()
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_PRIVATE_THING", "hf_secret")
+    args = ["--world_size", "2", "--use_mpi", "--print_command", "script.py", "--seed", "1", *flag.split()]
+    run = gaudi_spawn.plan_run(gaudi_spawn.parse_arguments(args))
+    assert run.script == ["script.py", "--seed", "1"]
+    assert os.environ["HF_TOKEN"] == run.exports["HF_TOKEN"] == "hf_secret"
+    assert "hf_secret" not in describe(run)

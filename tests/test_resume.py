@@ -1,5 +1,6 @@
 """Runs that are interrupted and go on as if they were not. Run: pytest tests/test_resume.py"""
 
+import fcntl
 import importlib
 import json
 import os
@@ -461,3 +462,23 @@ def test_a_save_that_dies_at_any_file_leaves_a_run_that_goes_on(train, stopped, 
     train("sft.py", "--max_steps", 4, "--resume", "auto")
 
     assert_same_run("out", stopped / "sft.py")
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_a_second_run_in_the_same_folder_is_refused_before_it_loads(script, run):
+    Path("out").mkdir()
+    with open("out/.lock", "w") as held:
+        held.write("process 7 on another-host")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"another run writes into out \(process 7 on another-host\)"):
+            run(script, "--output_dir", "out", "--do_train", "--max_steps", "1", "--model_name_or_path", "nowhere")
+
+
+def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_loads(train, monkeypatch):
+    Path("file").write_text("")
+    with pytest.raises(InputError, match="--output_dir: file/out cannot be made: Not a directory"):
+        train("sft.py", output="file/out")
+    monkeypatch.setattr("align.training.folders.LEAST_FREE", 1 << 60)
+    with pytest.raises(InputError, match="--output_dir: the disk of out has [0-9]+ MiB left"):
+        train("sft.py")

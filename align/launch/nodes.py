@@ -19,7 +19,13 @@ from align.launch.engines import ENGINES, ROOT, SSH, Run
 
 EXPORTED_PREFIXES = ("PT_", "HABANA_", "DEEPSPEED_", "HCCL_", "HF_", "OMP_", "HL_")
 EXPORTED_NAMES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")  # where the other nodes find python's tools and libraries
+# Variables whose values may be shown; of any other one nobody knows what it holds
+HARMLESS = re.compile(
+    r"(PT|HABANA|HCCL|HL|OMP)_\w+|DEEPSPEED_HPU_\w+|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|DATASETS_OFFLINE)"
+    r"|PATH|PYTHONPATH|LD_LIBRARY_PATH"
+)
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
+TOKEN_FLAGS = ("--token", "--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
 
 
 def read_hostfile(path: str) -> dict[str, int]:
@@ -167,6 +173,25 @@ def inspect_nodes(run: Run) -> tuple[int, int]:
     return answers[0]["port"], cores
 
 
+def take_token(script: list[str]) -> tuple[list[str], str | None]:
+    """The script's command line without tokens for the hub, and the token: a command line can be read by all users."""
+    kept, tokens, words = [], [], iter(script)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in TOKEN_FLAGS:
+            tokens.append(value or next(words, ""))
+        else:
+            kept.append(word)
+    if len(set(tokens)) > 1:
+        raise InputError("--token and --hub_token differ: ranks get one token, by the variable HF_TOKEN; give one")
+    return kept, tokens[0] if tokens else None
+
+
+def _show_variable(name: str, value: str) -> str:
+    is_harmless = HARMLESS.fullmatch(name) and not SECRET.search(name)
+    return f"  {name}={shlex.quote(value) if is_harmless else '...'}"
+
+
 def describe(run: Run) -> str:
     """What would run and where."""
     script = shlex.join([sys.executable, *([] if run.is_direct else ["-u"]), *run.script])
@@ -175,7 +200,7 @@ def describe(run: Run) -> str:
     how = " over ssh" if run.starts_over_ssh else ""
     cores = count_cores() // max(run.nodes.values())
     lines = ["variables that reach every rank:"]
-    lines += [f"  {name}={'...' if SECRET.search(name) else shlex.quote(value)}" for name, value in run.exports.items()]
+    lines += [_show_variable(name, value) for name, value in run.exports.items()]
     for host, command in run.engine.commands(run, choose_port(run.master_port), cores).items():
         lines += [f"on {host}{how}:", f"  {shlex.join(command)}"]
     lines += [f"ranks ({', '.join(f'{slots} on {host}' for host, slots in run.nodes.items())}), each:", f"  {script}"]

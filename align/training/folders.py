@@ -1,6 +1,11 @@
 """What may be written into --output_dir, and which checkpoint a run goes on from."""
 
+import atexit
+import errno
+import fcntl
+import os
 import shutil
+import socket
 from pathlib import Path
 
 from align.errors import InputError
@@ -39,7 +44,56 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError(
             "--auto_find_batch_size: batches have few fixed shapes here; try --per_device_train_batch_size by hand"
         )
+    if args.should_save and output.is_dir():
+        lock(output)
     return find_checkpoint(args, run_args, *models) if args.do_train else None
+
+
+LOCK = ".lock"
+LEAST_FREE = 64 << 20  # bytes that a disk must have left for an adapter and what is written beside it
+_locks: dict[Path, int] = {}  # held until the process ends
+
+
+def lock(output: Path) -> None:
+    """Keeps other runs out of the folder while this process lives; of a process that died nothing is left to remove."""
+    path = output.resolve() / LOCK
+    if path in _locks:
+        return
+    try:
+        held = os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"--output_dir: {output} cannot be written: {error.strerror}; name another folder") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        who = os.read(held, 200).decode(errors="replace").strip()
+        os.close(held)
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            return
+        raise InputError(
+            f"--output_dir: another run writes into {output} ({who}); wait for its end, or name another folder"
+        ) from error
+    os.truncate(held, 0)
+    os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    _locks[path] = held
+    atexit.register(lambda: path.unlink(missing_ok=True))
+
+
+def prepare_output(args) -> None:
+    """Makes --output_dir (rank 0), for this run alone, where there is room for what it writes."""
+    output = Path(args.output_dir)
+    if not args.should_save:
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir: {output} cannot be made: {error.strerror}; name another folder") from error
+    lock(output)
+    free = shutil.disk_usage(output).free
+    if free < LEAST_FREE:
+        raise InputError(
+            f"--output_dir: the disk of {output} has {free >> 20} MiB left; make room, or name a folder elsewhere"
+        )
 
 
 def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | None:

@@ -80,6 +80,9 @@ def find_folders(arguments: ModelArguments) -> tuple[Path, Path, Path | None]:
     if revision not in (None, "main") and Path(name).is_dir():
         raise InputError(f"--model_revision: {name} is a folder, which has one revision; leave it out")
     hub = {"revision": revision, "token": token}
+    trust, trust_tokenizer = arguments.trust_remote_code, arguments.trust_remote_code_tokenizer
+    folder = find_folder(name, "--model_name_or_path", *patterns[:-1], **hub)
+    guard.check_folder(folder, "--model_name_or_path", trust, trust or trust_tokenizer)  # before it fetches weights
     folder = find_folder(name, "--model_name_or_path", *patterns, **hub)
     if not any(folder.glob("*.safetensors")):
         folder = find_folder(name, "--model_name_or_path", *patterns, "*.bin", **hub)
@@ -97,7 +100,6 @@ def load_config_and_tokenizer(
 ) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
     trust = arguments.trust_remote_code
     trust_tokenizer = trust or arguments.trust_remote_code_tokenizer
-    guard.check_folder(folder, "--model_name_or_path", trust, trust_tokenizer)
     guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
     config = guard.load_config(folder, "--model_name_or_path", trust)
     return config, guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)

@@ -3,14 +3,20 @@
 Rehearsals run in processes of their own, as the dry card is chosen when torch is imported. Models are tiny.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, write_rows
 from tiny import save_model
+
+from align.launch.engines import ENGINES, Run
+from align.rehearsal import alternatives
+from align.rehearsal.rehearse import Stage
 
 TARGETS = ["--lora_target_modules", "q_proj", "v_proj"]
 KEYS = {
@@ -114,3 +120,37 @@ def test_a_rehearsal_reports_memory_adapter_data_graphs_and_disk():
     assert report["disk_gb"]["checkpoints"] == 5
     assert "GO" in ended.stdout
     assert not Path("out").exists()
+
+
+@pytest.mark.soak
+def test_settings_that_fit_are_found_by_rehearsing_them():
+    save_model(Path("model"), num_hidden_layers=4)
+    write_rows("chats.jsonl", CHATS)
+    flags = ["--model_name_or_path", "model", "--dataset_name", "chats.jsonl", "--output_dir", "out", "--do_train"]
+    flags += ["--max_steps", 2, "--max_seq_length", 256, "--per_device_train_batch_size", 8, *TARGETS]
+    code, report, ended = rehearse("--no_shrunken_run", ROOT / "sft.py", *flags)
+    peak = report["memory_per_card_gb"]["peak"]
+    code, report, ended = rehearse("--no_shrunken_run", "--card_memory", peak * 0.5, ROOT / "sft.py", *flags)
+    assert (code, report["verdict"]) == (1, "no-go")
+    assert any(each["fits"] and each["peak"] < peak * 0.5 for each in report["fits_with"]), ended.stderr
+
+
+def test_each_setting_is_rehearsed_in_a_folder_of_its_own(tmp_path, capsys):
+    plans = []
+
+    def run_stage(stage, plan, work, name):
+        plans.append(plan["arguments"])
+        return {"error": {"text": "broken"}} if len(plans) == 1 else {"peaks": {"forward": PEAK}, "steps": []}
+
+    run = Run(ENGINES["deepspeed"], ["sft.py"], {"localhost": 8}, False, {}, None, False, 60, 60)
+    arguments = ["--output_dir", "out", "--per_device_train_batch_size", "2"]
+    args = argparse.Namespace(card="gaudi2", card_memory=40)
+    found = alternatives.find(Stage(run), {"arguments": arguments}, tmp_path, {}, args, run_stage)
+    folders = [next(word for word in plan if word.startswith("--output_dir=")) for plan in plans]
+    assert len(set(folders)) == len(folders) > 2
+    assert all("out" not in plan for plan in plans)
+    assert [each["fits"] for each in found] == [True, True]
+    assert "could not be rehearsed: broken" in capsys.readouterr().err
+
+
+PEAK = {"total": 30 << 30, "by_kind": {"activations": 30 << 30}, "by_module": {}}

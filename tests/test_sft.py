@@ -195,6 +195,7 @@ def test_show_examples_of_pairs_names_both_answers_and_writes_a_page(run, model,
 
 
 def test_a_tokenizer_that_ends_texts_otherwise_than_its_model_is_told(run, model, questions, caplog, monkeypatch):
+    caplog.set_level("INFO")
     monkeypatch.setattr("sft.start_logging", lambda args: None)
     other = Path(shutil.copytree(model, "other"))
     config = json.loads((other / "tokenizer_config.json").read_text())

@@ -97,7 +97,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
         )
     turn = ChatTemplate(tokenizer).find_end() if tokenizer.chat_template else None
     if turn and turn != tokenizer.eos_token:
-        logger.warning(
+        logger.info(
             f"the chat template ends a turn with {turn!r}, which is learnt, and the tokenizer a text with "
             f"{tokenizer.eos_token!r}, which is learnt behind it"
         )

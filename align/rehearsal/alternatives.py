@@ -20,12 +20,16 @@ def find(stage, plan: dict, work: Path, seen: dict, args: argparse.Namespace, ru
         nodes = {"localhost": cards} if cards != run.world_size else run.nodes
         other = replace(stage, run=replace(run, nodes=nodes))
         print(f"It does not fit; rehearsing {change}", file=sys.stderr)
-        arguments = with_flags(plan["arguments"], flags)
+        own = {"--output_dir": str(work / f"alternative-{number}")}  # the run that did not fit has written into its own
+        has_output = bool(judging.flag_values(plan["arguments"], "--output_dir"))
+        arguments = with_flags(plan["arguments"], {**flags, **(own if has_output else {})})
         again = run_stage(
             other, {**plan, "arguments": arguments, "steps": 1, "seconds": 0}, work, f"alternative-{number}"
         )
         memory = judging.memory_of(again)
         if "error" in again or not memory["peak"]:
+            reason = again.get("error", {}).get("text", "nothing was measured")
+            print(f"{change} could not be rehearsed: {reason}", file=sys.stderr)
             continue
         fits = memory["band"][1] <= judging.card_memory(args)
         found.append(

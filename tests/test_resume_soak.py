@@ -144,7 +144,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none_and_its_rows_are
     assert "step 2: a loss is not finite; the step is not taken" in run.said()
     rows = [json.loads(line) for line in (bench.folder / f"poison {way}" / "bad_batch.jsonl").read_text().splitlines()]
     assert {row["rank"] for row in rows} == {1}
-    assert all("Question: What is" in row["text"] and isinstance(row["row"], int) for row in rows)
+    assert all("What is" in row["text"] and isinstance(row["row"], int) for row in rows)
     for name, tensor in bench.weights(f"poison {way}").items():
         assert tensor.isfinite().all(), name
 

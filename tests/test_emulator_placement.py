@@ -87,8 +87,8 @@ MISTAKES = {
     "lengths left on the host": (
         DPO,
         ("preference.PreferenceTrainer", "_total"),
-        ('lengths = inputs["answer_lengths"]', 'lengths = inputs["answer_lengths"].cpu()'),
-        "planted.py",
+        ('reference, inputs["answer_lengths"])', 'reference, inputs["answer_lengths"].cpu())'),
+        "preference.py",
     ),
     "results that were not fetched": (
         [*DPO, "--precompute_ref_log_probs", "--max_train_samples", "6"],

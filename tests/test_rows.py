@@ -339,9 +339,10 @@ def test_a_replaced_file_of_the_same_time_and_size_is_read_anew(prepare):
 
 
 @pytest.mark.parametrize("damage", [b"", b"broken"])
-def test_a_damaged_cache_is_noticed_and_made_anew(prepare, caplog, damage):
+def test_a_damaged_cache_is_noticed_and_made_anew(prepare, caplog, damage, monkeypatch, tmp_path):
     import datasets
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     before = prepare([{"text": "Hello there, how are you"}] * 5)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "align"
     newest = max(cache.glob("tokens-*.arrow"), key=lambda path: path.stat().st_mtime_ns)

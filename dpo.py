@@ -20,6 +20,7 @@ from align.data.tokenization import SampleTokenizer, tokenize_pairs
 from align.errors import InputError
 from align.models import loading as modeling
 from align.models.attention import probe_packing
+from align.models.families import WRONG_IN_PREFERENCES, can_share_prompts, check_family
 from align.training import checkpoints, folders, pairs, preference, reference, results
 from align.training.flags import FLAGS
 from align.upstream_fixes import attention_inputs, gaudi_config, trainer_autocast
@@ -148,6 +149,7 @@ def main() -> None:
 
     # Model, as far as it can be checked without its weights
     config = modeling.load_config(model_args)
+    check_family(config, args.max_length, "--model_name_or_path", WRONG_IN_PREFERENCES)
     tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
     modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
@@ -202,7 +204,7 @@ def main() -> None:
 
     # Trainer
     lengths = {name: pairs.measure(split) for name, split in rows.items()}
-    if packable and preference_args.share_prompts:
+    if packable and preference_args.share_prompts and can_share_prompts(config):
         most = preference.most_columns(args, args.per_device_train_batch_size)
         cost = pairs.column_cost(config)
         layout = pairs.share_rows(lengths, per_device, most, preference_args.num_buckets, cost, args.seed)

@@ -44,6 +44,7 @@ from align.generation.config import (
 from align.generation.decoding import TextGenerator
 from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
 from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
+from align.models.families import WRONG_IN_GENERATION, check_family
 from align.upstream_fixes import adapt_transformers
 from align.upstream_flags import FP8
 
@@ -141,6 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     batches = plan_batches(
         list(map(len, encoded)), gaudi_args.batch_size, gaudi_args.bucket_size, room, width=width, pads=pads
     )
+
+    longest = max(batch.width for batch in batches) + decoding_args.max_new_tokens
+    check_family(model_config, longest, "--model_name_or_path", WRONG_IN_GENERATION)
 
     # Model
     adapt_transformers()

@@ -19,6 +19,7 @@ from align.data.preparing import prepare_data
 from align.data.tokenization import SampleTokenizer, tokenize_samples
 from align.models import loading as modeling
 from align.models.attention import probe_packing
+from align.models.families import check_family
 from align.training import checkpoints, folders, results
 from align.training.flags import FLAGS
 from align.training.supervised import SupervisedTrainer, make_batches
@@ -63,6 +64,7 @@ def main() -> None:
 
     # Model, as far as it can be checked without its weights
     config = modeling.load_config(model_args)
+    check_family(config, args.max_seq_length, "--model_name_or_path")
     tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
     modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None

@@ -134,6 +134,12 @@ def check_preference_arguments(
         )
     if args.sync_ref_model and (lora_args.use_peft or is_deepspeed_zero3_enabled()):
         raise InputError("--sync_ref_model needs a copy of a fully trained model: --use_peft False, and no ZeRO-3")
+    drops = lora_args.lora_dropout not in (0, modeling.LoraArguments.lora_dropout)
+    if lora_args.use_peft and args.disable_dropout and drops:
+        raise InputError(
+            f"--lora_dropout {lora_args.lora_dropout:g} has no effect while --disable_dropout is on; add "
+            "--disable_dropout False, or leave it out"
+        )
     if preference_args.sample_prompts and not args.do_eval:
         raise InputError("--sample_prompts takes held-out prompts: add --do_eval")
 

@@ -23,7 +23,7 @@ from quickstart.data import COURTESY, Question, make_model, read_rows, write_dat
 
 STAGES = ("pretrain", "sft", "merge_sft", "ask_sft", "dpo", "merge_dpo", "ask_dpo")
 HPU = "--use_habana --use_lazy_mode --bf16 --report_to none --save_strategy no --logging_steps 20"
-LORA = "--lora_r 16 --lora_alpha 16 --lora_dropout 0.1 --lora_target_modules all-linear"
+LORA = "--lora_r 16 --lora_alpha 16 --lora_target_modules all-linear"
 ASK = "--use_hpu_graphs --use_kv_cache --bf16 --batch_size 48 --max_new_tokens 32"
 
 
@@ -37,7 +37,7 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
         "sft": f"sft.py --model_name_or_path {folder}/pretrained --dataset_name {data}/questions "
         f"--output_dir {folder}/sft --do_train --do_eval --eval_on_start --eval_strategy epoch --num_train_epochs 12 "
         f"--max_seq_length 128 --per_device_train_batch_size 1 --learning_rate 3e-3 --lr_scheduler_type cosine "
-        f"--warmup_ratio 0.1 {LORA} {HPU}",
+        f"--warmup_ratio 0.1 {LORA} --lora_dropout 0.1 {HPU}",
         "merge_sft": f"merge_peft_adapter.py --base_model_name {folder}/pretrained --adapter_model_name {folder}/sft "
         f"--output_name {folder}/sft/final_merged_checkpoint",
         "ask_sft": f"run_generation.py --model_name_or_path {folder}/sft/final_merged_checkpoint "

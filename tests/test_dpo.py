@@ -105,6 +105,7 @@ BAD = {
     "no reference": (["--ref_model", "nowhere"], "--ref_model: nowhere is neither a folder nor"),
     "no data": (["--dataset_name", "nothing.jsonl"], "--dataset_name: no such file"),
     "no target": (["--lora_target_modules", "wte"], "--lora_target_modules: none of wte is a module"),
+    "dropout of nothing": (["--lora_dropout", 0.5], "--lora_dropout 0.5 has no effect while --disable_dropout is on"),
     "loss": (["--loss_type", "dpo"], "--loss_type: invalid choice"),
 }
 

@@ -8,6 +8,7 @@ questions.
 import argparse
 import json
 import logging
+import os
 import shlex
 import shutil
 import subprocess
@@ -57,7 +58,9 @@ def run_stage(stage: str, command: list[str], number: int) -> float:
     """Runs one stage and returns its seconds; the terminal sees the command, its progress and its errors."""
     print(f"\n\033[1m[{number}/{len(STAGES)}] python {shlex.join(command)}\033[0m", flush=True)
     start = time.perf_counter()
-    ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], check=False)
+    # The emulator then does not tell the card's tensors from the host's, which takes as long as a tiny model's step
+    environment = {"HABANA_EMULATOR_STRICT": "0", **os.environ}
+    ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], env=environment, check=False)
     if ended.returncode:
         sys.exit(f"quickstart: {stage} failed with exit code {ended.returncode}; its last lines above say why")
     return round(time.perf_counter() - start, 1)

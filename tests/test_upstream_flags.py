@@ -3,8 +3,6 @@
 import io
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,16 +31,21 @@ def generate(run, model):
     return generate
 
 
-def own_flags(script):
-    """The flags that this script's parser itself knows."""
-    help = "--help_all" if script in ("sft.py", "dpo.py") else "--help"
-    main = f"import sys; sys.argv = ['{script}', '{help}']; import {script[:-3]} as script; script.main()"
-    shown = subprocess.run([sys.executable, "-c", main], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return {word.strip(",[]").split("=")[0] for word in shown.split() if word.startswith(("--", "[--"))}
+@pytest.fixture
+def own_flags(run, capsys):
+    """`own_flags(script)` are the flags that this script's parser itself knows."""
+
+    def own_flags(script):
+        with pytest.raises(SystemExit):
+            run(script, "--help_all" if script in ("sft.py", "dpo.py") else "--help")
+        words = capsys.readouterr().out.split()
+        return {word.strip(",[]").split("=")[0] for word in words if word.startswith(("--", "[--"))}
+
+    return own_flags
 
 
 @pytest.mark.parametrize("script", NAMES)
-def test_every_flag_of_upstreams_example_is_accepted_replaced_or_refused_by_name(script):
+def test_every_flag_of_upstreams_example_is_accepted_replaced_or_refused_by_name(script, own_flags):
     own, flags = own_flags(script), FLAGS[script]
 
     assert set(NAMES[script].split()) <= set(flags)
@@ -94,7 +97,7 @@ def test_dpos_flags_of_upstream_say_what_ours_say(monkeypatch):
     import dpo
 
     def parse(*flags):
-        monkeypatch.setattr(sys, "argv", ["dpo.py", "--model_name_or_path", "m", "--logging_dir", "logs", *flags])
+        monkeypatch.setattr("sys.argv", ["dpo.py", "--model_name_or_path", "m", "--logging_dir", "logs", *flags])
         parsed = parse_arguments(dpo.ARGUMENTS, "", dpo.RECIPE)
         return {name: str(value) for arguments in parsed for name, value in vars(arguments).items()}
 

@@ -12,7 +12,7 @@ GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.m
 REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
 INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
-.PHONY: help setup quickstart chat test test-hpu test-gaudi-host soak lint format bench clean
+.PHONY: help setup quickstart chat test test-hpu test-gaudi-host soak models lint format bench clean
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -55,6 +55,9 @@ test-gaudi-host: setup  ## Try these targets on a simulated Gaudi host
 
 soak: $(VENV)/.dev  ## Run the long grids and kill loops
 	$(BIN)/python -m pytest -m soak
+
+models: setup  ## Compare the model families with plain transformers and write docs/models.md
+	$(BIN)/python tests/measure_families.py docs/models.md
 
 lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check .

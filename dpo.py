@@ -19,11 +19,10 @@ from align.data.preparing import prepare_data
 from align.data.tokenization import SampleTokenizer, tokenize_pairs
 from align.errors import InputError
 from align.models import loading as modeling
-from align.models.attention import probe_packing
-from align.models.families import WRONG_IN_PREFERENCES, can_share_prompts, check_family
+from align.models.attention import probe_rows
 from align.training import checkpoints, folders, pairs, preference, reference, results
 from align.training.flags import FLAGS
-from align.upstream_fixes import attention_inputs, gaudi_config, trainer_autocast
+from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {
     "dataset_name": "lvwerra/stack-exchange-paired",
@@ -155,7 +154,6 @@ def main() -> None:
 
     # Model, as far as it can be checked without its weights
     config = modeling.load_config(model_args)
-    check_family(config, args.max_length, "--model_name_or_path", WRONG_IN_PREFERENCES)
     tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
     modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
@@ -197,25 +195,30 @@ def main() -> None:
 
     # Model
     folders.prepare_output(args)
-    model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
-    with trainer_autocast(args):
-        packable = preference_args.skip_probe or probe_packing(
-            model, 2 * args.max_length, args.device, **attention_inputs(model)
-        )
+    frozen = peft_config is not None or not args.do_train
+    model = modeling.load_model(model_args, args, config, frozen, longest=args.max_length)
     ref_model = None
     trains_adapter, resumes = peft_config is not None, checkpoint is not None
     if preference.needs_copy(args, trains_adapter, preference_args.ref_model, stored, resumes):
         # In the same precision as the model, so that both say the same before the first step
-        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=trains_adapter)
+        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=trains_adapter, longest=args.max_length)
 
-    # Trainer
+    # Rows: shared by the answers to a prompt where the loaded models keep them apart
     lengths = {name: pairs.measure(split) for name, split in rows.items()}
-    if packable and preference_args.share_prompts and can_share_prompts(config):
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    layout = pairs.separate_rows(lengths, preference_args.num_buckets, args.max_length)
+    if preference_args.share_prompts:
         most = preference.most_columns(args, args.per_device_train_batch_size)
         cost = pairs.column_cost(config)
         layout = pairs.share_rows(lengths, per_device, most, preference_args.num_buckets, cost, args.seed)
-    else:
-        layout = pairs.separate_rows(lengths, preference_args.num_buckets, args.max_length)
+    probed = [] if preference_args.skip_probe else [model, *([ref_model] if preference_args.ref_model else [])]
+    for each in filter(None, probed):
+        probe = partial(probe_rows, each, device=args.device, autocast=computes_in_autocast(args))
+        if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each)):
+            layout = pairs.separate_rows(lengths, preference_args.num_buckets, args.max_length)
+            probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each))
+
+    # Trainer
     pairs.log_layout(layout, lengths)
     args = preference.fit_batches(args, layout)
     set_seed(args.seed)  # a new adapter is the same however the model was loaded

@@ -44,7 +44,6 @@ from align.generation.config import (
 from align.generation.decoding import TextGenerator
 from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
 from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
-from align.models.families import WRONG_IN_GENERATION, check_family
 from align.upstream_fixes import adapt_transformers
 from align.upstream_flags import FP8
 
@@ -143,12 +142,19 @@ def main(argv: list[str] | None = None) -> None:
         list(map(len, encoded)), gaudi_args.batch_size, gaudi_args.bucket_size, room, width=width, pads=pads
     )
 
-    longest = max(batch.width for batch in batches) + decoding_args.max_new_tokens
-    check_family(model_config, longest, "--model_name_or_path", WRONG_IN_GENERATION)
-
     # Model
     adapt_transformers()
-    model = load_model(folder, adapter, vocabulary_size, model_args, world_size, gaudi_args.use_hpu_graphs, rank)
+    model = load_model(
+        folder,
+        adapter,
+        vocabulary_size,
+        model_args,
+        world_size,
+        gaudi_args.use_hpu_graphs,
+        longest=max(batch.width for batch in batches) + decoding_args.max_new_tokens,
+        beams=decoding_args.num_beams > 1,
+        rank=rank,
+    )
     check_support(model, gaudi_args)
     penalty = decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0
     goes_on = output_args.measures if decoding_args.ignore_eos is None else decoding_args.ignore_eos

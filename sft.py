@@ -18,12 +18,11 @@ from align.data.loading import DataArguments
 from align.data.preparing import prepare_data
 from align.data.tokenization import SampleTokenizer, tokenize_samples
 from align.models import loading as modeling
-from align.models.attention import probe_packing
-from align.models.families import check_family
+from align.models.attention import probe_rows
 from align.training import checkpoints, folders, results
 from align.training.flags import FLAGS
-from align.training.supervised import SupervisedTrainer, make_batches
-from align.upstream_fixes import attention_inputs, gaudi_config, trainer_autocast
+from align.training.supervised import SupervisedTrainer, make_all_batches
+from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
 
@@ -64,7 +63,6 @@ def main() -> None:
 
     # Model, as far as it can be checked without its weights
     config = modeling.load_config(model_args)
-    check_family(config, args.max_seq_length, "--model_name_or_path")
     tokenizer = modeling.load_tokenizer(model_args, data_args.chat_template)
     modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
@@ -90,21 +88,20 @@ def main() -> None:
 
     # Model
     folders.prepare_output(args)
-    model = modeling.load_model(model_args, args, config, frozen=peft_config is not None or not args.do_train)
-    with trainer_autocast(args):
-        packable = batch_args.skip_probe or probe_packing(
-            model, args.max_seq_length, args.device, **attention_inputs(model)
-        )
+    frozen = peft_config is not None or not args.do_train
+    model = modeling.load_model(model_args, args, config, frozen, longest=args.max_seq_length)
+
+    # Batches: packed where the loaded model keeps the samples of a row apart
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch = partial(make_all_batches, prepared, args, batch_args.num_buckets, pad_token_id)
+    batches, autocast = batch(packing=args.packing), computes_in_autocast(args)
+    for _ in range(0 if batch_args.skip_probe else 2):
+        row = next(iter(batches.values())).take_row()
+        if probe_rows(model, row, args.device, autocast, **attention_inputs(model)):
+            break
+        batches = batch(packing=False)
 
     # Trainer
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sizes = {"train": args.per_device_train_batch_size, "validation": args.per_device_eval_batch_size}
-    batches = {
-        name: make_batches(
-            part.rows, name, args, sizes[name], args.packing and packable, batch_args.num_buckets, pad_token_id
-        )
-        for name, part in prepared.items()
-    }
     trainer = SupervisedTrainer(
         model=model,
         args=args,

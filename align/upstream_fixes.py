@@ -4,6 +4,8 @@ Heavy packages are imported where they are used: run_generation.py needs few of 
 """
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from optimum.habana import GaudiConfig
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,9 @@ def attention_inputs(model: "PreTrainedModel") -> dict[str, bool]:
     return {name: True for name, value in values.items() if value}
 
 
-def trainer_autocast(args) -> "torch.autocast":
-    """The autocast in which optimum-habana's trainers compute (1.21.2: transformers/trainer.py:246 and :1697)."""
-    import torch
-
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16 and not args.deepspeed)
+def computes_in_autocast(args) -> bool:
+    """Whether the trainer computes in bfloat16 whatever the weights are (transformers/trainer.py:239 and :279)."""
+    return args.bf16 and not args.deepspeed
 
 
 def gaudi_config(args) -> "GaudiConfig":
@@ -246,6 +246,64 @@ def keep_no_input_of_frozen_layers() -> None:
     partition_parameters.zero3_linear_wrap = linear
 
 
+@functools.cache
+def transformers_class(model_type: str) -> type["PreTrainedModel"]:
+    """transformers' own causal language model of this type, as if optimum-habana had not been there.
+
+    optimum-habana 1.21.2 puts its classes and methods into transformers' modules (modeling_utils.py:341), which undoes
+    nothing, and some of them are wrong (align/models/families.py says which). So the module is executed once more,
+    beside the one that was changed. Its generation loop is optimum-habana's all the same, as for every class that
+    optimum-habana leaves alone. Can go when no family needs it.
+    """
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    package = model_type_to_module_name(model_type)
+    name = f"transformers.models.{package}.modeling_{package}"
+    importlib.import_module(name)  # dataclasses and docstrings look their module up by name
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if model_type == "gpt_oss":
+        _keep_out_of_autocast(module.GptOssTopKRouter)
+    return getattr(module, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+
+
+def _keep_out_of_autocast(router: type["nn.Module"]) -> None:
+    """Lets a router `[tokens, hidden]` compute in its weights' type.
+
+    transformers 4.55 scatters the largest logits among all of them (models/gpt_oss/modeling_gpt_oss.py:145), which
+    Gaudi's autocast makes float32 (topk) and bfloat16 (linear): torch refuses to. Can go when that line casts.
+    """
+    import torch
+
+    forward = router.forward
+
+    def compute(self, hidden_states: "torch.Tensor"):
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return forward(self, hidden_states.to(self.weight.dtype))
+
+    router.forward = compute
+
+
+def gaudi_class(config: "PretrainedConfig") -> type["PreTrainedModel"] | None:
+    """optimum-habana's class for this configuration, where it has one; after it was put into transformers."""
+    from transformers import AutoModelForCausalLM
+
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    if not is_gaudi_class(found) and found.__module__.startswith("transformers.models."):
+        # what transformers gave away before optimum-habana came, it gives away ever after
+        found = getattr(sys.modules[found.__module__], found.__name__)
+    return found if is_gaudi_class(found) else None
+
+
+def is_gaudi_class(model_class: type) -> bool:
+    return model_class.__module__.startswith("optimum.habana")
+
+
 def keep_ranks_apart(model: "nn.Module") -> None:
     """Gives each of Mixtral's blocks of experts the hook below."""
     for module in model.modules():
@@ -330,8 +388,29 @@ def adapt_transformers() -> None:
         mixin = transformers.generation.GenerationMixin
         if mixin.generate is not GaudiGenerationMixin.generate:
             adapt_transformers_to_gaudi()
-            # Its beam search calls this (generation/utils.py:191), which most models of transformers 4.55 have lost.
-            mixin._reorder_cache = staticmethod(_reorder_cache)
+        mend_transformers()
+
+
+def mend_transformers() -> None:
+    """What transformers' own classes need among optimum-habana 1.21.2's; may be called more than once."""
+    from transformers.generation import GenerationMixin
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+
+    # It registers the kernel without a mask (modeling_utils.py:348), and without one no token is kept from later ones.
+    ALL_MASK_ATTENTION_FUNCTIONS.register("gaudi_fused_sdpa", eager_mask)
+    # Its beam search calls this (generation/utils.py:191), which most models of transformers 4.55 have lost.
+    GenerationMixin._reorder_cache = staticmethod(_reorder_cache)
+    prepare = GenerationMixin.prepare_inputs_for_generation  # which it puts there anew each time that it adapts
+    if "__wrapped__" in vars(prepare):
+        return
+
+    @functools.wraps(prepare)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """It passes on what Phi-3 hands it (generation/utils.py:348): no number of logits is none to slice with."""
+        inputs = prepare(self, *args, **kwargs)
+        return {name: value for name, value in inputs.items() if name != "logits_to_keep" or value is not None}
+
+    GenerationMixin.prepare_inputs_for_generation = prepare_inputs_for_generation
 
 
 def _reorder_cache(cache: Any, beams: "torch.LongTensor") -> tuple[tuple["torch.Tensor", ...], ...]:

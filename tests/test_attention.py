@@ -16,13 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.data.packing import IGNORED, PackedCollator, RowDataset
 from align.errors import InputError
-from align.models.attention import (
-    find_visible,
-    probe,
-    probe_packing,
-    segment_mask,
-)
-from align.models.families import FAMILIES, choose_attn_implementation
+from align.models import attention
+from align.models.attention import find_visible, probe, probe_rows, segment_mask
+from align.models.families import FAMILIES, Family, choose_class
+from align.upstream_fixes import mend_transformers
 
 HPU = torch.device("hpu")
 SIZES = {
@@ -43,16 +40,21 @@ MODELS = {
     "gemma2": FEWER_HEADS | {"sliding_window": 4},
     "gpt2": NO_DROPOUT,
     "gptj": NO_DROPOUT | {"rotary_dim": 4},
+    "gpt_oss": FEWER_HEADS | {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3_text": FEWER_HEADS | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": FEWER_HEADS | {"sliding_window": 4, "pad_token_id": 0},
 }
 
 
-def make_model(model_type: str, attn_implementation: str | None = None, dtype=torch.float32, **options):
+def make_model(model_type: str, attn_implementation: str = "eager", dtype=torch.float32, **options):
+    """For texts of up to 20 tokens, longer than any window here. Weights so wide that attention matters."""
     adapt_transformers_to_gaudi()
+    mend_transformers()
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **SIZES | MODELS.get(model_type, {}) | options)
-    attn_implementation = attn_implementation or choose_attn_implementation(config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, torch_dtype=dtype)
+    chosen = choose_class(config, longest=20)
+    make = AutoModelForCausalLM.from_config if chosen is AutoModelForCausalLM else chosen._from_config
+    model = make(config, attn_implementation=attn_implementation, torch_dtype=dtype)
     return model.to(HPU).train()
 
 
@@ -133,43 +135,121 @@ def test_a_token_sees_its_own_segment_and_the_shared_prompt_alone():
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def packed_row(*lengths: int) -> dict[str, torch.Tensor]:
+    """Samples of these lengths in one row, with four columns of padding."""
+    row = {
+        "input_ids": sum(map(draw, lengths), []) + [0] * 4,
+        "position_ids": [position for length in lengths for position in range(length)] + [0] * 4,
+        "segment_ids": [number + 1 for number, length in enumerate(lengths) for _ in range(length)] + [0] * 4,
+    }
+    return {name: torch.tensor(ids) for name, ids in row.items()}
+
+
+def shared_row() -> dict[str, torch.Tensor]:
+    """A prompt of 8 tokens, a gap, and two answers, each behind the prompt's last token."""
+    prompt, chosen, rejected = draw(8, 1), draw(6, 2), draw(5, 3)
+    row = {
+        "input_ids": [*prompt[:-1], 0, 0, prompt[-1], *chosen, prompt[-1], *rejected],
+        "position_ids": [*range(7), 0, 0, *range(7, 14), *range(7, 13)],
+        "segment_ids": [1] * 7 + [0, 0] + [1] * 13,
+        "branch_ids": [0] * 9 + [1] * 7 + [2] * 6,
+    }
+    return {name: torch.tensor(ids) for name, ids in row.items()}
+
+
+def padded_row() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor(draw(11) + [0] * 5), "attention_mask": torch.tensor([1] * 11 + [0] * 5)}
+
+
+ROWS = {"packed": packed_row(11, 9), "shared": shared_row(), "padded": padded_row()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("model_type", MODELS)
-def test_the_probe_accepts_every_family_in_the_table(model_type, dtype):
-    assert model_type in FAMILIES
-    assert probe_packing(make_model(model_type, dtype=dtype), 512, HPU)
+def test_the_probe_accepts_rows_that_are_right(model_type, precision):
+    model = make_model(model_type, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    assert all(probe_rows(model, row, HPU, autocast=precision == "autocast") for row in ROWS.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_probe_stops_mixtral_with_the_attention_that_sees_the_future(dtype):
-    model = make_model("mixtral", attn_implementation="sdpa", dtype=dtype)
+    model = make_model("mixtral", attn_implementation="sdpa", dtype=dtype, sliding_window=None)
     with pytest.raises(InputError, match="--attn_implementation sdpa: .* see later ones .* try .* eager"):
-        probe_packing(model, 512, HPU)
+        probe_rows(model, ROWS["packed"], HPU)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "phi3", "gemma2"])
-def test_the_probe_notices_a_mask_in_the_wrong_form(model_type, monkeypatch, caplog):
-    model = make_model(model_type)
-    monkeypatch.setitem(FAMILIES, model_type, FAMILIES["llama"])
-    assert not probe_packing(model, 512, HPU)
-    assert "cannot keep samples in one row apart" in caplog.text
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (lambda visible: visible | True, "packed"),
+        (lambda visible: torch.tril(torch.ones_like(visible)), "packed"),
+        (lambda visible: torch.tril(torch.ones_like(visible)), "shared"),
+        (lambda visible: visible & (torch.arange(visible.shape[1], device=visible.device) > 1), "packed"),
+    ],
+    ids=["sees all", "sees other samples", "sees the other answer", "does not see the first tokens"],
+)
+def test_the_probe_notices_a_mask_that_is_wrong(fault, kind, autocast, monkeypatch, caplog):
+    model = make_wide("llama")
+    monkeypatch.setattr(attention, "find_visible", lambda *ids: fault(find_visible(*ids)))
+    assert not probe_rows(model, ROWS[kind], HPU, autocast)
+    assert ("cannot share a prompt" if kind == "shared" else "keep samples in one row apart") in caplog.text
+
+
+def test_the_probe_notices_a_window_of_one_token_more(monkeypatch):
+    model = make_wide("mistral")
+    monkeypatch.setattr(attention, "find_window", lambda config: config.sliding_window + 1)
+    assert not probe_rows(model, ROWS["packed"], HPU)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2}),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    ],
+)
+def test_what_counts_columns_is_packed_and_shares_no_prompts(model_type, options):
+    """ALiBi, and a window that is none of the mask: the second answer stands farther from its prompt."""
+    model = make_wide(model_type, **options)
+    assert probe_rows(model, ROWS["packed"], HPU)
+    assert not probe_rows(model, ROWS["shared"], HPU)
+
+
+def make_wide(*args, **options):
+    model = make_model(*args, **options)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    return model
+
+
+def test_a_model_that_padding_changes_is_refused(monkeypatch):
+    model = make_wide("llama")
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: forward(**inputs | {"attention_mask": None}))
+    assert probe_rows(model, padded_row(), HPU)  # padding stands behind the tokens, which do not see it
+    monkeypatch.setattr(model, "forward", lambda input_ids, **inputs: forward(input_ids=input_ids.flip(1).flip(1)))
+    left = {name: ids.flip(0) for name, ids in padded_row().items()}
+    with pytest.raises(InputError, match="padding changes what this llama model says"):
+        probe_rows(model, left, HPU)
 
 
 def test_a_model_that_refuses_the_mask_is_not_packed():
-    result = probe(make_model("opt", ffn_dim=64, word_embed_proj_dim=32), HPU)
-    assert result.causal
-    assert not result.packable
+    options = {"n_layer": 2, "n_head": 4}
+    result = probe(make_model("bloom", **options), ROWS["packed"], HPU)
+    assert result.earlier_moved < 1e-5
+    assert result.row_differs == float("inf")
 
 
 def test_the_probe_notices_an_option_that_drops_the_mask():
-    result = probe(make_model("llama"), HPU, use_flash_attention=True, flash_attention_causal_mask=True)
-    assert result.causal
-    assert not result.packable
+    options = {"use_flash_attention": True, "flash_attention_causal_mask": True}
+    assert not probe_rows(make_wide("llama"), ROWS["packed"], HPU, **options)
 
 
 def test_the_probe_accepts_an_adapter_and_flash_attention():
     model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert probe_packing(model, 512, HPU, use_flash_attention=True, flash_attention_recompute=True)
+    assert probe_rows(model, ROWS["packed"], HPU, use_flash_attention=True, flash_attention_recompute=True)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -184,31 +264,29 @@ def test_within_autocast_packing_is_right_and_no_mask_is_infinite(model_type):
     for module in model.modules():
         if type(module).__name__.endswith(("Layer", "Block")):
             module.register_forward_pre_hook(note_masks, with_kwargs=True)
-    with torch.autocast(HPU.type, torch.bfloat16):
-        assert probe_packing(model, 32, HPU)
+    assert probe_rows(model, ROWS["packed"], HPU, autocast=True)
 
     assert all(mask.bfloat16().isfinite().all() for mask in masks)
     assert any((mask < -1e38).any() for mask in masks)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "phi3", "gemma2"])
+@pytest.mark.parametrize("model_type", ["gpt2"])
 def test_within_autocast_the_probe_notices_a_mask_in_the_wrong_form(model_type, monkeypatch):
     model = make_model(model_type).bfloat16()
-    monkeypatch.setitem(FAMILIES, model_type, FAMILIES["llama"])
-    with torch.autocast(HPU.type, torch.bfloat16):
-        assert not probe_packing(model, 32, HPU)
+    monkeypatch.setitem(FAMILIES, model_type, Family())
+    assert not probe_rows(model, ROWS["packed"], HPU, autocast=True)
 
 
 def test_the_probe_gathers_what_zero3_has_partitioned():
     """In a process of its own, as DeepSpeed stays initialised."""
     code = """
 import deepspeed, habana_frameworks.torch.distributed.hccl
-from test_attention import HPU, make_model, probe_packing
+from test_attention import HPU, ROWS, make_model, probe_rows
 deepspeed.init_distributed("hccl", rank=0, world_size=1)
 for model_type in ("mixtral", "gpt2"):
     with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 1, "zero_optimization": {"stage": 3}}):
         model = make_model(model_type)
-    print(model_type, probe_packing(model, 512, HPU), sum(weight.numel() for weight in model.parameters()))
+    print(model_type, probe_rows(model, ROWS['packed'], HPU), sum(weight.numel() for weight in model.parameters()))
 """
     here = Path(__file__).parent
     environment = {"PYTHONPATH": f"{here}:{here.parent}", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -219,17 +297,10 @@ for model_type in ("mixtral", "gpt2"):
     assert "gpt2 True 0\n" in result.stdout
 
 
-def test_rows_longer_than_a_window_that_nobody_tried_are_not_packed(caplog):
-    model = make_model("gemma3_text", **FEWER_HEADS, sliding_window=32)
-    assert probe_packing(model, 32, HPU)
-    assert not probe_packing(model, 33, HPU)
-    assert "window of 32 tokens" in caplog.text
-
-
 def test_the_probe_leaves_the_model_as_it_was():
     model = make_model("gpt2")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    probe_packing(model, 512, HPU)
+    probe_rows(model, ROWS["packed"], HPU)
     assert model.training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 

@@ -554,30 +554,3 @@ def test_attention_of_other_devices_gives_way_and_is_told(run, copy):
     said = run("run_generation.py", *command("run_generation.py", copy))
 
     assert said.out == plain.out
-
-
-WRONG = {
-    "the first Gemma": ("gemma", {"head_dim": 16}, "sft.py run_generation.py dpo.py", "it adds the residual after"),
-    "a window shorter than the texts": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
-        "sft.py run_generation.py dpo.py",
-        "a window of 16 tokens",
-    ),
-    "text of OPT": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}, "run_generation.py", "other text with a cache"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_what_upstream_computes_wrongly_is_refused_before_it_loads(what, run, tmp_path):
-    family, changes, scripts, message = WRONG[what]
-    folder = save_model(tmp_path / "wrong", family, **changes)
-    data = write_rows("rows.jsonl", [{"prompt": "Hello", "chosen": "a b", "rejected": "c"}] * 4)
-    flags = {
-        "run_generation.py": ["--prompt", "Hello", "--max_new_tokens", "32"],
-        "sft.py": ["--dataset_name", data, "--do_train", "--output_dir", "out"],
-        "dpo.py": ["--dataset_name", data, "--do_train", "--output_dir", "out"],
-    }
-    for script in scripts.split():
-        with pytest.raises(InputError, match=f"--model_name_or_path: .*{message}"):
-            run(script, "--model_name_or_path", folder, *flags[script])

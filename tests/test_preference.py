@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 from optimum.habana.trl import GaudiDPOConfig
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import save_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.models.families import choose_attn_implementation
 from align.training import pairs, preference
 from align.training.reference import Stored
 from align.upstream_fixes import gaudi_config
@@ -60,6 +60,7 @@ def make_pairs(number: int, seed: int = 0) -> list[dict]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model of each family, with a random adapter."""
+    adapt_transformers_to_gaudi()  # before transformers gives away, and remembers, classes of its own
     made = {}
     for family in FAMILIES:
         made[family] = save_model(tmp_path_factory.mktemp(family), family)
@@ -96,16 +97,13 @@ def make_trainer(folders, tmp_path):
             per_device_train_batch_size=batch,
             **flags,
         )
-        config = AutoConfig.from_pretrained(folders[family])
-        model = AutoModelForCausalLM.from_pretrained(
-            folders[family], attn_implementation=choose_attn_implementation(config)
-        )
+        model = AutoModelForCausalLM.from_pretrained(folders[family], attn_implementation="eager")
         rows = Dataset.from_list(make_pairs(number))
         lengths = {"train": pairs.measure(rows)}
         if shared:
             per_device = batch * args.gradient_accumulation_steps
             most = preference.most_columns(args, batch)
-            layout = pairs.share_rows(lengths, per_device, most, 4, pairs.column_cost(config))
+            layout = pairs.share_rows(lengths, per_device, most, 4, pairs.column_cost(model.config))
         else:
             layout = pairs.separate_rows(lengths, 1, args.max_length)
         trainer = preference.PreferenceTrainer(

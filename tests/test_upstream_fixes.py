@@ -95,10 +95,6 @@ def fills_masks_with_what_bfloat16_lacks():
     return "torch.finfo(inputs_embeds.dtype).min" in prepare
 
 
-def computes_in_autocast_without_deepspeed():
-    return "if args.bf16 and (not args.deepspeed):" in ast.unparse(find(TRAINER, "GaudiTrainer.__init__"))
-
-
 def imports_its_trainers_with_any_module():
     """Read as text: the package may be deferred by then, which is the cure."""
     for name in ("optimum.habana", "optimum.habana.transformers"):
@@ -132,6 +128,22 @@ def passes_what_the_generation_config_asks_for():
     return "generation_config.use_flash_attention" in inspect.getsource(importlib.import_module(TRAINER))
 
 
+def puts_its_classes_into_transformers():
+    adapt = ast.unparse(find("optimum.habana.transformers.modeling_utils", "adapt_transformers_to_gaudi"))
+    return "transformers.models.gemma.modeling_gemma.GemmaForCausalLM = GaudiGemmaForCausalLM" in adapt
+
+
+def registers_a_kernel_without_a_mask():
+    adapt = ast.unparse(find("optimum.habana.transformers.modeling_utils", "adapt_transformers_to_gaudi"))
+    return "ALL_ATTENTION_FUNCTIONS.register('gaudi_fused_sdpa'" in adapt and "ALL_MASK_ATTENTION" not in adapt
+
+
+def switches_autocast_off_under_deepspeed():
+    made = statements(find(TRAINER, "GaudiTrainer.__init__"), ast.If)
+    branches = [branch for branch in made if ast.unparse(branch.test) == "self.args.deepspeed"]
+    return any("self.gaudi_config.use_torch_autocast = False" in ast.unparse(branch) for branch in branches)
+
+
 FAULTS = {
     "RightScaleMixin": [divides_only_when_pipelining],
     "WholeStepsMixin": [counts_a_resumed_epoch_from_its_start, concatenates_labels_of_a_step],
@@ -143,9 +155,13 @@ FAULTS = {
     "keep_ranks_apart": [adds_up_experts_of_all_ranks],
     "unflatten_masks": [flattens_every_mask],
     "bound_masks": [fills_masks_with_what_bfloat16_lacks],
-    "trainer_autocast": [computes_in_autocast_without_deepspeed],
     "adapt_transformers": [imports_its_trainers_with_any_module, asks_for_a_reordering_that_models_have_lost],
     "gaudi_config": [leaves_the_fused_optimizer_off],
+    "computes_in_autocast": [switches_autocast_off_under_deepspeed],
+    "gaudi_class": [puts_its_classes_into_transformers],
+    "is_gaudi_class": [puts_its_classes_into_transformers],
+    "transformers_class": [puts_its_classes_into_transformers],
+    "mend_transformers": [registers_a_kernel_without_a_mask, asks_for_a_reordering_that_models_have_lost],
     "attention_inputs": [passes_what_the_generation_config_asks_for],
 }
 

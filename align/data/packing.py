@@ -121,6 +121,15 @@ class RowDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def hardest(self) -> list[int]:
+        """The row whose samples are the longest beside others; without packing, a short sample after the longest."""
+        longest = np.maximum.reduceat(self.lengths[self.rows.members], self.rows.starts[:-1])
+        shared = np.diff(self.rows.starts) > 1
+        if shared.any():
+            return [int(np.argmax(longest * shared))]
+        order = np.argsort(longest, kind="stable")
+        return [int(order[-1]), int(order[len(order) // 2])]
+
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return self.__getitems__([row])[0]
 

@@ -23,7 +23,7 @@ from align.generation.config import (
 from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
 from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
 from align.generation.prompts import PromptArguments
-from align.models.families import WRONG_IN_GENERATION, check_family, find_window
+from align.models.families import find_window
 from align.upstream_fixes import adapt_transformers
 
 if TYPE_CHECKING:
@@ -169,7 +169,6 @@ def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi:
     folder, tokenizer_folder, adapter = find_folders(model_args)
     config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args)
     stop_tokens = find_stop_tokens(decoding.stop_tokens, tokenizer)
-    check_family(config, 0, "--model_name_or_path", WRONG_IN_GENERATION)
     context = min(getattr(config, "max_position_embeddings", sys.maxsize), find_window(config) or sys.maxsize)
     room = context - decoding.max_new_tokens
     if room < 1:
@@ -179,7 +178,8 @@ def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi:
         )
     adapt_transformers()
     vocabulary_size = max(config.vocab_size, len(tokenizer) if adapter else 0)
-    model = load_model(folder, adapter, vocabulary_size, model_args, 1, gaudi.use_hpu_graphs)
+    longest = min(room, sys.maxsize - decoding.max_new_tokens) + decoding.max_new_tokens
+    model = load_model(folder, adapter, vocabulary_size, model_args, 1, gaudi.use_hpu_graphs, longest)
     check_support(model, gaudi)
     end_tokens = find_end_tokens(model, tokenizer, stop_tokens)
     penalty = decoding.repetition_penalty or model.generation_config.repetition_penalty or 1.0

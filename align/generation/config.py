@@ -100,8 +100,12 @@ def has_static_shapes(model: "PreTrainedModel") -> bool:
 
 def check_support(model: "PreTrainedModel", gaudi: GaudiArguments) -> None:
     """What optimum-habana can do with some models only."""
+    from align.models.families import can_reuse_cache, check_flash_attention
+
     kind = model.config.model_type
-    if gaudi.reuse_cache and not hasattr(model, "allocate_kv_cache"):
+    if gaudi.use_flash_attention:
+        check_flash_attention(model)
+    if gaudi.reuse_cache and not can_reuse_cache(model):
         raise InputError(f"--reuse_cache: optimum-habana has none for {kind} models; leave it out")
     if gaudi.bucket_size > 0 and not has_static_shapes(model):
         raise InputError(f"--bucket_size: optimum-habana has no static shapes for {kind} models; leave it out")

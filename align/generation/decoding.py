@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from align.errors import InputError
 from align.generation.prompts import pad_batch
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from optimum.habana.transformers.generation import GaudiGenerationConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SHORTEST = 4  # columns of a prompt: a reused cache takes one for a decoding step, and Mamba convolves four
 STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
 
 
@@ -119,6 +121,10 @@ class TextGenerator:
     ) -> tuple[list[list[int]], Timing]:
         """New tokens of each prompt up to its first end token, which is included, and how long they took."""
         start = time.perf_counter()
+        if not self.config.flash_attention_causal_mask:
+            width = max(width, SHORTEST)
+        elif width == 1 and self.config.reuse_cache:
+            raise InputError("--flash_attention_causal_mask: not with --reuse_cache and a prompt of a single token")
         ids, mask = pad_batch(encoded, width, self.rows, self.config.pad_token_id)
         watch = EndWatch(self.end_tokens, width, 1 if self.rows == 1 else STEPS_PER_CHECK)  # the same on every rank
         beams = self.config.num_beams > 1

@@ -1,24 +1,23 @@
 """Masks that keep samples in one row apart, in the form each model family takes, and a probe that shows they hold.
 
-optimum-habana's models differ in what they make of a 4-D mask, and some go wrong without an error: Mixtral's default
-attention is not even causal when nothing is padded. So `families.py` says what was found to be exact, and the probe
-tests the loaded model, whatever it is, before it is trained.
+Models differ in what they make of a 4-D mask, of a window and of padding, and some go wrong without an error. So
+`families.py` says what was found to be right, and the probe tries on the loaded model, whatever it is, the very rows
+that it is about to be trained on.
 """
 
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from align.errors import InputError
-from align.models.families import FAMILIES, Family, choose_attn_implementation
-from align.upstream_fixes import bound_masks, unflatten_masks
+from align.models.families import FAMILIES, Family, find_window
+from align.upstream_fixes import bound_masks, is_gaudi_class, unflatten_masks
 
 logger = logging.getLogger(__name__)
 
@@ -52,116 +51,150 @@ def segment_mask(
     Built on the ids' device: static shapes, nothing read back. A window counts positions, as answers may share a row.
     `model` may be wrapped by PEFT. The attention of a family that flattens masks gets a hook the first time.
     """
-    family, config = _find_family(model), model.config
-    if family.flattened:
-        unflatten_masks(model)
     bound_masks(model)
-    visible = near = find_visible(segment_ids, branch_ids)
-    if family.window_margin is not None and config.sliding_window is not None:
-        distance = position_ids[:, :, None] - position_ids[:, None, :]
-        near = visible & (distance < config.sliding_window + family.window_margin)
     # Within autocast embeddings are float32, and a model fills its mask with the lowest number of their type.
     dtype = torch.float32 if torch.is_autocast_enabled(segment_ids.device.type) else model.dtype
-    visible, near = (_form(who, family, dtype) for who in (visible, near))
-    return {"full_attention": visible, "sliding_attention": near} if family.by_layer_type else near
-
-
-def _find_family(model: PreTrainedModel) -> Family:
-    """Where nobody tried the family: optimum-habana's own classes share one form of mask, transformers' another."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    is_gaudi = type(inner).__module__.startswith("optimum.habana")
-    return FAMILIES.get(inner.config.model_type, Family(additive=not is_gaudi))
+    config, visible = inner.config.get_text_config(), find_visible(segment_ids, branch_ids)
+    family = FAMILIES.get(config.model_type, Family())
+    if is_gaudi_class(type(inner)) and not family.additive:  # which is given no text longer than its window
+        if family.flattened:
+            unflatten_masks(model)
+        return visible[:, None].to(dtype)
+    near, window = visible, find_window(config)
+    if window is not None:
+        near = visible & (position_ids[:, :, None] - position_ids[:, None, :] < window)
+    if getattr(config, "layer_types", None) is None:
+        return _add_to_scores(near, dtype)
+    return {
+        "full_attention": _add_to_scores(visible, dtype),
+        "sliding_attention": _add_to_scores(near, dtype),
+    }
 
 
-def _form(visible: torch.Tensor, family: Family, dtype: torch.dtype) -> torch.Tensor:
-    mask = visible[:, None].to(dtype)
-    if not family.additive:
-        return mask
-    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)  # float32's is -inf in bfloat16
-    return torch.zeros_like(mask).masked_fill(~visible[:, None], lowest)
+def _add_to_scores(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a token attends, elsewhere a number that stays finite where autocast makes it bfloat16."""
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)[:, None]
 
+
+# ---------------------------------------------------------------- the probe
 
 # How much of a token's logits rounding may change, by dtype. A mask that leaks changes more than half of them.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+COMPARED = 128  # tokens of a sample, evenly spaced: logits of all would fill the memory
+TRIED = 2  # samples of the row, the longest ones
 
 
 @dataclass(frozen=True)
 class ProbeResult:
     """Differences are relative: the largest norm of a token's change in logits by the norm of its logits."""
 
-    earlier_moved: float  # by later tokens that changed, samples alone
-    packed_differs: float  # from the samples alone; infinite if the model refuses the mask
-    causal: bool
-    packable: bool
+    earlier_moved: float  # by later tokens that changed, in a sample alone
+    row_differs: float  # from its samples alone; infinite if the model refuses the row
+
+
+def find_samples(row: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The columns of each sample of a row (ids `[T]`) in the order of its tokens; a branch is one with its prompt."""
+    if "segment_ids" not in row:
+        return [row["attention_mask"].nonzero()[:, 0]]
+    segment_ids, branch_ids = row["segment_ids"], row.get("branch_ids", torch.zeros_like(row["segment_ids"]))
+    samples = []
+    for segment in range(1, int(segment_ids.max()) + 1):
+        own = segment_ids == segment
+        for branch in sorted(set(branch_ids[own].tolist()) - {0}) or [0]:
+            columns = (own & ((branch_ids == 0) | (branch_ids == branch))).nonzero()[:, 0]
+            samples.append(columns[row["position_ids"][columns].argsort()])
+    return samples
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, device: torch.device, **model_inputs) -> ProbeResult:
-    """Measures on the loaded model whether a token sees a later one, or a packed sample another.
+def probe(
+    model: PreTrainedModel, row: Mapping[str, torch.Tensor], device: torch.device, autocast: bool = False, **inputs
+) -> ProbeResult:
+    """Measures on the loaded model whether a token sees a later one, and whether a row holds its samples as if alone.
 
-    Two forward passes over a few dozen tokens in all. `model_inputs` are the further inputs that training passes. To be
-    called within the trainer's autocast.
-    Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists; parameters are gathered layer by layer.
+    `row` has the ids `[T]` of a collated row: `input_ids` with `attention_mask`, or with `position_ids`, `segment_ids`
+    and maybe `branch_ids`. `inputs` are the further inputs that training passes, `autocast` whether it computes in
+    bfloat16. Under ZeRO-3 every rank calls it, before DeepSpeed's engine exists, which gathers layer by layer.
     """
-    length, half = 8, 4
-    tokens = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, (3, length))
-    first, second, changed = tokens
-    changed[:half] = first[:half]
-    alone = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-    packed = {
-        "input_ids": np.stack([np.concatenate([first, second]), np.concatenate([changed, second])]),
-        "position_ids": np.tile(np.arange(length), (2, 2)),
-        "segment_ids": np.tile(np.repeat([1, 2], length), (2, 1)),
-    }
-    alone, packed = (
-        {name: torch.from_numpy(ids).to(device) for name, ids in inputs.items()} for inputs in (alone, packed)
-    )
-    packed["attention_mask"] = segment_mask(model, packed.pop("segment_ids"), packed["position_ids"])
+    tokens = row["input_ids"]
+    samples = sorted(find_samples(row), key=len, reverse=True)[:TRIED]
 
-    def compute_logits(inputs: dict) -> torch.Tensor:
-        with gathered(model):
-            return model(**inputs, use_cache=False, **model_inputs).logits.float().cpu()
+    def compute_logits(ids: torch.Tensor, compared: torch.Tensor, **row_inputs) -> torch.Tensor:
+        with gathered(model), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = model(input_ids=ids[None].to(device), use_cache=False, **row_inputs, **inputs)
+        return output.logits[0, compared.to(device)].float().cpu()
+
+    def compute_alone(ids: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
+        return compute_logits(ids, compared, attention_mask=torch.ones_like(ids)[None].to(device))
 
     was_training = model.training
     model.eval()  # no dropout
-    alone = compute_logits(alone)
-    earlier_moved = _largest_change(alone[0, :half], alone[2, :half])
-    expected = torch.stack([torch.cat([alone[0], alone[1]]), torch.cat([alone[2], alone[1]])])
+    compared = [torch.linspace(0, len(columns) - 1, min(COMPARED, len(columns))).long() for columns in samples]
+    alone = [compute_alone(tokens[columns], places) for columns, places in zip(samples, compared, strict=True)]
+    changed, half = tokens[samples[0]].clone(), len(samples[0]) // 2
+    changed[half:] = changed[half:].flip(0) + 1
+    changed[half:] %= model.config.get_text_config().vocab_size
+    earlier = compared[0] < half
+    earlier_moved = largest_change(alone[0][earlier], compute_alone(changed, compared[0])[earlier])
     try:
-        packed_differs = _largest_change(expected, compute_logits(packed))
-    except (RuntimeError, TypeError, ValueError) as error:  # many models know no 4-D mask
-        logger.info(f"packing: {error}")
-        packed_differs = math.inf
+        columns = torch.cat([columns[places] for columns, places in zip(samples, compared, strict=True)])
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            row_inputs = _row_inputs(model, row, device)
+        in_row = compute_logits(tokens, columns, **row_inputs)
+        row_differs = largest_change(torch.cat(alone), in_row)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # many models know no 4-D mask
+        logger.debug(f"the probed row: {error}")
+        row_differs = math.inf
     model.train(was_training)
-    tolerance = TOLERANCE[compute_dtype(model, device)]
-    return ProbeResult(earlier_moved, packed_differs, earlier_moved <= tolerance, packed_differs <= tolerance)
+    return ProbeResult(earlier_moved, row_differs)
 
 
-def probe_packing(model: PreTrainedModel, row_length: int, device: torch.device, **model_inputs) -> bool:
-    """Whether rows of `row_length` may hold several samples; says why not. Raises `InputError` if not even causal.
+def _row_inputs(model: PreTrainedModel, row: Mapping[str, torch.Tensor], device: torch.device) -> dict:
+    """What the model takes of a row beside its tokens, as the trainers give it."""
+    if "segment_ids" not in row:
+        return {"attention_mask": row["attention_mask"][None].to(device)}
+    ids = {name: row[name][None].to(device) for name in ("segment_ids", "position_ids", "branch_ids") if name in row}
+    return {"attention_mask": segment_mask(model, **ids), "position_ids": ids["position_ids"]}
 
-    Moves the model to `device`, as the trainer does. `model_inputs` as for `probe`.
+
+def probe_rows(
+    model: PreTrainedModel, row: Mapping[str, torch.Tensor], device: torch.device, autocast: bool = False, **inputs
+) -> bool:
+    """Whether rows like this one, as in `probe`, may share a mask; says why not.
+
+    Raises `InputError` where the model is not causal, or where padding behind a sample changes it. Moves the model to
+    `device`, as the trainer does.
     """
     place(model, device)
     name, config = model.config.model_type, model.config
-    result = probe(model, device, **model_inputs)
-    if not result.causal:
-        right = choose_attn_implementation(config) or "eager"
+    try:
+        result = probe(model, row, device, autocast, **inputs)
+    except RuntimeError as error:
+        way = "without --bf16, or with --deepspeed" if autocast else "with another --attn_implementation"
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--model_name_or_path: this {name} model stops as it would be trained ({reason}); try it {way}"
+        ) from error
+    tolerance = TOLERANCE[torch.bfloat16 if autocast else model.dtype]
+    if not result.earlier_moved <= tolerance:  # NaN is not right either
         raise InputError(
             f"--attn_implementation {config._attn_implementation}: tokens of this {name} model see later ones (their "
-            f"logits moved by {result.earlier_moved:.2g}); try --attn_implementation {right}"
+            f"logits moved by {result.earlier_moved:.2g}); try --attn_implementation eager"
         )
-    if not result.packable:
+    if result.row_differs <= tolerance:
+        return True
+    if "segment_ids" not in row:
+        raise InputError(
+            f"--model_name_or_path: padding changes what this {name} model says (logits moved by "
+            f"{result.row_differs:.2g}), so that it cannot be trained in batches; choose another model"
+        )
+    if "branch_ids" in row:
+        logger.warning(f"--share_prompts: answers of this {name} model cannot share a prompt; each gets a padded row")
+    else:
         logger.warning(f"packing: this {name} model cannot keep samples in one row apart; they get rows of their own")
-        return False
-    window = getattr(config, "sliding_window", None)
-    if name not in FAMILIES and window is not None and row_length > window:
-        logger.warning(
-            f"packing: nobody tried how {name} models apply their window of {window} tokens; samples get rows of "
-            "their own"
-        )
-        return False
-    return True
+    return False
 
 
 def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -171,11 +204,11 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
+def largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
     """Of logits `[..., vocabulary]`; a constant added to all logits of a token changes nothing."""
     before, after = (logits - logits.mean(-1, keepdim=True) for logits in (before, after))
     change, size = (torch.linalg.vector_norm(logits, dim=-1) for logits in (after - before, before))
-    return (change / size).max().item()
+    return (change / size).max().item() if len(size) else 0.0
 
 
 def _is_partitioned(model: nn.Module) -> bool:

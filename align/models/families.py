@@ -1,56 +1,98 @@
-"""The table of model families: what was found to be right with each."""
+"""The table of model families: what was found to be right with each, and what is done where it was not.
+
+Every row was compared with plain transformers in float32 (tests/test_families.py). `python -m align.models.families`
+prints docs/models.md.
+"""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from align.errors import InputError
+from align.upstream_fixes import gaudi_class, is_gaudi_class, transformers_class
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a model type wants its mask; without more it is 1 where a token attends, else 0, in the model's dtype."""
+    """What a model type needs that is not the rule.
 
-    additive: bool = False  # 0 where a token attends, the dtype's lowest number elsewhere
-    by_layer_type: bool = False  # {"full_attention": mask, "sliding_attention": mask}
-    flattened: bool = False  # the model reshapes the mask to [batch, 1, 1, T * T]: undone on the way to the attention
-    window_margin: int | None = None  # tokens seen beyond config.sliding_window, itself included; None: no window
-    attn_implementation: str | None = None  # the one that is right, where the default is not
+    The rule: optimum-habana's class where it has one, whose mask is 1 where a token attends, else 0, in the model's
+    dtype; else transformers', whose mask is 0 where a token attends, and the dtype's lowest number elsewhere.
+    """
+
+    fault: str | Callable[[PretrainedConfig], str | None] | None = None  # of optimum-habana's class: not used
+    flattened: bool = False  # optimum-habana's class reshapes the mask to [batch, 1, 1, T * T]: undone on the way
+    additive: bool = False  # optimum-habana's class takes the mask that transformers' would
+    wrong_attention: tuple[str, ...] = ()  # values of --attn_implementation that are wrong; eager never is
+    no_beams: bool = False  # optimum-habana's class stops with an error in a beam search
+    no_reuse_cache: bool = False  # ... with --reuse_cache
+    wrong_flash_attention: str | None = None  # what optimum-habana's class leaves out with --use_flash_attention
 
 
-# Tried with optimum-habana 1.21.2 (tests/test_attention.py). With a 4-D mask none of them applies its window any more,
-# and optimum-habana's own masks reach one token further back than transformers'.
+def _falcon(config: PretrainedConfig) -> str | None:
+    if config.alibi:
+        return "adds ALiBi's biases wrongly"
+    return "stops at grouped key/value heads" if config.new_decoder_architecture else None
+
+
+def _phi(config: PretrainedConfig) -> str | None:
+    return None if config.num_key_value_heads == config.num_attention_heads else "stops at grouped key/value heads"
+
+
+STOPS = "stops with an error"
+# What optimum-habana 1.21.2 does; types that are not named follow the rule.
 FAMILIES = {
-    "gemma2": Family(additive=True, by_layer_type=True, window_margin=1),
+    "bloom": Family(STOPS),
+    "codegen": Family(STOPS),
+    "cohere": Family(STOPS),
+    "deepseek_v2": Family(STOPS, wrong_attention=("gaudi_fused_sdpa",)),
+    "deepseek_v3": Family("cannot be trained", wrong_attention=("gaudi_fused_sdpa",)),
+    "falcon": Family(_falcon, wrong_attention=("sdpa", "gaudi_fused_sdpa")),
+    "gemma": Family("adds the residual after the second norm"),
+    "gemma2": Family(
+        additive=True,
+        no_beams=True,
+        no_reuse_cache=True,
+        wrong_attention=("sdpa", "gaudi_fused_sdpa"),
+        wrong_flash_attention="the soft cap of its attention",
+    ),
+    "gemma3_text": Family("sees beyond its window"),
     "gpt2": Family(flattened=True),
-    "gptj": Family(flattened=True),
-    "llama": Family(),
-    "mistral": Family(window_margin=1),
-    "mixtral": Family(window_margin=1, attn_implementation="eager"),
-    "phi3": Family(additive=True, window_margin=0),  # transformers' own code
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "gpt_bigcode": Family("drops attention weights when it should not"),
+    "gpt_neo": Family("says other text with a cache"),
+    "gpt_oss": Family("sees beyond its window", wrong_attention=("gaudi_fused_sdpa",)),  # no attention sinks
+    "gptj": Family("says other text in padded batches"),
+    "mixtral": Family(wrong_attention=("sdpa",)),  # not causal where nothing is padded
+    "opt": Family("says other text with a cache"),
+    "persimmon": Family(no_beams=True),
+    "phi": Family(_phi),
+    "stablelm": Family(no_beams=True),
+    "starcoder2": Family(STOPS),
+    "xglm": Family(STOPS),
 }
 
 
-def choose_attn_implementation(config: PretrainedConfig) -> str | None:
-    """The `attn_implementation` to load this model with; None leaves it to transformers."""
-    family = FAMILIES.get(config.model_type)
-    return family and family.attn_implementation
+def check_attention(config: PretrainedConfig, attn_implementation: str | None) -> None:
+    if attn_implementation in FAMILIES.get(config.model_type, Family()).wrong_attention:
+        raise InputError(
+            f"--attn_implementation {attn_implementation}: computes {config.model_type} models wrongly; leave it out"
+        )
 
 
-# What optimum-habana 1.21.2 computes otherwise than the transformers that these models were made with
-WRONG = {"gemma": "adds the residual after the second norm"}
-WRONG_IN_GENERATION = {
-    "gemma3_text": "says other text than with a whole forward pass",
-    "gpt_neo": "says other text with a cache",
-    "opt": "says other text with a cache",
-}
-WRONG_IN_PREFERENCES = {"gpt_bigcode": "drops attention weights that --disable_dropout does not reach"}
-WRONG_IN_SHARED_PROMPTS = ("gpt_neo", "mpt")  # a window, and ALiBi, which count columns and not positions
+def check_flash_attention(model: PreTrainedModel) -> None:
+    """For --use_flash_attention, on the loaded model."""
+    kind = model.config.model_type
+    left_out = FAMILIES.get(kind, Family()).wrong_flash_attention
+    if left_out is not None and is_gaudi_class(type(model)):
+        raise InputError(f"--use_flash_attention: leaves out {left_out} in {kind} models; take it out")
+
+
+def can_reuse_cache(model: PreTrainedModel) -> bool:
+    return hasattr(model, "allocate_kv_cache") and not FAMILIES.get(model.config.model_type, Family()).no_reuse_cache
 
 
 def find_window(config: PretrainedConfig) -> int | None:
@@ -64,22 +106,32 @@ def find_window(config: PretrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def can_share_prompts(config: PretrainedConfig) -> bool:
-    """Whether two answers may stand behind one prompt; says why not."""
-    wrong = config.model_type in WRONG_IN_SHARED_PROMPTS
-    if wrong:
-        logger.warning(f"--share_prompts: {config.model_type} models count columns, not positions; pairs are padded")
-    return not wrong
-
-
-def check_family(config: PretrainedConfig, longest: int, flag: str, wrong: dict[str, str] | None = None) -> None:
-    """Refuses what would be wrong in silence; `longest` is the most tokens of a text, `wrong` beside `WRONG`."""
-    kind, window = config.model_type, find_window(config)
-    fault = {**WRONG, **(wrong or {})}.get(kind)
+def find_fault(config: PretrainedConfig, longest: int, beams: bool = False) -> str | None:
+    """What is wrong with optimum-habana's class of this model, for texts of up to `longest` tokens."""
+    if gaudi_class(config) is None:
+        return None
+    family, window = FAMILIES.get(config.model_type, Family()), find_window(config)
+    fault = family.fault(config) if callable(family.fault) else family.fault
     if fault is not None:
-        raise InputError(f"{flag}: optimum-habana computes {kind} models wrongly: it {fault}; choose another model")
+        return fault
     if window is not None and longest > window:
-        raise InputError(
-            f"{flag}: this {kind} model has a window of {window} tokens, and optimum-habana does not keep to it; texts "
-            f"of up to {longest} are too long, make them shorter"
+        return f"does not keep to its window of {window} tokens"
+    return "cannot search beams" if beams and family.no_beams else None
+
+
+def choose_class(
+    config: PretrainedConfig, longest: int, beams: bool = False
+) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
+    """The class to load this model with, for texts of up to `longest` tokens: transformers' own where it must be."""
+    if find_fault(config, longest, beams) is not None:
+        return transformers_class(config.model_type)
+    return gaudi_class(config) or AutoModelForCausalLM
+
+
+def log_class(config: PretrainedConfig, longest: int, beams: bool = False) -> None:
+    """Says where the model runs without the fused kernels and static shapes of optimum-habana's class, and why."""
+    fault = find_fault(config, longest, beams)
+    if fault is not None:
+        logger.warning(
+            f"{config.model_type}: runs with transformers' own class, slower on a card, as optimum-habana's {fault}"
         )

@@ -423,10 +423,14 @@ def empty_model(config: "PretrainedConfig", trust_remote_code: bool = False) -> 
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import no_init_weights
 
+    from align.models.families import choose_class
+
     with torch.device("meta"), no_init_weights():
         if type(config) in AutoModelForCausalLM._model_mapping:
             # The class itself: from_config would shard it under ZeRO-3.
-            model = AutoModelForCausalLM._model_mapping[type(config)](config)
+            chosen = choose_class(config, longest=1)
+            mapped = AutoModelForCausalLM._model_mapping[type(config)]
+            model = (mapped if chosen is AutoModelForCausalLM else chosen)(config)
         else:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()

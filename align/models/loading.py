@@ -1,5 +1,6 @@
 """Loads tokenizer and model, and says before that which modules LoRA will train."""
 
+import inspect
 import json
 import logging
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +18,8 @@ from align.data.chats import ChatTemplate
 from align.data.tokenization import set_chat_template
 from align.errors import InputError
 from align.models import guard
-from align.upstream_fixes import keep_no_input_of_frozen_layers, keep_ranks_apart
+from align.models.families import check_attention, check_flash_attention, choose_class, log_class
+from align.upstream_fixes import keep_no_input_of_frozen_layers, keep_ranks_apart, mend_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -184,9 +186,11 @@ def check_weights(args: ModelArguments, training_args, config: PretrainedConfig,
 
 
 def load_model(
-    args: ModelArguments, training_args, config: PretrainedConfig, frozen: bool, name: str | None = None
+    args: ModelArguments, training_args, config: PretrainedConfig, frozen: bool, longest: int, name: str | None = None
 ) -> PreTrainedModel:
     """Loads `name` (default: --model_name_or_path); `frozen` says that its own weights are not trained.
+
+    `longest` is the most tokens of a text: optimum-habana's classes know no windows that are shorter.
 
     Under ZeRO-3 each rank holds its part alone. Blocks that route tokens to experts are made ZeRO-3 leaves: gathered
     expert by expert, ranks that route differently would wait for each other forever.
@@ -196,8 +200,11 @@ def load_model(
     in_bfloat16 = training_args.bf16 and (frozen or training_args.deepspeed is not None)
     dtype = args.torch_dtype or ("bfloat16" if in_bfloat16 else "float32")
     name = name or args.model_name_or_path
+    check_attention(config, training_args.attn_implementation)
+    log_class(config, longest)
+    mend_transformers()
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = choose_class(config, longest).from_pretrained(
             name,
             config=config,
             torch_dtype=getattr(torch, dtype),
@@ -207,12 +214,21 @@ def load_model(
             trust_remote_code=args.trust_remote_code,
             output_loading_info=True,
         )
+    except KeyError as error:
+        if error.args != (training_args.attn_implementation,):
+            raise
+        raise InputError(
+            f"--attn_implementation {error.args[0]}: {config.model_type} models have none; leave it out"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"--model_name_or_path: {name} cannot be loaded: {guard.one_line(error)}") from error
     if loaded["missing_keys"]:  # of a format that the guard does not read
         raise InputError(f"--model_name_or_path: {name} holds no weights for {sorted(loaded['missing_keys'])[0]}")
     guard.mend_generation_config(model, "--model_name_or_path")
     if args.use_flash_attention:  # optimum-habana's trainers read these and hand them to the model's forward
+        check_flash_attention(model)
+        if "use_flash_attention" not in inspect.signature(type(model).forward).parameters:
+            logger.warning(f"--use_flash_attention has no effect: {config.model_type} runs here without that kernel")
         model.generation_config.use_flash_attention = True
         model.generation_config.flash_attention_recompute = training_args.flash_attention_recompute
         model.generation_config.flash_attention_causal_mask = training_args.flash_attention_causal_mask

@@ -20,7 +20,7 @@ from align.rehearsal import alternatives, judging, page, shrinking, table
 
 MEMORY_LIMIT = 12  # GB of address space of a rehearsal; about 2 of them are used
 STAGE_SECONDS = 45  # training steps are rehearsed for about that long, the first one in any case
-PROBE = {"earlier_moved": 0, "packed_differs": 0, "causal": True, "packable": True}  # the shrunken run really looks
+PROBE = {"earlier_moved": 0, "row_differs": 0}  # the shrunken run really looks
 OUTPUT_FLAGS = ("--output_dir", "--output_name")
 PATH_FLAGS = ("--model_name_or_path", "--tokenizer_name_or_path", "--ref_model", "--peft_model", "--dataset_name")
 PATH_FLAGS += ("--base_model_name", "--adapter_model_name")

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 IDS = pyarrow.list_(pyarrow.int32())
 COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 LABELS = ("chosen_labels", "rejected_labels")  # the answer's tokens that are scored, IGNORED the others
+ROW_IDS = ("input_ids", "attention_mask", "position_ids", "segment_ids", "branch_ids")
 EMPTY = np.empty(0, np.int64)
 WORTHWHILE = 0.85  # share of useful columns from which on no further shape is added
 WEIGHTS = (0, 0.5, 1, 2)  # of a scored column beside any column, tried for rows of the same size
@@ -134,6 +135,19 @@ def separate_rows(lengths: Mapping[str, np.ndarray], num_shapes: int, longest: i
         name: Rows(np.arange(len(width))[:, None], np.searchsorted(buckets, width)) for name, width in widths.items()
     }
     return Layout(False, 1, tuple(Shape(bucket, bucket) for bucket in buckets), rows)
+
+
+def take_row(
+    layout: Layout, pairs: Mapping[str, Dataset], lengths: Mapping[str, np.ndarray], pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """The row `[T]` with the longest pair of the first split, as the collator gives it; of padded ones, the shorter."""
+    name, rows = next(iter(layout.rows.items()))
+    sizes = np.append(lengths[name].sum(axis=1), 0)  # of NONE
+    members = rows.members[sizes[rows.members].max(axis=1).argmax()].tolist()
+    batch = PairCollator(layout, pad_token_id)(PairDataset(pairs[name], rows).__getitems__(members))
+    ids = {name: batch[name] for name in ROW_IDS if name in batch}
+    row = 0 if layout.shared else int(ids["attention_mask"].sum(dim=1).argmin())
+    return {name: values[row] for name, values in ids.items()}
 
 
 def log_layout(layout: Layout, lengths: Mapping[str, np.ndarray]) -> None:

@@ -1,7 +1,9 @@
 """Fine-tuning batches of few shapes, and the trainer that computes the right loss on them."""
 
 import copy
+import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from align.data.packing import (
     group_stream,
     pack_stream,
 )
+from align.data.preparing import Prepared
 from align.errors import InputError
 from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs, shift
@@ -36,6 +39,26 @@ class Batches:
     rows: RowDataset | IterableDataset
     collator: PackedCollator | BucketCollator
     groups: np.ndarray | None
+
+    def take_row(self) -> dict[str, torch.Tensor]:
+        """The row `[T]` that asks most of a model: with the longest sample beside others, or with the most padding."""
+        if not isinstance(self.rows, RowDataset):  # a stream: its first rows
+            rows = [{name: np.asarray(ids) for name, ids in row.items()} for row in self.rows.take(2)]
+        else:
+            rows = [self.rows[index] for index in self.rows.hardest()]
+        batch = dataclasses.replace(self.collator, batch_size=len(rows))(rows)
+        return {name: ids[-1] for name, ids in batch.items()}
+
+
+def make_all_batches(
+    prepared: Mapping[str, Prepared], args, num_buckets: int, pad_token_id: int, packing: bool
+) -> dict[str, Batches]:
+    """`make_batches` of each split."""
+    sizes = {"train": args.per_device_train_batch_size, "validation": args.per_device_eval_batch_size}
+    return {
+        name: make_batches(part.rows, name, args, sizes[name], packing, num_buckets, pad_token_id)
+        for name, part in prepared.items()
+    }
 
 
 def make_batches(

@@ -264,26 +264,7 @@ def transformers_class(model_type: str) -> type["PreTrainedModel"]:
     spec = importlib.util.find_spec(name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if model_type == "gpt_oss":
-        _keep_out_of_autocast(module.GptOssTopKRouter)
     return getattr(module, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-
-
-def _keep_out_of_autocast(router: type["nn.Module"]) -> None:
-    """Lets a router `[tokens, hidden]` compute in its weights' type.
-
-    transformers 4.55 scatters the largest logits among all of them (models/gpt_oss/modeling_gpt_oss.py:145), which
-    Gaudi's autocast makes float32 (topk) and bfloat16 (linear): torch refuses to. Can go when that line casts.
-    """
-    import torch
-
-    forward = router.forward
-
-    def compute(self, hidden_states: "torch.Tensor"):
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return forward(self, hidden_states.to(self.weight.dtype))
-
-    router.forward = compute
 
 
 def gaudi_class(config: "PretrainedConfig") -> type["PreTrainedModel"] | None:
@@ -318,6 +299,30 @@ def _show_as_training(experts: "nn.Module", _) -> None:
     (which else only router_jitter_noise heeds). Ranks that share the data would evaluate a sum of different samples.
     """
     experts.training = True
+
+
+def keep_out_of_autocast(model: "nn.Module") -> None:
+    """Lets modules that stop within Gaudi's autocast compute in their weights' type.
+
+    transformers 4.55 scatters the largest logits among all of them (models/gpt_oss/modeling_gpt_oss.py:145), which
+    autocast makes float32 (topk) and bfloat16 (linear), and normalises float32 by bfloat16 weights, as it takes CUDA's
+    autocast for all there is (models/nemotron/modeling_nemotron.py:57). Can go when both lines cast.
+    """
+    kinds = {type(module) for module in model.modules()}
+    for kind in kinds:
+        if kind.__name__ in ("GptOssTopKRouter", "NemotronLayerNorm1P") and "__wrapped__" not in vars(kind.forward):
+            kind.forward = _in_weights_type(kind.forward)
+
+
+def _in_weights_type(forward: Callable) -> Callable:
+    import torch
+
+    @functools.wraps(forward)
+    def compute(self, hidden_states: "torch.Tensor"):
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return forward(self, hidden_states.to(self.weight.dtype))
+
+    return compute
 
 
 def unflatten_masks(model: "nn.Module") -> None:

@@ -19,7 +19,7 @@ from align.errors import InputError
 from align.models import attention
 from align.models.attention import find_visible, probe, probe_rows, segment_mask
 from align.models.families import FAMILIES, Family, choose_class
-from align.upstream_fixes import mend_transformers
+from align.upstream_fixes import keep_out_of_autocast, mend_transformers
 
 HPU = torch.device("hpu")
 SIZES = {
@@ -42,6 +42,7 @@ MODELS = {
     "gptj": NO_DROPOUT | {"rotary_dim": 4},
     "gpt_oss": FEWER_HEADS | {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3_text": FEWER_HEADS | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "nemotron": FEWER_HEADS,
     "phi3": FEWER_HEADS | {"sliding_window": 4, "pad_token_id": 0},
 }
 
@@ -55,6 +56,7 @@ def make_model(model_type: str, attn_implementation: str = "eager", dtype=torch.
     chosen = choose_class(config, longest=20)
     make = AutoModelForCausalLM.from_config if chosen is AutoModelForCausalLM else chosen._from_config
     model = make(config, attn_implementation=attn_implementation, torch_dtype=dtype)
+    keep_out_of_autocast(model)
     return model.to(HPU).train()
 
 

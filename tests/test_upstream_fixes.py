@@ -138,10 +138,20 @@ def registers_a_kernel_without_a_mask():
     return "ALL_ATTENTION_FUNCTIONS.register('gaudi_fused_sdpa'" in adapt and "ALL_MASK_ATTENTION" not in adapt
 
 
+def scatters_without_a_cast():
+    router = find("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssTopKRouter.forward")
+    return "scatter_(1, router_indices, router_top_value)" in ast.unparse(router)
+
+
 def switches_autocast_off_under_deepspeed():
     made = statements(find(TRAINER, "GaudiTrainer.__init__"), ast.If)
     branches = [branch for branch in made if ast.unparse(branch.test) == "self.args.deepspeed"]
     return any("self.gaudi_config.use_torch_autocast = False" in ast.unparse(branch) for branch in branches)
+
+
+def takes_cudas_autocast_for_all():
+    cast = find("transformers.models.nemotron.modeling_nemotron", "_cast_if_autocast_enabled")
+    return "if not torch.is_autocast_enabled()" in ast.unparse(cast)
 
 
 FAULTS = {
@@ -153,6 +163,7 @@ FAULTS = {
     "check_deepspeed_steps": [steps_inside_backward_and_looks_for_nan_under_fp16_alone],
     "keep_no_input_of_frozen_layers": [keeps_inputs_of_frozen_weights],
     "keep_ranks_apart": [adds_up_experts_of_all_ranks],
+    "keep_out_of_autocast": [scatters_without_a_cast, takes_cudas_autocast_for_all],
     "unflatten_masks": [flattens_every_mask],
     "bound_masks": [fills_masks_with_what_bfloat16_lacks],
     "adapt_transformers": [imports_its_trainers_with_any_module, asks_for_a_reordering_that_models_have_lost],

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -19,7 +19,12 @@ from align.data.tokenization import set_chat_template
 from align.errors import InputError
 from align.models import guard
 from align.models.families import check_attention, check_flash_attention, choose_class, log_class
-from align.upstream_fixes import keep_no_input_of_frozen_layers, keep_ranks_apart, mend_transformers
+from align.upstream_fixes import (
+    keep_no_input_of_frozen_layers,
+    keep_out_of_autocast,
+    keep_ranks_apart,
+    mend_transformers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +127,8 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
     """
     if not args.use_peft:
         return None
-    modules = _linear_modules(config, trust_remote_code)
+    model = guard.empty_model(config, trust_remote_code)
+    modules = _linear_modules(model)
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
     targets = args.lora_target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
     if targets is None:
@@ -145,7 +151,7 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
             f"--lora_target_modules: {', '.join(dead)} match no module of this {config.model_type} model and are left "
             f"out; its linear modules are {leaves}"
         )
-    return LoraConfig(
+    found = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -153,6 +159,11 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
         bias="none",
         task_type="CAUSAL_LM",
     )
+    try:
+        inject_adapter_in_model(found, model, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise InputError(f"--lora_target_modules: {guard.one_line(error)}; the linear modules are {leaves}") from error
+    return found
 
 
 def _is_name(target: str) -> bool:
@@ -171,9 +182,8 @@ def _matches(target: str, module: str) -> bool:
         raise InputError(f"--lora_target_modules: {target!r} is no regular expression: {error}") from error
 
 
-def _linear_modules(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
-    """Paths of the modules that LoRA can adapt, from a model without weights."""
-    model = guard.empty_model(config, trust_remote_code)
+def _linear_modules(model: PreTrainedModel) -> list[str]:
+    """Paths of the modules that LoRA can adapt."""
     kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -237,6 +247,7 @@ def load_model(
 
         apply_zero3_leaf_promotion(model)
     keep_ranks_apart(model)
+    keep_out_of_autocast(model)
     return model
 
 

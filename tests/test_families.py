@@ -3,9 +3,12 @@
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_rows
 from family_models import CONFIGS
 from measure_families import RIGHT, describe, make_plain, measure
+from tiny import make_tokenizer
+
+from align.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,34 @@ def test_a_family_is_right_or_refused_as_its_page_says(row, plain):
     assert {result[flag] for flag in ("beams", "reuse_cache", "buckets")} <= {"right", "refused"}
     page = [without_figures(line) for line in (ROOT / "docs" / "models.md").read_text().splitlines()]
     assert without_figures(describe(row, result)) in page
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("row", CONFIGS)
+def test_a_family_is_trained_merged_and_says_the_same_merged(row, precision, plain, run):
+    base = plain / str(list(CONFIGS).index(row))
+    make_tokenizer("llama-3").save_pretrained(base)
+    sizes = (1, 2, 3, 5, 8, 13)
+    texts = [{"prompt": "Hello " * n, "completion": "fine, thanks " * n} for n in sizes]
+    answers = [{"prompt": "Hello " * n, "chosen": "fine, thanks " * n, "rejected": "no " * n} for n in sizes]
+    model = ["--model_name_or_path", base]
+    flags = [*model, "--do_train", "--max_steps", 2, "--learning_rate", 1e-2, "--report_to", "none", *precision]
+    ask = ["--prompt", "Hello", "Hello you, and me", "--max_new_tokens", 6, "--batch_size", 2]
+
+    run("sft.py", *flags, "--dataset_name", write_rows("sft.jsonl", texts), "--use_peft", False, "--output_dir", "full")
+    flags += ["--lora_target_modules", "all-linear"]
+    train = "sft.py", *flags, "--dataset_name", "sft.jsonl", "--output_dir", "sft"
+    if row == "falcon_mamba":
+        with pytest.raises(InputError, match="--lora_target_modules: .* incompatible with Mamba"):
+            run(*train)
+        return
+    run(*train)
+    run("dpo.py", *flags, "--dataset_name", write_rows("dpo.jsonl", answers), "--output_dir", "dpo")
+    run("merge_peft_adapter.py", "--base_model_name", base, "--adapter_model_name", "sft", "--output_name", "merged")
+    adapted = run("run_generation.py", *model, "--peft_model", "sft", *ask).out
+
+    assert adapted == run("run_generation.py", "--model_name_or_path", "merged", *ask, "--use_hpu_graphs").out
 
 
 def without_figures(line):

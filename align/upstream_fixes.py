@@ -95,6 +95,22 @@ class RightScaleMixin:
         return (takes_count and num_items_in_batch is not None) or divided_later
 
 
+class GraphedAccumulationMixin:
+    """Gives the first batch of a step a training graph of its own.
+
+    Its gradients are the graph's memory, where the next batch's would replace them before they are added up. Gaudi's
+    ModuleCacher has an option for that (hpu/graphs.py, have_grad_accumulation), which optimum-habana 1.21.2 leaves out
+    (transformers/trainer.py:512). Can go when it is given there.
+    """
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if set_iteration_count := getattr(self.model, "set_iteration_count", None):
+            set_iteration_count.__self__.have_grad_accumulation = True
+            trained = next(weight for weight in self.model.parameters() if weight.requires_grad)
+            set_iteration_count(int(trained.grad is not None))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
 class WholeStepsMixin:
     """Takes the last step of an epoch also where a run was resumed within it.
 

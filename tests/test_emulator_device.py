@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from habana_frameworks.emulator.graph_counter import count_graphs
 from habana_frameworks.torch.core import mark_step
-from habana_frameworks.torch.hpu import HPUGraph, ModuleCacher, wrap_in_hpu_graph
 from habana_frameworks.torch.hpu.metrics import metric_localcontext
 
 ROOT = Path(__file__).parent.parent
@@ -192,43 +191,6 @@ def test_events_measure_milliseconds():
     torch.hpu.synchronize()
 
     assert 15 < start.elapsed_time(end) < 2000
-
-
-def test_an_hpu_graph_replays_on_new_content_of_its_inputs():
-    inputs, total = torch.ones(3), torch.zeros(3)
-    graph = HPUGraph()
-    with torch.hpu.graph(graph):
-        assert torch.hpu.is_current_stream_capturing()
-        doubled = inputs * 2
-        total.add_(doubled.view(3))
-
-    inputs.fill_(5)
-    graph.replay()
-
-    assert doubled.tolist() == [10, 10, 10]
-    assert total.tolist() == [12, 12, 12]
-
-
-def test_a_wrapped_module_counts_one_graph_a_shape_up_to_its_limit():
-    model = wrap_in_hpu_graph(torch.nn.Linear(4, 2), max_graphs=2)
-
-    with count_graphs() as graphs, torch.no_grad():
-        for length in (1, 2, 1, 2, 3):
-            model(torch.ones(length, 4))
-        model(torch.ones(1, 4), bypass_hpu_graphs=True)
-    model.clear_cache()
-
-    assert sorted(graphs.hpu.values()) == [2, 2]
-
-
-def test_a_training_graph_gives_the_gradients_of_the_plain_model():
-    plain = torch.nn.Linear(4, 2)
-    wrapped = ModuleCacher()(model=plain, inplace=True)
-
-    wrapped(torch.ones(3, 4)).sum().backward()
-
-    assert wrapped is plain
-    assert torch.equal(plain.weight.grad, torch.full((2, 4), 3.0))
 
 
 def test_lazy_graphs_end_at_mark_steps_and_where_the_host_reads():

@@ -113,8 +113,9 @@ def test_sft_has_the_losses_of_plain_transformers(model_folder, plain_losses, ca
 
     assert losses == pytest.approx(plain_losses, abs=tolerance)
     assert losses[-1] < losses[0] - 0.05
-    forward_passes = STEPS * (2 if "gradient_checkpointing" in flags else 1)
-    assert calls["FusedRMSNorm"] == forward_passes * 2 * LAYERS + STEPS
+    steps = 1 if "use_hpu_graphs_for_training" in flags else STEPS  # of which Python runs the model's code
+    forward_passes = steps * (2 if "gradient_checkpointing" in flags else 1)
+    assert calls["FusedRMSNorm"] == forward_passes * 2 * LAYERS + steps
     assert calls["RotaryPosEmbeddingHelperV2"] == forward_passes * 2 * LAYERS
     assert calls["FusedSDPA"] == (forward_passes * LAYERS if "use_flash_attention" in flags else 0)
     assert calls["FusedClipNorm"] == calls["FusedAdamW"] == STEPS

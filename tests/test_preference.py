@@ -125,6 +125,8 @@ def make_trainer(folders, tmp_path):
 
 def compute_step(trainer) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first step, without the update."""
+    if trainer.args.use_hpu_graphs_for_training:
+        trainer._wrap_model(trainer.model)
     loader = iter(trainer.get_train_dataloader())
     steps = trainer.args.gradient_accumulation_steps
     batches, counts = trainer.get_batch_samples_transformers(loader, steps, trainer.args.device)
@@ -162,7 +164,12 @@ def test_loss_and_gradient_do_not_depend_on_how_a_step_is_cut(batch, make_traine
     assert_equal(make_trainer(batch=batch, gradient_accumulation_steps=8 // batch), plain["llama"])
 
 
-@pytest.mark.parametrize("flags", [{"gradient_checkpointing": True}, {"use_hpu_graphs_for_training": True}])
+GRAPHS = {"use_hpu_graphs_for_training": True}
+
+
+@pytest.mark.parametrize(
+    "flags", [{"gradient_checkpointing": True}, GRAPHS, GRAPHS | {"batch": 2, "gradient_accumulation_steps": 4}]
+)
 def test_gradients_are_exact_with_what_saves_memory_or_time(flags, make_trainer, plain):
     assert_equal(make_trainer(**flags), plain["llama"])
 

@@ -39,6 +39,10 @@ def divides_only_when_pipelining():
     return inside and divisions == inside
 
 
+def wraps_training_graphs_for_steps_of_one_batch():
+    return "ModuleCacher()(model=model, inplace=True)" in ast.unparse(find(TRAINER, "GaudiTrainer._wrap_model"))
+
+
 def counts_a_resumed_epoch_from_its_start():
     loop = ast.unparse(find(TRAINER, "GaudiTrainer._inner_training_loop"))
     return "do_sync_step = (step + 1) % args.gradient_accumulation_steps == 0 or step + 1 == steps_in_epoch" in loop
@@ -156,6 +160,7 @@ def takes_cudas_autocast_for_all():
 
 FAULTS = {
     "RightScaleMixin": [divides_only_when_pipelining],
+    "GraphedAccumulationMixin": [wraps_training_graphs_for_steps_of_one_batch],
     "WholeStepsMixin": [counts_a_resumed_epoch_from_its_start, concatenates_labels_of_a_step],
     "StepsInPartsMixin": [steps_one_part_with_the_others_empty],
     "load_deepspeed_safely": [loads_pickles],

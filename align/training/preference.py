@@ -24,7 +24,7 @@ from align.models.head import find_head, look_up_as_stored, records_graphs
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
 from align.training.reference import Stored, store
 from align.training.reliable import ReliableMixin
-from align.upstream_fixes import StepsInPartsMixin, WholeStepsMixin
+from align.upstream_fixes import GraphedAccumulationMixin, StepsInPartsMixin, WholeStepsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.
     return sums.index_add(0, slots.flatten(), values.flatten())[:-1].view(pairs, 2)
 
 
-class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GaudiDPOTrainer):
+class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumulationMixin, GaudiDPOTrainer):
     """GaudiDPOTrainer's losses on `PairDataset`s; the base under a LoRA adapter is the reference.
 
     Loss, gradient and metrics are means over the pairs of a whole step (rpo_alpha's: over its chosen tokens), however

@@ -27,7 +27,7 @@ from align.errors import InputError
 from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs, shift
 from align.training.reliable import ReliableMixin
-from align.upstream_fixes import RightScaleMixin, StepsInPartsMixin, WholeStepsMixin
+from align.upstream_fixes import GraphedAccumulationMixin, RightScaleMixin, StepsInPartsMixin, WholeStepsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int)
     logger.info(f"{name}: {tokens / computed:.1%} of the computed tokens are useful; shapes: {len(batches)} ({shapes})")
 
 
-class SupervisedTrainer(ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsInPartsMixin, GaudiSFTTrainer):
+class SupervisedTrainer(
+    ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumulationMixin, GaudiSFTTrainer
+):
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
     def __init__(self, *, args, train: Batches | None, validation: Batches | None, **kwargs):

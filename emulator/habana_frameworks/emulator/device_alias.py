@@ -17,7 +17,7 @@ import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
 
-from habana_frameworks.emulator import autocast, metrics_file, placement, random_state
+from habana_frameworks.emulator import autocast, metrics_file, placement, random_state, recording
 from habana_frameworks.emulator.placement import CARD, HOST, asked, on_card, put, settle
 
 HPU = torch.device("hpu", 0)
@@ -225,6 +225,7 @@ def _alias_tensor_methods() -> None:
         setattr(tensor, name, _following(_natively(getattr(tensor, name))))
     if placement.strict:
         tensor.is_cpu = property(lambda self: native_is_cpu.__get__(self) and not on_card(self))
+        tensor.tolist = _reading(tensor.tolist)
         tensor.cpu = lambda self, memory_format=torch.preserve_format: self.to("cpu", memory_format=memory_format)
 
 
@@ -248,10 +249,24 @@ def _move(source: torch.Tensor, result: torch.Tensor, place: bool | None) -> tor
         return result
     if result is source:
         result = source.clone()
+    if place is HOST:
+        recording.went_to_host(result)
     put(result, place)
     if result.grad_fn is not None:  # the gradient goes the way back
         result.register_hook(lambda gradient: put(gradient.clone(), CARD if was_on_card else HOST))
     return result
+
+
+def _reading(method: Callable) -> Callable:
+    """A method that reads a card's tensor without an operation."""
+
+    @functools.wraps(method)
+    def wrapper(self):
+        if recording.active and on_card(self):
+            recording.warn_of_host_read()
+        return method(self)
+
+    return wrapper
 
 
 def _following(method: Callable) -> Callable:

@@ -8,21 +8,24 @@ Eight cards:  python gaudi_spawn.py --world_size 8 --use_deepspeed dpo.py \\
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from optimum.habana.trl import GaudiDPOConfig
-from optimum.habana.utils import set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
 from align.cli import parse_arguments, run_script, start_logging
-from align.data.examples import show_examples
-from align.data.loading import DataArguments
-from align.data.preparing import prepare_data
-from align.data.tokenization import SampleTokenizer, tokenize_pairs
 from align.errors import InputError
-from align.models import loading as modeling
-from align.models.attention import probe_rows
-from align.training import checkpoints, folders, pairs, preference, reference, results
-from align.training.flags import FLAGS
-from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
+from align.quiet import quiet_imports
+
+with quiet_imports():
+    from optimum.habana.trl import GaudiDPOConfig
+    from optimum.habana.utils import set_seed
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from align.data.examples import show_examples
+    from align.data.loading import DataArguments
+    from align.data.preparing import prepare_data
+    from align.data.tokenization import SampleTokenizer, tokenize_pairs
+    from align.models import loading as modeling
+    from align.models.attention import probe_rows
+    from align.training import checkpoints, folders, pairs, preference, reference, results
+    from align.training.flags import FLAGS
+    from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {
     "dataset_name": "lvwerra/stack-exchange-paired",

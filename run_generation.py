@@ -20,32 +20,35 @@ from itertools import cycle, islice
 from align import __version__, cli
 from align.cli import run_script
 from align.errors import InputError, check_seed
-from align.generation.answers import (
-    OutputArguments,
-    answer_all,
-    count_graphs,
-    describe_as_upstream,
-    describe_speed,
-    measure,
-    prepare_output_dir,
-    print_table,
-    write_json,
-)
-from align.generation.chat import ChatArguments, chat, check_chat
-from align.generation.config import (
-    DecodingArguments,
-    GaudiArguments,
-    check_support,
-    choose_kernels,
-    find_end_tokens,
-    find_stop_tokens,
-    make_generation_config,
-)
-from align.generation.decoding import TextGenerator
-from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
-from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
-from align.upstream_fixes import adapt_transformers
+from align.quiet import quiet_imports
 from align.upstream_flags import FP8
+
+with quiet_imports():
+    from align.generation.answers import (
+        OutputArguments,
+        answer_all,
+        count_graphs,
+        describe_as_upstream,
+        describe_speed,
+        measure,
+        prepare_output_dir,
+        print_table,
+        write_json,
+    )
+    from align.generation.chat import ChatArguments, chat, check_chat
+    from align.generation.config import (
+        DecodingArguments,
+        GaudiArguments,
+        check_support,
+        choose_kernels,
+        find_end_tokens,
+        find_stop_tokens,
+        make_generation_config,
+    )
+    from align.generation.decoding import TextGenerator
+    from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
+    from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
+    from align.upstream_fixes import adapt_transformers
 
 logger = logging.getLogger("run_generation")
 
@@ -113,8 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     model_args, prompt_args, decoding_args, gaudi_args, output_args, chat_args = parse_arguments(argv)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     speaks = rank == 0 or output_args.verbose_workers
-    logging.basicConfig(level=logging.WARNING if speaks else logging.ERROR, format="%(message)s")
-    logger.setLevel(logging.INFO if speaks else logging.ERROR)
+    level = output_args.log_level if speaks else "error"
+    logging.basicConfig(level="WARNING" if level == "info" else level.upper(), format="%(message)s")
+    logger.setLevel(level.upper())
     check_arguments(model_args, decoding_args, gaudi_args, output_args)
 
     check_chat(chat_args, prompt_args, decoding_args, gaudi_args, output_args, world_size)

@@ -9,20 +9,23 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 
-from optimum.habana.trl import GaudiSFTConfig
-from optimum.habana.utils import set_seed
-
 from align.cli import parse_arguments, run_script, start_logging
-from align.data.examples import show_examples
-from align.data.loading import DataArguments
-from align.data.preparing import prepare_data
-from align.data.tokenization import SampleTokenizer, tokenize_samples
-from align.models import loading as modeling
-from align.models.attention import probe_rows
-from align.training import checkpoints, folders, results
-from align.training.flags import FLAGS
-from align.training.supervised import SupervisedTrainer, make_all_batches
-from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
+from align.quiet import quiet_imports
+
+with quiet_imports():
+    from optimum.habana.trl import GaudiSFTConfig
+    from optimum.habana.utils import set_seed
+
+    from align.data.examples import show_examples
+    from align.data.loading import DataArguments
+    from align.data.preparing import prepare_data
+    from align.data.tokenization import SampleTokenizer, tokenize_samples
+    from align.models import loading as modeling
+    from align.models.attention import probe_rows
+    from align.training import checkpoints, folders, results
+    from align.training.flags import FLAGS
+    from align.training.supervised import SupervisedTrainer, make_all_batches
+    from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
 

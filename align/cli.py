@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from align import __version__
 from align.errors import InputError, ResultError, Stopped
+from align.quiet import quiet_imports, quiet_libraries
 from align.ranges import limit
 from align.upstream_flags import translate
 
@@ -183,13 +184,15 @@ def parse_arguments(
     """
     parser = make_parser(dataclasses, description, defaults or {}, groups)
     arguments = translate(script or os.path.basename(sys.argv[0]), list(sys.argv[1:] if argv is None else argv))
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
-        raise InputError(" ".join(str(error).split())) from error
-    except OSError as error:  # optimum-habana looks for the Gaudi configuration here
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"a file that --gaudi_config_name or another flag names is not there: {reason}") from error
+    parser.parse_known_args(arguments)  # shows --help, which is no chatter
+    with quiet_imports():  # optimum-habana's arguments import its models
+        try:
+            *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
+            raise InputError(" ".join(str(error).split())) from error
+        except OSError as error:  # optimum-habana looks for the Gaudi configuration here
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"a file that --gaudi_config_name or another flag names is not there: {reason}") from error
     parser.refuse_unknown(unknown)
     return tuple(parsed)
 
@@ -198,6 +201,7 @@ def start_logging(args) -> None:
     """Rank 0 tells what it does, in the log level that --log_level names (default: info); the others only warn."""
     import transformers
 
+    quiet_libraries()
     level = args.get_process_log_level()
     transformers.utils.logging.set_verbosity(max(level, logging.WARNING) if args.log_level == "passive" else level)
     if not args.should_log:

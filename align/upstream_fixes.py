@@ -3,12 +3,10 @@
 Heavy packages are imported where they are used: run_generation.py needs few of them.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import io
 import logging
 import pickle
 import sys
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
+from align.quiet import quiet_imports
 
 if TYPE_CHECKING:
     import torch
@@ -396,7 +395,7 @@ def adapt_transformers() -> None:
     for name in ("optimum.habana", "optimum.habana.transformers"):
         if name not in sys.modules:
             _defer_package(name)
-    with contextlib.redirect_stdout(io.StringIO()):  # the modules print which kernels they found
+    with quiet_imports():  # the modules print which kernels they found
         from optimum.habana.utils import environment, feature_detection_utils
 
         # What its own look at the plugin's version finds, without starting pip for it (utils/environment.py:20).

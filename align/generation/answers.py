@@ -14,6 +14,8 @@ from align.errors import InputError
 from align.generation.decoding import TerminalStreamer, TextGenerator, Timing, decode_new
 from align.generation.prompts import Batch
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 
 @dataclass
 class OutputArguments:
@@ -34,6 +36,10 @@ class OutputArguments:
         default=None, metadata={"help": "Timed runs over all prompts of a benchmark, which it asks for; 5."}
     )
     show_graphs_count: bool = field(default=False, metadata={"help": "Tell how many graphs were compiled."})
+    log_level: str = field(
+        default="info",
+        metadata={"help": "How much is told; debug includes what libraries say.", "choices": LOG_LEVELS},
+    )
     verbose_workers: bool = field(default=False, metadata={"help": "Let all ranks speak, not only the first."})
 
     @property

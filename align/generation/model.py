@@ -14,6 +14,7 @@ from align.errors import InputError
 from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_tensors
 from align.merge.plan import find_adapter_file
 from align.models import guard
+from align.quiet import quiet_imports
 
 if TYPE_CHECKING:
     import torch
@@ -183,8 +184,9 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
 
 def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "PreTrainedModel":
     """This rank's part of the model under DeepSpeed's tensor parallelism."""
-    import deepspeed
-    from optimum.habana.checkpoint_utils import get_ds_injection_policy
+    with quiet_imports():
+        import deepspeed
+        from optimum.habana.checkpoint_utils import get_ds_injection_policy
 
     whole = model.num_parameters()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the layers it found

@@ -182,7 +182,8 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
 
     def _prepare_reference(self, ref_model: PreTrainedModel) -> torch.nn.Module:
         if self.is_deepspeed_enabled:
-            return self._prepare_deepspeed(ref_model)
+            with self.own_stdout():
+                return self._prepare_deepspeed(ref_model)
         ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
         if self.args.use_lazy_mode and self.args.use_hpu_graphs_for_inference:
             from habana_frameworks.torch.hpu import wrap_in_hpu_graph
@@ -352,7 +353,7 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**self._average("train"), **logs}
-        GaudiTrainer.log(self, logs, start_time)
+        super().log(logs, start_time)
 
     def last_logged(self) -> dict[str, float]:
         """The last training metrics that were logged, as `train_rewards/margins` and so on."""
@@ -437,7 +438,8 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
         if self.is_world_process_zero():
             for prompt, answer in zip(prompts, output[:, width:].tolist(), strict=True):
                 said = tokenizer.decode(answer, skip_special_tokens=True).strip()
-                print(f"\n[{when}] {tokenizer.decode(prompt, skip_special_tokens=True).strip()}\n{said}")
+                asked = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+                print(f"\n[{when}] {asked}\n{said}", file=self.stdout)
 
 
 class BeforeTraining(TrainerCallback):

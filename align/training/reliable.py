@@ -6,15 +6,17 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import xxhash
+from optimum.habana import GaudiTrainer
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -26,6 +28,7 @@ from align.merge.checkpoints import flush
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, Run, RunArguments, all_ranks
 from align.training.gate import MOVED, Gate, Movement
+from align.training.results import show_steps
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ PICKLED_ARGUMENTS = "training_args.bin"  # nobody reads it, and it would have to
 class ReliableMixin:
     """Stands first among a trainer's classes. `watch` tells it of the run."""
 
+    stdout: TextIO | None = None  # the script's own, while libraries have none
     run: Run | None = None  # steps taken by hand, as tests and benchmarks do, belong to none
 
     def watch(self, run: Run, run_args: RunArguments) -> None:
@@ -55,6 +59,7 @@ class ReliableMixin:
         self.resumed: dict | None = None  # the manifest
         self.hashes_order = self.hash_order()
         self.add_callback(_AfterEachStep(self))
+        show_steps(self)
 
     # Training
 
@@ -69,7 +74,7 @@ class ReliableMixin:
         if self.is_deepspeed_enabled:
             load_deepspeed_safely()
             self._inspect(folder)
-        with self._heed_signals():
+        with self._heed_signals(), self.own_stdout():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.stopped_by:
             name, saved = (
@@ -125,6 +130,23 @@ class ReliableMixin:
         for part in ("members", "starts"):
             digest.update(np.ascontiguousarray(getattr(rows, part, ())).tobytes())
         return digest.hexdigest()
+
+    def evaluate(self, *args, **kwargs):
+        with self.own_stdout():
+            return super().evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def own_stdout(self) -> Iterator[None]:
+        """What libraries print goes to standard error (DeepSpeed tells what it makes); ours goes to `stdout`."""
+        if self.stdout is not None:
+            yield
+            return
+        self.stdout = sys.stdout
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            self.stdout = None
 
     # Steps
 
@@ -399,7 +421,15 @@ class ReliableMixin:
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
         tr_loss += self.carried_loss
         self.carried_loss, self.unlogged = 0.0, tr_loss
+        self.logged = self._globalstep_last_logged, self._total_loss_scalar
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the whole loss, of which optimum-habana 1.21.2 leaves four digits (transformers/trainer.py:1350)."""
+        if "loss" in logs:
+            step, total = self.logged
+            logs["loss"] = (self._total_loss_scalar - total) / (self.state.global_step - step)
+        GaudiTrainer.log(self, logs, start_time)
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         is_new = self.optimizer is None

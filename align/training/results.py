@@ -4,11 +4,51 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-from transformers import Trainer
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from align import __version__
 
 logger = logging.getLogger(__name__)
+# What a line of the log shows, and how. trainer_state.json has all, whole.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "evaluation loss {:.4f}",
+    "rewards/margins": "margin {:.4f}",
+    "eval_rewards/margins": "margin {:.4f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "eval_rewards/accuracies": "accuracy {:.3f}",
+    "grad_norm": "gradient norm {:.3g}",
+    "learning_rate": "learning rate {:.3g}",
+    "epoch": "epoch {:.2f}",
+}
+
+
+class ProgressBar(ProgressCallback):
+    """The bar alone."""
+
+    def on_log(self, *args, **kwargs) -> None:
+        """`StepLines` tells it."""
+
+
+class StepLines(TrainerCallback):
+    """While training, a line with what matters of each entry of the log, rounded for the eye."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.trainer.is_in_train and state.is_world_process_zero and "train_runtime" not in logs:
+            shown = [text.format(logs[name]) for name, text in SHOWN.items() if name in logs]
+            tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(shown)}", file=self.trainer.stdout)
+
+
+def show_steps(trainer: Trainer) -> None:
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressBar)
+    trainer.add_callback(StepLines(trainer))
 
 
 def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None:

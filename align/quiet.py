@@ -1,0 +1,81 @@
+"""Keeps back what libraries say of themselves, so that a user reads what the run says. --log_level debug shows it all.
+
+Only light imports: this comes before all others.
+"""
+
+import contextlib
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+
+from align.errors import InputError
+
+
+def wants_all() -> bool:
+    """Whether the command line says --log_level debug: libraries are imported before it can be parsed."""
+    return re.search(r"(^|\s)--log[_-]level[\s=]debug(\s|$)", " ".join(sys.argv[1:])) is not None
+
+
+class _KeptBack(io.TextIOBase):
+    """Takes what is written to it. Loggers that were made meanwhile hold on to it: later it is standard error."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+        self.is_over = False
+
+    def write(self, text: str) -> int:
+        if self.is_over:
+            return sys.stderr.write(text)
+        self.texts.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.is_over:
+            sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Nothing is shown of what libraries say while they are imported, unless all is wanted or the import fails.
+
+    Then it goes to standard error; standard output is the script's own.
+    """
+    quiet_libraries()
+    if wants_all():
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    kept = _KeptBack()
+    try:
+        with contextlib.redirect_stdout(kept), contextlib.redirect_stderr(kept):
+            yield
+    except InputError:
+        raise
+    except BaseException:
+        sys.stderr.write("".join(kept.texts))
+        raise
+    finally:
+        kept.is_over = True
+
+
+def quiet_libraries() -> None:
+    """Later too, DeepSpeed logs nothing but warnings, and what is said to developers is left out, unless all is wanted.
+
+    DeepSpeed 0.16.9 logs every step of its start, and that on standard output (utils/logging.py:45).
+    """
+    deepspeed = logging.getLogger("DeepSpeed")
+    if _filter_deepspeed not in deepspeed.filters:  # its level is set anew when it is imported
+        deepspeed.addFilter(_filter_deepspeed)
+    if not wants_all() and not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+
+
+def _filter_deepspeed(record: logging.LogRecord) -> bool:
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.stream = sys.stderr
+    return wants_all() or record.levelno >= logging.WARNING

@@ -59,9 +59,10 @@ soak: $(VENV)/.dev  ## Run the long grids and kill loops
 models: setup  ## Compare the model families with plain transformers and write docs/models.md
 	$(BIN)/python tests/measure_families.py docs/models.md
 
-lint: $(VENV)/.dev  ## Check style
+lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## Fix style
 	$(BIN)/ruff check --fix .

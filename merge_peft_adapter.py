@@ -45,13 +45,19 @@ from align.models.guard import check_adapter, check_folder, check_layers, check_
 logger = logging.getLogger("merge_peft_adapter")
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours and safetensors' names
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
-TOKENIZER_FILES += ("chat_template*", "spiece.model", "sentencepiece*.model", "tokenization_*.py", "tekken.json")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
+    *("chat_template*", "spiece.model", "sentencepiece*.model", "tokenization_*.py", "tekken.json"),
+)
 TOKENIZER_FOLDERS = ("additional_chat_templates",)
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*.model")
-VOCABULARIES += ("tekken.json",)  # a tokenizer has at least one of them
-MODEL_FILES = ("config.json", "generation_config.json", "*processor_config.json", "params.json", "*.py")
-MODEL_FILES += ("LICENSE*", "NOTICE*", "USE_POLICY*")
+VOCABULARIES = (  # a tokenizer has at least one of them
+    *("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*.model"),
+    "tekken.json",
+)
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "*processor_config.json", "params.json", "*.py"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
 RECORD = "merge_info.json"
 
 
@@ -259,16 +265,17 @@ def main(argv: list[str] | None = None) -> None:
                 merge_through_peft(base, loadable, adapter, adapter_config, folder, dtype)
                 if args.verify:
                     check_finite(open_checkpoint(folder))
-            write_companions(folder, base, adapter, plan and plan.config, merges)
+            write_companions(folder, base, adapter, plan.config if plan else None, merges)
             if plan and plan.vocabulary:
                 compare_vocabularies(folder, plan.vocabulary)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise InputError(f"--output_name: {output} cannot be written ({error.strerror}); nothing is left") from None
-    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # getrusage counts the parent's too
+    # getrusage counts the parent's too
+    peak = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 976.6
     seconds = time.monotonic() - start
-    logger.info("Wrote %s: %.2f GB in %.1f s, peak memory %d MB", output, needed / 1e9, seconds, int(peak[1]) / 976.6)
+    logger.info("Wrote %s: %.2f GB in %.1f s, peak memory %d MB", output, needed / 1e9, seconds, peak)
     if args.push_to_hub:
         push(output, args.push_to_hub)
 

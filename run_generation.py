@@ -16,6 +16,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from itertools import cycle, islice
+from typing import Any
 
 from align import __version__, cli
 from align.cli import run_script
@@ -201,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     streams = sys.stdout.isatty() and generator.rows == 1 and config.num_beams == 1
     show = None if not speaks or output_dir is not None else "stream" if streams else "print"
     between = "\n" if prompt_args.use_chat_template else ""
-    with count_graphs() if output_args.show_graphs_count else nullcontext({}) as graphs:
+    counts: Any = count_graphs() if output_args.show_graphs_count else nullcontext({})
+    with counts as graphs:
         answers, timings = answer_all(generator, prompts, encoded, batches, show, between)
     if graphs:
         logger.info(f"{graphs['compiled']} graphs were compiled.")

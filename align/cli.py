@@ -17,7 +17,11 @@ from align.ranges import limit
 from align.upstream_flags import translate
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser as _Parser
+
     from transformers import HfArgumentParser
+else:
+    _Parser = object  # what the mixin stands in front of
 
 DEFAULTS = {"use_habana": True, "use_lazy_mode": True, "report_to": "none"}
 REST = "Others"  # the group of flags that --help leaves to --help_all
@@ -33,20 +37,22 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return str(action.metavar or action.dest)
-        kinds = {int: "N", float: "X"}
-        takes = "" if action.nargs in (0, "?") else kinds.get(getattr(action.type, "reads", action.type), "TEXT")
+        kinds: dict[Any, str] = {int: "N", float: "X"}
+        reads: Any = getattr(action.type, "reads", action.type)
+        takes = "" if action.nargs in (0, "?") else kinds.get(reads, "TEXT")
         return f"{action.option_strings[0]} {action.metavar or takes}".strip()
 
     def _expand_help(self, action: argparse.Action) -> str:
         text, default = " ".join((action.help or "").split()), action.default
-        if action.choices and len(action.choices) <= 8:
-            text += f" One of {', '.join(map(str, action.choices))}."
+        choices = [str(choice) for choice in action.choices or ()]
+        if 0 < len(choices) <= 8:
+            text += f" One of {', '.join(choices)}."
         if default in (None, "", argparse.SUPPRESS) or "default" in text or default == [] or action.nargs == 0:
             return text
         return f"{text} (default: {getattr(default, 'value', default)})"
 
 
-class ParserMixin:
+class ParserMixin(_Parser):
     """What the parsers of all scripts share: an error is one line, either spelling of a flag, --version, --help_all."""
 
     shows_all = False
@@ -113,7 +119,7 @@ class Parser(ParserMixin, argparse.ArgumentParser):
         return super().add_argument(*_spellings(names), **options)
 
     def add_argument_group(self, *args: Any, **options: Any) -> argparse._ArgumentGroup:
-        group = super().add_argument_group(*args, **options)
+        group: Any = super().add_argument_group(*args, **options)
         add = group.add_argument
         group.add_argument = lambda *names, **more: add(*_spellings(names), **more)
         return group
@@ -137,7 +143,7 @@ def read_boolean(text: str) -> bool:
 
 
 class _HelpAll(argparse.Action):
-    def __call__(self, parser: ParserMixin, *_: Any) -> None:
+    def __call__(self, parser: Any, *_: Any) -> None:
         parser.shows_all = True
         parser.print_help()
         parser.exit()
@@ -162,8 +168,13 @@ def make_parser(
     parser = DataclassParser(dataclass_types=dataclasses, description=description)
     if groups:
         about = next(group for group in parser._action_groups if group.title == "Help")
-        options = {"nargs": 0, "default": argparse.SUPPRESS, "help": "show all flags and stop"}
-        about.add_argument("--help_all", "--help-all", action=_HelpAll, **options)
+        about.add_argument(
+            *("--help_all", "--help-all"),
+            action=_HelpAll,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="show all flags and stop",
+        )
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name in known}, **defaults)
     limit(parser)
@@ -225,4 +236,4 @@ def run_script(main: Callable[[], None]) -> None:
     except (InputError, ResultError, Stopped) as error:
         kind = "" if isinstance(error, Stopped) else "error: "
         print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr)
-        sys.exit({InputError: 2, ResultError: 3}.get(type(error)) or 128 + error.number)
+        sys.exit(128 + error.number if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 3)

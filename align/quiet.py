@@ -76,6 +76,6 @@ def quiet_libraries() -> None:
 
 def _filter_deepspeed(record: logging.LogRecord) -> bool:
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.stream = sys.stderr
     return wants_all() or record.levelno >= logging.WARNING

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from align.errors import InputError
 
@@ -121,7 +122,7 @@ def limit(parser: argparse.ArgumentParser) -> None:
             action.type = _limited(action.dest, action.type, RANGES[action.dest])
 
 
-def _limited(name: str, read: Callable[[str], float], allowed: Range) -> Callable[[str], float]:
+def _limited(name: str, read: Callable[[str], Any], allowed: Range) -> Callable[[str], Any]:
     def parse(text: str) -> float:
         try:
             value = read(text)
@@ -132,5 +133,5 @@ def _limited(name: str, read: Callable[[str], float], allowed: Range) -> Callabl
             raise InputError(f"--{name}: got {text}; give {allowed}")
         return value
 
-    parse.reads = read  # for --help
+    parse.__dict__["reads"] = read  # for --help
     return parse

@@ -20,8 +20,11 @@ from align.quiet import quiet_imports
 if TYPE_CHECKING:
     import torch
     from optimum.habana import GaudiConfig
+    from optimum.habana import GaudiTrainer as Trainer
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
+else:
+    Trainer = object  # what the mixins stand in front of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ def gaudi_config(args) -> "GaudiConfig":
     return config
 
 
-class RightScaleMixin:
+class RightScaleMixin(Trainer):
     """Divides the loss by the accumulation steps where optimum-habana forgets to.
 
     optimum-habana 1.21.2 does it inside `if use_lazy_mode and pipelining_fwd_bwd` (transformers/trainer.py:1752), so
@@ -132,7 +135,7 @@ class WholeStepsMixin:
         raise NotImplementedError
 
 
-class StepsInPartsMixin:
+class StepsInPartsMixin(Trainer):
     """Makes FusedAdamW right under ZeRO-3, which steps one part of the weights after the other.
 
     DeepSpeed 0.16.9 empties the groups of all other parts meanwhile (runtime/zero/stage3.py:986), but FusedAdamW counts
@@ -276,7 +279,7 @@ def transformers_class(model_type: str) -> type["PreTrainedModel"]:
     package = model_type_to_module_name(model_type)
     name = f"transformers.models.{package}.modeling_{package}"
     importlib.import_module(name)  # dataclasses and docstrings look their module up by name
-    spec = importlib.util.find_spec(name)
+    spec: Any = importlib.util.find_spec(name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
@@ -440,8 +443,8 @@ def _reorder_cache(cache: Any, beams: "torch.LongTensor") -> tuple[tuple["torch.
 
 def _defer_package(name: str) -> None:
     """Makes a package importable whose `__init__` runs when an attribute is asked for that is not a submodule."""
-    spec = importlib.util.find_spec(name)
-    package = importlib.util.module_from_spec(spec)
+    spec: Any = importlib.util.find_spec(name)
+    package: Any = importlib.util.module_from_spec(spec)
 
     def load(attribute: str) -> Any:
         if attribute.startswith("__") or importlib.util.find_spec(f"{name}.{attribute}") is not None:

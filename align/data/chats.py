@@ -139,7 +139,7 @@ class ChatTemplate:
         """The spans of any chat: each turn as it is asked for and said, and where that stands in the whole text."""
         text, notes, found = self.write(messages, tools), [], []
         for number in turns:
-            turn = self._read_turn(messages[: number + 1], tools)
+            turn: Any = self._read_turn(messages[: number + 1], tools)
             if not turn.said.strip():
                 notes.append("a turn of the assistant that the chat template shows as nothing is not learnt")
                 continue
@@ -175,7 +175,10 @@ class ChatTemplate:
             if before:
                 raise
             asked = opened  # nothing can be asked for before the first message
-        content, thoughts, notes = message["content"] or "", message.get("reasoning_content") or "", ()
+        content, thoughts = message["content"] or "", message.get("reasoning_content") or ""
+        notes: tuple[str, ...] = ()
+        said: str | None
+        owed: str | None
         has_calls = bool(message.get("tool_calls"))
         if not (content.strip() or thoughts.strip() or has_calls):
             return Turn(asked, "", closing)

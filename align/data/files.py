@@ -14,7 +14,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,19 +65,21 @@ def read_rows(file: str) -> Iterator[dict[str, str]]:
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
         return io.BufferedReader(_ZstandardFile(path))
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix, open)(path, "rb")
 
 
 class _ZstandardFile(io.RawIOBase):
     """All frames of a file; its library's own reader takes a file that breaks off for one that ends."""
 
     def __init__(self, path: Path):
-        self.file, self.frame, self.ready = path.open("rb"), None, b""
+        self.file, self.ready = path.open("rb"), b""
+        self.frame: Any = None
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         import zstandard  # the only compression here that Python does not bring
 
         while not self.ready:
@@ -122,7 +124,8 @@ def _read_json(path: Path) -> Iterator[tuple[int, str, str]]:
         is_list = text.startswith("[")
         position = int(is_list)
         while True:
-            position = BETWEEN.match(text, position).end()
+            if between := BETWEEN.match(text, position):
+                position = between.end()
             try:
                 value, position = decoder.raw_decode(text, position)
             except json.JSONDecodeError as error:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from operator import itemgetter
 from typing import Any
 
 from align.errors import InputError
@@ -350,7 +351,7 @@ def _before(row: Row) -> str:
 
 def _read_texts(row: Row, columns: tuple[str, ...], as_chat: bool) -> Sample:
     prompt, answers = _text(row, "prompt"), [_text(row, column) for column in columns]
-    notes = ()
+    notes: tuple[str, ...] = ()
     # "Hello" in front of "Hello! How can I help?" is no prompt that is repeated
     if len(prompt.split()) > 1 and all(
         answer.startswith(prompt) and answer[len(prompt) :].strip() for answer in answers
@@ -453,7 +454,7 @@ def _read_completions(preference: bool) -> Callable[[Row, bool], Sample]:
         scored = [(score, said) for score, said in scored if isinstance(score, int | float) and isinstance(said, str)]
         if len(scored) < 1 + preference:
             raise RowError("column `completions` has too few answers with `response` and `overall_score`")
-        scored.sort(key=lambda each: -each[0])
+        scored.sort(key=itemgetter(0), reverse=True)
         if preference and scored[0][0] == scored[-1][0]:
             raise RowError("all `completions` have the same `overall_score`: none is better")
         answers = {"completion": scored[0][1], "chosen": scored[0][1], "rejected": scored[-1][1]}
@@ -463,10 +464,12 @@ def _read_completions(preference: bool) -> Callable[[Row, bool], Sample]:
     return read
 
 
+def _read_text(row: Row, as_chat: bool = False) -> Sample:
+    return Sample("", (_text(row, "text"),))
+
+
 FORMATS = (
-    Format(
-        "text", ("text",), lambda row, as_chat=False: Sample("", (_text(row, "text"),)), '{"text": "Once upon a time"}'
-    ),
+    Format("text", ("text",), _read_text, '{"text": "Once upon a time"}'),
     Format(
         "prompt-completion",
         ("prompt", "completion"),

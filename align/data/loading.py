@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -143,7 +144,8 @@ def load_splits(
     """
     if args.dataset_name is None:
         raise InputError("--dataset_name: missing; give a hub name, a folder or a file")
-    local = Path(args.dataset_name).expanduser()
+    name: Any = args.dataset_name
+    local = Path(name).expanduser()
     streaming = (streams and not local.exists()) if args.streaming is None else args.streaming
     rows = _load(args, args.subset, folder, streaming, token)
     if args.split not in rows:
@@ -170,7 +172,8 @@ def _load(
     args: DataArguments, subset: str | None, folder: str, streaming: bool, token: str | None, optional: bool = False
 ) -> dict:
     """The data set's splits by name; `folder` is tried where no `subset` is named, and alone if `optional`."""
-    name, local = args.dataset_name, Path(args.dataset_name).expanduser()
+    name: Any = args.dataset_name
+    local = Path(name).expanduser()
     if subset == "None":  # upstream's word for the whole data set
         subset = folder = ""
     load = partial(datasets.load_dataset, streaming=streaming, token=token)

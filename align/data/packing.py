@@ -151,8 +151,8 @@ def pack_stream(stream: "IterableDataset", row_length: int, window: int = 1000, 
         rows = best_fit_decreasing(lengths, row_length, seed)
         packed = []
         for row in np.random.default_rng([seed, indices[0]]).permutation(len(rows)):
-            columns = (np.concatenate([samples[name][i] for i in rows[row]]) for name in ("input_ids", "labels"))
-            packed.append(_join(*columns, lengths[rows[row]]))
+            ids, labels = (np.concatenate([samples[name][i] for i in rows[row]]) for name in ("input_ids", "labels"))
+            packed.append(_join(ids, labels, lengths[rows[row]]))
         return {name: [row[name] for row in packed] for name in packed[0]}
 
     return _map_windows(stream, pack_window, window)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -64,7 +65,8 @@ def prepare_data(
         raise InputError("--streaming True: nobody knows how long an epoch of a stream is; add --max_steps")
     found: dict[str, dict[str, Prepared]] = {}
     for name in names:
-        one = replace(args, dataset_name=name)
+        named: Any = name  # one of several
+        one = replace(args, dataset_name=named)
         splits = load_splits(
             one, training_args.do_train, training_args.do_eval, ends, training_args.seed, folder, token
         )
@@ -146,7 +148,8 @@ class Reader:
                     reasons[place] = self._give_up(error, rows[place], indices[place])
                     del samples[place]
             columns = {name: [value for part in parts for value in part[0][name]] for name in self.tokenize([])[0]}
-            dropped, notes = ([value for part in parts for value in part[place]] for place in (1, 2))
+            dropped = [reason for part in parts for reason in part[1]]
+            notes = [told for part in parts for told in part[2]]
         used = iter(zip(*columns.values(), dropped, notes, strict=True))
         nothing = [0 if name in COUNTS else np.zeros(0, np.int32) for name in columns]
         table = [next(used) if place in samples else (*nothing, reasons[place], ()) for place in range(len(rows))]

@@ -7,6 +7,7 @@ the first token that it learns, and run_generation.py asks with them.
 import hashlib
 from bisect import bisect_left, bisect_right
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
@@ -83,13 +84,14 @@ class SampleTokenizer:
 
     def render(self, sample: Sample, answer: int = 0) -> Rendering:
         """The prompt with one of its answers, as text."""
-        said = sample.answers[answer]
+        said: Any = sample.answers[answer]
+        asked: Any = sample.prompt
         if not isinstance(said, str):
-            return self.template.render(sample.prompt, said, sample.tools)
+            return self.template.render(asked, said, sample.tools)
         if not said.strip():
             raise RowError("the answer is empty")
-        prompt = clean_prompt(sample.prompt)
-        text = sample.prompt[len(prompt) :] + said
+        prompt = clean_prompt(asked)
+        text = asked[len(prompt) :] + said
         return Rendering(prompt, text, ((0, len(text)),), chat=False)
 
     def encode(self, renderings: list[Rendering]) -> list[tuple[np.ndarray, np.ndarray, int]]:
@@ -205,7 +207,8 @@ def tokenize_pairs(
             raise RowError("the chat template does not show chosen and rejected behind the same prompt")
     encoded = tokenizer.encode(renderings)
     for number, sample in enumerate(samples):
-        both, told = encoded[2 * number : 2 * number + 2], sample.notes
+        both: list[Any] = encoded[2 * number : 2 * number + 2]
+        told = sample.notes
         for rendering in renderings[2 * number : 2 * number + 2]:
             told += tuple(note for note in rendering.notes if note not in told)
         prompt = both[0][0][: both[0][2]]

@@ -76,7 +76,7 @@ def answer_all(
     `show`: `stream` prints each text as it appears, `print` as soon as those before it are there; `between` prompt and
     text.
     """
-    answers: list[dict[str, Any] | None] = [None] * len(prompts)
+    answers: list[Any] = [None] * len(prompts)  # until they are there
     timings, shown = [], 0
     for batch in batches:
         ids = [encoded[place] for place in batch.places]
@@ -96,18 +96,18 @@ def answer_all(
     return answers, timings
 
 
-def describe_speed(timings: list[Timing]) -> dict[str, float]:
+def describe_speed(timings: list[Timing]) -> dict[str, float | None]:
     """Means over batches in seconds, and tokens per second: of the answers alone, and of prompts and answers."""
     seconds = sum(timing.total for timing in timings)
     new_tokens = sum(timing.new_tokens for timing in timings)
     prompt_tokens = sum(timing.prompt_tokens for timing in timings)
-    timed = [timing for timing in timings if timing.first_token is not None]
-    later = [(timing.total - timing.first_token) / (timing.steps - 1) for timing in timed if timing.steps > 1]
+    timed = [(timing, timing.first_token) for timing in timings if timing.first_token is not None]
+    later = [(timing.total - first) / (timing.steps - 1) for timing, first in timed if timing.steps > 1]
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "seconds": round(seconds, 4),
-        "first_token_seconds": round(mean(timing.first_token for timing in timed), 5) if timed else None,
+        "first_token_seconds": round(mean(first for _, first in timed), 5) if timed else None,
         "later_token_seconds": round(mean(later), 5) if later else None,
         "tokens_per_second": round(new_tokens / seconds, 2),
         "tokens_per_second_with_prompt": round((new_tokens + prompt_tokens) / seconds, 2),

@@ -155,7 +155,7 @@ class Speaker:
             try:
                 (new,), _ = self.generator.generate([ids], width, streamer)
             except Stopped:
-                new = streamer.new_ids
+                new = streamer.new_ids or []
                 print(f" {DIM}(stopped){PLAIN}")
         ended = bool(new) and new[-1] in self.generator.end_tokens
         if not ended and not streamer.is_stopped:

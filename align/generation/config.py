@@ -74,7 +74,7 @@ class GaudiArguments:
 
 
 # How attention is computed; arguments of the models that have the choice
-KERNELS = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
+KERNELS: tuple[str, ...] = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
 KERNELS += ("flash_attention_fast_softmax", "attn_softmax_bf16", "attn_batch_split")
 
 

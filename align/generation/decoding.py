@@ -93,7 +93,7 @@ class TerminalStreamer:
             self.shown = text
 
     def end(self) -> None:
-        print(decode_new(self.tokenizer, self.prompt_ids, self.new_ids)[len(self.shown) :])
+        print(decode_new(self.tokenizer, self.prompt_ids, self.new_ids or [])[len(self.shown) :])
 
 
 def decode_new(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], new_ids: list[int]) -> str:

@@ -139,10 +139,9 @@ def _read_prompt_column(arguments: PromptArguments) -> list[str]:
     from align.data.preparing import get_columns
 
     most = arguments.dataset_max_samples if arguments.dataset_max_samples > 0 else None
-    data = DataArguments(
-        dataset_name=arguments.dataset_name, split=arguments.dataset_split, streaming=False, max_train_samples=most
-    )
-    rows = load_splits(data, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
+    name: Any = arguments.dataset_name
+    data = DataArguments(dataset_name=name, split=arguments.dataset_split, streaming=False, max_train_samples=most)
+    rows: Any = load_splits(data, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
     where = f"--dataset_name {arguments.dataset_name}"
     return [
         _prompt_of(get_columns(row, {}), arguments.column_name, f"{where}, row {n}") for n, row in enumerate(rows, 1)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from align.errors import InputError
 from align.launch.engines import ENGINES, ROOT, SSH, Run
@@ -118,15 +119,14 @@ def serve_request() -> None:
         os.chdir(request["directory"])
         if "command" in request:
             os.execvp(request["command"][0], request["command"])
-        answer = inspect_node(**request["inspect"])
+        print(json.dumps(inspect_node(**request["inspect"])))
     except (InputError, OSError) as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
+        print(json.dumps({"error": str(error)}))
 
 
 def inspect_over_ssh(host: str, request: dict) -> dict[str, int]:
-    request = json.dumps(request)
-    node = subprocess.run(node_command(host), input=request, capture_output=True, text=True, check=False)
+    asked = json.dumps(request)
+    node = subprocess.run(node_command(host), input=asked, capture_output=True, text=True, check=False)
     said = [line for line in node.stderr.splitlines() if line.strip()] or ["no reason given"]
     if node.returncode == 255:
         raise InputError(f"host {host} cannot be reached: {said[-1]}; `ssh {host} true` must work without a password")
@@ -148,7 +148,7 @@ def exported_variables(environment: Mapping[str, str], names: list[str]) -> dict
 
 def inspect_nodes(run: Run) -> tuple[int, int]:
     """Checks every node before any rank starts. Returns the master port and the cores for each rank."""
-    requests = {
+    requests: dict[str, dict[str, Any]] = {
         host: {
             "engine": run.engine.key,
             "script": run.script[0],

@@ -244,10 +244,11 @@ class Script:
             start_new_session=True,
         )
         guard.watch(self.process.pid)
-        self.errors = Relay(self.process.stderr.fileno(), 2, tag, LINE_DELAY if rank else 0.0, LAST_WORDS)
+        out, err = (stream.fileno() if stream else -1 for stream in (self.process.stdout, self.process.stderr))
+        self.errors = Relay(err, 2, tag, LINE_DELAY if rank else 0.0, LAST_WORDS)
         self.relays = [self.errors]
         if tag:
-            self.relays.append(Relay(self.process.stdout.fileno(), 1, tag))
+            self.relays.append(Relay(out, 1, tag))
 
     def obey(self, messages: list[dict]) -> None:
         for message in messages:

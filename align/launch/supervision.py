@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from align.launch.engines import Run, clean_environment
 from align.launch.nodes import address_for, node_command
@@ -122,7 +123,7 @@ class Supervisor:
         """Starts one in a session of its own: Ctrl-C reaches the ranks from here, once, and the engine not at all."""
         # Open MPI asks a terminal only where it is in the foreground, which in a session of its own it never is.
         relays_terminal = self.run.engine.reaches_nodes and sys.stdin is not None and sys.stdin.isatty()
-        process = subprocess.Popen(
+        process: Any = subprocess.Popen(
             node_command(host) if self.run.starts_over_ssh else command,
             env=clean_environment(os.environ) | variables,
             stdin=subprocess.PIPE if self.run.starts_over_ssh or relays_terminal else None,

@@ -7,6 +7,7 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -74,6 +75,8 @@ def merged_chunks(tensor: MergedTensor) -> Iterator[tuple[int, torch.Tensor]]:
     if not update and not tensor.tokens:
         rows, columns = rows * columns, 1
     rows_each = max(CHUNK_ROWS, CHUNK_ELEMENTS // max(1, columns))
+    a: Any = None
+    b: Any = None
     if update:
         a, b, magnitude = (_load(part, wide) for part in (update.a, update.b, update.magnitude))
         if update.magnitude and update.transposed:

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from align.errors import InputError
 from align.merge.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, NotStreamableError, StoredTensor, read_tensors
@@ -182,7 +183,7 @@ class _Planner:
         prefix = self._missing_prefix(stored)
         self.tensors = {prefix + name: self._as_is(prefix + name, tensor) for name, tensor in stored.items()}
         self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}
-        self.embedding = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
+        self.embedding: Any = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
         self.head = "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"
         self.float_dtype = self.tensors[self.embedding].dtype if self.embedding else dtype or "F32"
 
@@ -290,7 +291,7 @@ class _Planner:
         changes both, and warns: its merged model is not the one that was trained.
         """
         both = (self.embedding, self.head)
-        values = [self.adapter.values.get(name) for name in both]
+        values: list[Any] = [self.adapter.values.get(name) for name in both]
         updated = any(str(name).removesuffix(".weight") in self.adapter.parts for name in both)
         causal = self.adapter.config.get("task_type") == "CAUSAL_LM" or re.search(
             "ForCausalLM|LMHeadModel", str(self.config.get("architectures"))

@@ -56,8 +56,8 @@ def write_files(plan: MergePlan, folder: Path, workers: int, check: bool, report
             if check:
                 copied = [tensor for tensor in plan.tensors if tensor.is_copy and tensor.dtype in FLOATS]
                 jobs += [pool.submit(_check_copied, tensor) for tensor in copied]
-            for job in as_completed(jobs):
-                job.result()
+            for done in as_completed(jobs):
+                done.result()
             list(pool.map(os.fsync, outs))
         finally:
             pool.shutdown(cancel_futures=True)  # before the files are closed
@@ -206,7 +206,7 @@ def merge_through_peft(
     from align.merge.arithmetic import TORCH_DTYPES
 
     weights = load_peft_weights(str(adapter), device="cpu")
-    loading = {"torch_dtype": TORCH_DTYPES.get(dtype, "auto")}
+    loading = {"torch_dtype": TORCH_DTYPES.get(dtype or "", "auto")}
     model_class = AutoModelForCausalLM
     if config.get("task_type") == "SEQ_CLS":
         model_class = AutoModelForSequenceClassification

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")  # all that a model has beside its weights
-SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+SETTINGS: tuple[str, ...] = ("config.json", "generation_config.json", "tokenizer_config.json")
 SETTINGS += ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -57,7 +57,7 @@ def check_folder(folder: Path, flag: str, trust_remote_code: bool = False, trust
             continue
         settings = read_json(path)
         is_tokenizer = name == "tokenizer_config.json" and trust_tokenizer is not None
-        _check_keys(path, settings, flag, trust_tokenizer if is_tokenizer else trust_remote_code)
+        _check_keys(path, settings, flag, bool(trust_tokenizer if is_tokenizer else trust_remote_code))
         if name == "config.json":
             _check_config(path, settings, flag)
     if (folder / "custom_generate" / "generate.py").exists() and not trust_remote_code:
@@ -111,7 +111,7 @@ def _check_config(path: Path, config: dict, flag: str) -> None:
             )
 
 
-def _walk(settings: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
+def _walk(settings: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Each entry of nested JSON: the place of its object (empty at the top), its key and its value."""
     for key, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
         if isinstance(settings, dict):
@@ -317,7 +317,7 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
 
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
-    changes = {}
+    changes: dict[str, Any] = {}
     if isinstance(settings.get("extra_special_tokens"), list):  # transformers 5's additional_special_tokens
         more = settings.get("additional_special_tokens") or []
         changes["additional_special_tokens"] = [*more, *settings["extra_special_tokens"]]

@@ -8,6 +8,7 @@ gradient needs: one vector of the hidden size for each token.
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ class Head:
     def __init__(self, model: PreTrainedModel):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.module: nn.Linear = base.get_output_embeddings()
-        self.targets: torch.Tensor | None = None
+        self.targets: Any = None  # within `scoring`
         self.plain_loss = base.loss_function
         base.loss_function = self._loss
 

@@ -81,7 +81,7 @@ def load_config(args: ModelArguments, flag: str = "--model_name_or_path") -> Pre
 
 
 def load_tokenizer(args: ModelArguments, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    name = args.tokenizer_name_or_path or args.model_name_or_path
+    name = args.tokenizer_name_or_path or args.model_name_or_path or ""
     folder = guard.find_model(name, "--tokenizer_name_or_path", args.trust_remote_code, args.token)
     tokenizer = guard.load_tokenizer(folder, "--tokenizer_name_or_path", args.trust_remote_code)
     set_chat_template(tokenizer, chat_template)
@@ -190,7 +190,7 @@ def _linear_modules(model: PreTrainedModel) -> list[str]:
 
 def check_weights(args: ModelArguments, training_args, config: PretrainedConfig, flag: str) -> None:
     """Finds before anything is loaded that the files of a model are not whole, not its own or hold NaN."""
-    folder = guard.find_weights(args.model_name_or_path, flag, args.token)
+    folder = guard.find_weights(args.model_name_or_path or "", flag, args.token)
     ranks = training_args.process_index, training_args.world_size
     guard.check_weights(folder, config, flag, args.trust_remote_code, *ranks)
 

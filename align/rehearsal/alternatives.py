@@ -62,23 +62,23 @@ def candidates(stage, plan: dict, seen: dict, work: Path) -> list[tuple[str, dic
         size = int((judging.flag_values(arguments, "--batch_size") or ["1"])[0])
         smaller = [(f"--batch_size {size // 2}", {"--batch_size": str(size // 2)}, cards)] if size > 1 else []
         return [*smaller, (f"{2 * cards} cards", {}, 2 * cards)]
-    found = []
+    found: list[tuple[str, dict[str, str], int]] = []
     flash, checkpointing = {"--use_flash_attention": "True"}, {"--gradient_checkpointing": "True"}
     kinds = max(seen.get("peaks", {}).values(), key=lambda peak: peak["total"], default={"by_kind": {}})["by_kind"]
     if "reference" in kinds:
         found.append(("--precompute_ref_log_probs True", {"--precompute_ref_log_probs": "True"}, cards))
     size = int((judging.flag_values(arguments, "--per_device_train_batch_size") or ["1"])[0])
-    smaller = {}
+    fewer: dict[str, str] = {}
     if size > 1:
         steps = int((judging.flag_values(arguments, "--gradient_accumulation_steps") or ["1"])[0])
-        smaller = {"--per_device_train_batch_size": "1", "--gradient_accumulation_steps": str(steps * size)}
-        found.append((show(smaller), smaller, cards))
+        fewer = {"--per_device_train_batch_size": "1", "--gradient_accumulation_steps": str(steps * size)}
+        found.append((show(fewer), fewer, cards))
     has = {name: is_on(arguments, name) for name in (*flash, *checkpointing)}
     for change in (flash, checkpointing, {**flash, **checkpointing}):
         change = {flag: value for flag, value in change.items() if not has[flag]}
         if change and not any(change == each[1] for each in found):
             found.append((show(change), change, cards))
-    file = (judging.flag_values(arguments, "--deepspeed") or [None])[0]
+    file = (judging.flag_values(arguments, "--deepspeed") or [""])[0]
     if file and Path(file).is_file():
         config = json.loads(Path(file).read_text())
         stage_now = config.get("zero_optimization", {}).get("stage", 0)
@@ -87,7 +87,7 @@ def candidates(stage, plan: dict, seen: dict, work: Path) -> list[tuple[str, dic
             path = work / "zero3.json"
             path.write_text(json.dumps(config, indent=2))
             found.append((f"ZeRO stage 3 in place of {stage_now} in {file}", {"--deepspeed": str(path)}, cards))
-    everything = {**{flag: "True" for flag in has if not has[flag]}, **smaller}
+    everything = {**{flag: "True" for flag in has if not has[flag]}, **fewer}
     if len(everything) > 1:
         found.append((show(everything), everything, cards))
     found.append((f"{2 * cards} cards", {}, 2 * cards))

@@ -9,12 +9,13 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from align import __version__
 
 GB = 1 << 30  # as optimum-habana and hl-smi count them
 # Usable memory in GB, bfloat16 products in TFLOP/s, and links to other cards in GB/s (Intel's data sheets)
-CARDS = {
+CARDS: dict[str, dict[str, Any]] = {
     "gaudi2": {"name": "Gaudi 2", "memory": 94.6, "tflops": 432, "links": 262},
     "gaudi3": {"name": "Gaudi 3", "memory": 126.0, "tflops": 1835, "links": 525},
 }
@@ -101,9 +102,10 @@ def gb(size: float) -> float:
 
 def show(size: float) -> str:
     """A size of so many GB, with a unit that suits it."""
-    for factor, unit in ((1, "GB"), (1 << 10, "MB"), (1 << 20, "kB")):
-        if size * factor >= 1 or unit == "kB":
-            return f"{size * factor:,.{1 if size * factor < 100 else 0}f} {unit}"
+    units = {"GB": 1, "MB": 1 << 10, "kB": 1 << 20}
+    unit = next((unit for unit, factor in units.items() if size * factor >= 1), "kB")
+    size *= units[unit]
+    return f"{size:,.{1 if size < 100 else 0}f} {unit}"
 
 
 def memory_of(seen: dict) -> dict:
@@ -113,7 +115,7 @@ def memory_of(seen: dict) -> dict:
     by_phase = {name: gb(phases[name]["total"]) for name in PHASES if name in phases}
     if between:
         by_phase["between_steps"] = gb(between)
-    fullest = max(phases.values(), key=lambda peak: peak["total"], default={"total": 0, "by_kind": {}})
+    fullest: dict[str, Any] = max(phases.values(), key=lambda peak: peak["total"], default={"total": 0, "by_kind": {}})
     peak = fullest["total"]
     low, high = CALIBRATION["low"], CALIBRATION["high"]
     return {

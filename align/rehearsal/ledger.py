@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,7 +182,7 @@ class Ledger:
                 if hasattr(module, method) and not isinstance(getattr(module, method), partial):
                     setattr(module, method, partial(self._run_in, name, getattr(module, method)))
 
-    def _run_in(self, name: str, method: Callable, *args, **kwargs):
+    def _run_in(self, name: Any, method: Callable, *args, **kwargs):
         self.modules.append(name)
         try:
             return method(*args, **kwargs)

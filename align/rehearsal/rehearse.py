@@ -22,8 +22,10 @@ MEMORY_LIMIT = 12  # GB of address space of a rehearsal; about 2 of them are use
 STAGE_SECONDS = 45  # training steps are rehearsed for about that long, the first one in any case
 PROBE = {"earlier_moved": 0, "row_differs": 0}  # the shrunken run really looks
 OUTPUT_FLAGS = ("--output_dir", "--output_name")
-PATH_FLAGS = ("--model_name_or_path", "--tokenizer_name_or_path", "--ref_model", "--peft_model", "--dataset_name")
-PATH_FLAGS += ("--base_model_name", "--adapter_model_name")
+PATH_FLAGS = (
+    *("--model_name_or_path", "--tokenizer_name_or_path", "--ref_model", "--peft_model", "--dataset_name"),
+    *("--base_model_name", "--adapter_model_name"),
+)
 SCRIPTS = ("sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py")
 
 
@@ -142,9 +144,9 @@ def rehearse_stage(stage: Stage, args: argparse.Namespace, work: Path, produced:
     plan = make_plan(stage, work, produced)
     if error := find_mistake(stage):
         return judging.judge(stage, {"error": {"kind": "input", "text": error}}, args)
-    shrunken = None if args.no_shrunken_run else shrinking.start(stage, plan, work)
+    started = None if args.no_shrunken_run else shrinking.start(stage, plan, work)
     seen = run_stage(stage, plan, work, "rehearsal")
-    shrunken = shrunken and shrinking.finish(shrunken, work)
+    shrunken = shrinking.finish(started, work) if started else None
     report = judging.judge(stage, seen, args, shrunken)
     if not args.no_alternatives and report["about"]["fits"] is False:
         report["fits_with"] = alternatives.find(stage, plan, work, seen, args, run_stage)
@@ -225,8 +227,8 @@ def run_stage(stage: Stage, plan: dict, work: Path, name: str) -> dict:
     path.write_text(json.dumps({**plan, "seen": str(seen.resolve())}, indent=1))
     command = [sys.executable, "-m", "align.rehearsal.stage", str(path.resolve())]
     with open(work / f"{name}.log", "w") as log:
-        told = {"stdout": log, "stderr": subprocess.STDOUT}
-        code = subprocess.run(command, env=environment_of(stage), check=False, **told).returncode
+        environment = environment_of(stage)
+        code = subprocess.run(command, env=environment, check=False, stdout=log, stderr=subprocess.STDOUT).returncode
     if not seen.exists():
         said = (work / f"{name}.log").read_text().strip().splitlines() or ["no reason given"]
         return {"error": {"kind": "crash", "text": f"the rehearsal ended with exit code {code}: {said[-1]}"}}

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -315,9 +316,8 @@ class Watcher:
             "adapted": dict(Counter(name.rpartition(".")[2] for name in adapted)),
             "layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
         }
-        for parameter in (
-            getattr(trainer, "ref_model", None).parameters() if getattr(trainer, "ref_model", None) else ()
-        ):
+        reference: Any = getattr(trainer, "ref_model", None)
+        for parameter in reference.parameters() if reference else ():
             self.ledger.mark(getattr(parameter, "ds_tensor", parameter), "reference")
 
     # Training

@@ -104,8 +104,8 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """None where there is none, or no whole one."""
+def read_manifest(folder: Path) -> Any:
+    """A dict, or None where there is none, or no whole one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         known = manifest["version"] == MANIFEST_VERSION and all(
@@ -219,7 +219,7 @@ class Run:
     """A run as its checkpoints describe it."""
 
     flags: dict[str, Any]
-    facts: dict[str, str]  # what must not differ, beside the flags in SAME
+    facts: dict[str, Any]  # what must not differ, beside the flags in SAME
 
     @classmethod
     def of(cls, script: str, parsed: Iterable, prepared: Mapping[str, Any], models: Mapping[str, str]) -> "Run":

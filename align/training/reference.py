@@ -32,11 +32,11 @@ def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> d
 
     Ranks on nodes with disks of their own agree: what one of them lacks all compute. All ranks call it.
     """
-    folder = Path(folder or config.HF_DATASETS_CACHE / "reference_log_probs")
+    kept = Path(folder or config.HF_DATASETS_CACHE / "reference_log_probs")
     found = {}
     for name, split in splits.items():
         key = hashlib.sha256(repr((split._fingerprint, *about)).encode()).hexdigest()[:32]
-        path = folder / f"{key}.safetensors"
+        path = kept / f"{key}.safetensors"
         values = problem = None
         try:
             values = _load(path, len(split)) if path.exists() else None

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ from align.training.gate import MOVED, Gate, Movement
 from align.training.results import show_steps
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
 
+if TYPE_CHECKING:
+    from optimum.habana import GaudiTrainer as Trainer
+else:
+    Trainer = object  # what the mixin stands in front of
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -38,16 +43,16 @@ STATE = "trainer_state.json"
 PICKLED_ARGUMENTS = "training_args.bin"  # nobody reads it, and it would have to be unpickled
 
 
-class ReliableMixin:
+class ReliableMixin(Trainer):
     """Stands first among a trainer's classes. `watch` tells it of the run."""
 
     stdout: TextIO | None = None  # the script's own, while libraries have none
-    run: Run | None = None  # steps taken by hand, as tests and benchmarks do, belong to none
+    run: Any = None  # a `Run`; steps taken by hand, as tests and benchmarks do, belong to none
 
     def watch(self, run: Run, run_args: RunArguments) -> None:
         self.run, self.run_args = run, run_args
         self.gate = Gate(self.model)
-        self.movement: Movement | None = None
+        self.movement: Any = None  # a `Movement`, from the start of training on
         self.signal = 0  # that this rank got
         self.stopped_by = 0  # that all ranks agree on
         self.nonfinite_steps = 0
@@ -56,7 +61,7 @@ class ReliableMixin:
         self.step_batches: list[Mapping] = []
         self.grad_norm: torch.Tensor | None = None
         self.carried_loss = 0.0  # that was not logged before the checkpoint
-        self.resumed: dict | None = None  # the manifest
+        self.resumed: Any = None  # the manifest, a dict
         self.hashes_order = self.hash_order()
         self.add_callback(_AfterEachStep(self))
         show_steps(self)
@@ -64,8 +69,9 @@ class ReliableMixin:
     # Training
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        folder = resume_from_checkpoint and Path(resume_from_checkpoint)
-        self.resumed, self.resumed_from = checkpoints.read_manifest(folder) if folder else None, folder
+        folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.resumed_from: Any = folder
+        self.resumed = checkpoints.read_manifest(folder) if folder else None
         if self.resumed and self.resumed["order"] != self.hashes_order:
             raise InputError(
                 f"--resume: {folder} was made with rows in another order, so that its steps would be other ones: other "
@@ -174,9 +180,9 @@ class ReliableMixin:
         """The highest of each vote among all ranks."""
         if self.args.world_size == 1:
             return [int(vote) for vote in votes]
-        votes = torch.tensor([int(vote) for vote in votes], dtype=torch.int32, device=self.args.device)
-        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-        return votes.tolist()
+        highest = torch.tensor([int(vote) for vote in votes], dtype=torch.int32, device=self.args.device)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        return highest.tolist()
 
     def _are_finite(self, losses: list[float], gradients_are_finite: bool | None) -> bool:
         if gradients_are_finite is None:

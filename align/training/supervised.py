@@ -5,6 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,18 +84,18 @@ def make_batches(
         if not stream:
             _log_waste(name, int(rows.lengths.sum()), {longest: -(-len(rows) // batch_size)}, batch_size)
         return Batches(rows, collator, groups)
-    lengths = None if stream else np.asarray(samples.with_format("numpy")["length"])
+    lengths: Any = None if stream else np.asarray(samples.with_format("numpy")["length"])
     if args.pad_max or (stream and args.world_size > 1):  # of a stream accelerate joins all ranks' batches: one shape
         buckets = [longest]
     elif stream:  # nobody knows its lengths yet
         buckets = sorted({longest * number // num_buckets for number in range(1, num_buckets + 1)} - {0})
     else:
         buckets = choose_buckets(lengths, num_buckets, longest)
-    collator = BucketCollator(batch_size, buckets, pad_token_id)
+    bucketed = BucketCollator(batch_size, buckets, pad_token_id)
     if stream:
-        return Batches(group_stream(samples, buckets, batch_size, seed=seed), collator, None)
+        return Batches(group_stream(samples, buckets, batch_size, seed=seed), bucketed, None)
     _log_waste(name, int(lengths.sum()), batches_per_bucket(lengths, buckets, batch_size), batch_size)
-    return Batches(RowDataset(samples), collator, np.searchsorted(buckets, lengths))
+    return Batches(RowDataset(samples), bucketed, np.searchsorted(buckets, lengths))
 
 
 def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int) -> None:
@@ -109,14 +110,14 @@ class SupervisedTrainer(
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
     def __init__(self, *, args, train: Batches | None, validation: Batches | None, **kwargs):
-        self.batches = {"train": train, "eval": validation}
+        self.batches: Any = {"train": train, "eval": validation}
         args = copy.copy(args)
         args.packing = False  # the batches are packed already, and not as optimum-habana would
         super().__init__(
             args=args,
             train_dataset=train and train.rows,
             eval_dataset=validation and validation.rows,
-            data_collator=(train or validation).collator,
+            data_collator=next(filter(None, (train, validation))).collator,
             **kwargs,
         )
         look_up_as_stored(self.model)

@@ -67,7 +67,7 @@ MISTAKES = {
         "planted.py:5",
     ),
     "columns that name no device": (
-        SFT,
+        [*SFT, "--skip_probe"],
         ("attention", "find_visible"),
         ("torch.arange(segment_ids.shape[1], device=segment_ids.device)", "torch.arange(segment_ids.shape[1])"),
         "planted.py",

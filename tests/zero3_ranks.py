@@ -59,6 +59,7 @@ def main() -> None:
         "weights": weights,
     }
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(facts))
+    dist.destroy_process_group()  # or its threads may end the interpreter with "terminate called"
 
 
 if __name__ == "__main__":

@@ -138,10 +138,10 @@ def probe(
     changed[half:] %= model.config.get_text_config().vocab_size
     earlier = compared[0] < half
     earlier_moved = largest_change(alone[0][earlier], compute_alone(changed, compared[0])[earlier])
+    columns = torch.cat([columns[places] for columns, places in zip(samples, compared, strict=True)])
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        row_inputs = _row_inputs(model, row, device)
     try:
-        columns = torch.cat([columns[places] for columns, places in zip(samples, compared, strict=True)])
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            row_inputs = _row_inputs(model, row, device)
         in_row = compute_logits(tokens, columns, **row_inputs)
         row_differs = largest_change(torch.cat(alone), in_row)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # many models know no 4-D mask

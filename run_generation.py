@@ -44,6 +44,7 @@ with quiet_imports():
         choose_kernels,
         find_end_tokens,
         find_stop_tokens,
+        make_forward_options,
         make_generation_config,
     )
     from align.generation.decoding import TextGenerator
@@ -72,6 +73,7 @@ def check_arguments(
     least = {
         "max_new_tokens": (decoding.max_new_tokens, 1),
         "num_beams": (decoding.num_beams, 1),
+        "num_return_sequences": (decoding.num_return_sequences, 1),
         "top_k": (decoding.top_k, 0),
         "batch_size": (gaudi.batch_size, 1),
         "attn_batch_split": (gaudi.attn_batch_split, 1),
@@ -95,12 +97,14 @@ def check_arguments(
         raise InputError(f"--bucket_size: got {gaudi.bucket_size}; give a number of tokens, or -1 for none")
     if gaudi.limit_hpu_graphs and not gaudi.use_hpu_graphs:
         logger.warning("--limit_hpu_graphs has no effect: there are no graphs to limit without --use_hpu_graphs.")
-    if decoding.num_beams > 1 and (gaudi.reuse_cache or gaudi.bucket_size > 0):
-        raise InputError("--num_beams: beams are searched on growing shapes, without --reuse_cache and --bucket_size")
+    if decoding.num_return_sequences > 1 and not decoding.do_sample and decoding.num_beams == 1:
+        raise InputError("--num_return_sequences: greedy answers are all the same; add --do_sample or --num_beams")
+    if 1 < decoding.num_beams < decoding.num_return_sequences:
+        raise InputError(f"--num_return_sequences: got {decoding.num_return_sequences}; --num_beams must be as many")
     if gaudi.reuse_cache and not gaudi.use_kv_cache:
         raise InputError("--reuse_cache: contradicts --use_kv_cache False; leave one of them out")
-    if gaudi.reuse_cache and gaudi.bucket_size > 0:
-        raise InputError("--reuse_cache: allocates the whole cache, --bucket_size grows it; leave one of them out")
+    if gaudi.reuse_cache and gaudi.bucket_size > 0 and not gaudi.bucket_internal:
+        raise InputError("--reuse_cache: allocates the whole cache; with --bucket_size add --bucket_internal")
     for flag in ("flash_attention_recompute", "flash_attention_causal_mask", "flash_attention_fast_softmax"):
         if getattr(gaudi, flag) and not gaudi.use_flash_attention:
             raise InputError(f"--{flag}: is a mode of flash attention; add --use_flash_attention")
@@ -157,23 +161,21 @@ def main(argv: list[str] | None = None) -> None:
         world_size,
         gaudi_args.use_hpu_graphs,
         longest=max(batch.width for batch in batches) + decoding_args.max_new_tokens,
-        beams=decoding_args.num_beams > 1,
         rank=rank,
     )
     check_support(model, gaudi_args)
-    penalty = decoding_args.repetition_penalty or model.generation_config.repetition_penalty or 1.0
     goes_on = output_args.measures if decoding_args.ignore_eos is None else decoding_args.ignore_eos
     end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)
     kernels = choose_kernels(model, gaudi_args, world_size)
-    config = make_generation_config(model, tokenizer, decoding_args, gaudi_args, end_tokens, kernels)
+    config = make_generation_config(model, tokenizer, decoding_args, end_tokens)
     generator = TextGenerator(
         model,
         tokenizer,
         config,
-        end_tokens=end_tokens,
-        repetition_penalty=penalty,
-        use_hpu_graphs=gaudi_args.use_hpu_graphs,
+        make_forward_options(gaudi_args, kernels),
+        end_tokens,
         rows=min(gaudi_args.batch_size, len(prompts)),
+        longest=max(batch.width for batch in batches),
     )
 
     # Generate
@@ -197,9 +199,10 @@ def main(argv: list[str] | None = None) -> None:
             print_table(results | measured)
         if rank == 0 and output_dir is not None:
             write_json(output_dir / "benchmark.json", results | measured)
-            write_json(output_dir / "results.json", describe_as_upstream(measured, answers, len(batches)))
+            each = generator.answers_per_prompt
+            write_json(output_dir / "results.json", describe_as_upstream(measured, answers, len(batches), each))
         return
-    streams = sys.stdout.isatty() and generator.rows == 1 and config.num_beams == 1
+    streams = sys.stdout.isatty() and generator.rows == generator.answers_per_prompt == config.num_beams == 1
     show = None if not speaks or output_dir is not None else "stream" if streams else "print"
     between = "\n" if prompt_args.use_chat_template else ""
     counts: Any = count_graphs() if output_args.show_graphs_count else nullcontext({})

@@ -421,8 +421,6 @@ def mend_transformers() -> None:
 
     # It registers the kernel without a mask (modeling_utils.py:348), and without one no token is kept from later ones.
     ALL_MASK_ATTENTION_FUNCTIONS.register("gaudi_fused_sdpa", eager_mask)
-    # Its beam search calls this (generation/utils.py:191), which most models of transformers 4.55 have lost.
-    GenerationMixin._reorder_cache = staticmethod(_reorder_cache)
     prepare = GenerationMixin.prepare_inputs_for_generation  # which it puts there anew each time that it adapts
     if "__wrapped__" in vars(prepare):
         return
@@ -434,11 +432,6 @@ def mend_transformers() -> None:
         return {name: value for name, value in inputs.items() if name != "logits_to_keep" or value is not None}
 
     GenerationMixin.prepare_inputs_for_generation = prepare_inputs_for_generation
-
-
-def _reorder_cache(cache: Any, beams: "torch.LongTensor") -> tuple[tuple["torch.Tensor", ...], ...]:
-    """Keys and values `[beams, ...]` of every layer, in the order of the chosen beams."""
-    return tuple(tuple(states.index_select(0, beams) for states in layer) for layer in cache)
 
 
 def _defer_package(name: str) -> None:

@@ -181,6 +181,8 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "top_k": Same(),
         "top_p": Same(),
         "num_beams": Same(),
+        "num_return_sequences": Same("with `--do_sample` or beams"),
+        "bad_words": Same(),
         "seed": Same("by default 42"),
         "ignore_eos": Same("by default only in a benchmark: other texts end where the model ends them"),
         "no-ignore_eos": Instead("--ignore_eos False"),

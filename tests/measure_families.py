@@ -24,6 +24,7 @@ from align.generation.config import (
     GaudiArguments,
     check_support,
     choose_kernels,
+    make_forward_options,
     make_generation_config,
 )
 from align.generation.decoding import TextGenerator
@@ -106,15 +107,14 @@ def measure_generation(folder: Path, answers: list[list[int]], beams: list[list[
     load = {"vocabulary_size": config.vocab_size, "arguments": GenerationArguments(), "world_size": 1, "adapter": None}
     load |= {"use_hpu_graphs": False, "longest": LONGEST}
     model = load_for_generation(folder, **load)
-    plain_config = model.generation_config
     decoding = DecodingArguments(max_new_tokens=NEW_TOKENS)
 
     def generate(encoded: list[list[int]], decoding=decoding, **flags) -> list[list[int]]:
         gaudi = GaudiArguments(**flags)
         check_support(model, gaudi)
-        model.generation_config = plain_config
-        options = make_generation_config(model, TOKENIZER, decoding, gaudi, [], choose_kernels(model, gaudi))
-        generator = TextGenerator(model, TOKENIZER, options, [], 1.0, False, len(encoded))
+        config = make_generation_config(model, TOKENIZER, decoding, [])
+        options = make_forward_options(gaudi, choose_kernels(model, gaudi))
+        generator = TextGenerator(model, TOKENIZER, config, options, [], len(encoded))
         return generator.generate(encoded, max(map(len, encoded)))[0]
 
     def judge(attempt) -> str:
@@ -141,13 +141,8 @@ def measure_generation(folder: Path, answers: list[list[int]], beams: list[list[
     if "use_flash_attention" not in inspect.signature(type(model).forward).parameters:
         result["flash attention"] = "no kernel"
 
-    def search_beams() -> tuple[list[list[int]], list[list[int]]]:
-        nonlocal model, plain_config
-        model = load_for_generation(folder, **load, beams=True)
-        plain_config = model.generation_config
-        return generate(prompts, replace(decoding, num_beams=2)), beams
-
-    return result | {"beams": judge(search_beams)}
+    search = replace(decoding, num_beams=2)
+    return result | {"beams": judge(lambda: (generate(prompts, search), beams))}
 
 
 def measure(folder: Path) -> dict:

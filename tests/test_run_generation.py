@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_rows
+from plain_generation import END_TOKENS
 from tiny import make_tokenizer, save_model
 
 from align.cli import run_script
@@ -33,7 +34,6 @@ PROMPTS = [
     "It is four. It is four. It is four.",
     "thank you",
 ]
-END_TOKENS = list(range(8, 512, 16))  # so many that random models end their texts, each at another length
 NEW_TOKENS = 20
 
 
@@ -44,7 +44,7 @@ def models(tmp_path_factory):
     adapt_transformers()  # before transformers' Auto classes have seen, and remembered, a model of its own
     for family in FAMILIES:
         save_model(root / family, family, TOKENIZERS[family], initializer_range=0.2)
-        change_json(root / family / "generation_config.json", eos_token_id=END_TOKENS)
+        change_json(root / family / "generation_config.json", eos_token_id=list(END_TOKENS))
     make_adapter(root / "llama", root / "adapter", "q_proj", "v_proj")
     return root
 
@@ -296,8 +296,9 @@ BAD_INPUT = {
     "--prompt Hi --do_sample --top_p 1.5": "--top_p: got 1.5",
     "--prompt Hi --bucket_size 0": "--bucket_size: got 0",
     "--prompt Hi --reuse_cache --use_kv_cache False": "--reuse_cache: contradicts",
-    "--prompt Hi --reuse_cache --bucket_size 16": "leave one of them out",
-    "--prompt Hi --num_beams 2 --bucket_size 16": "--num_beams: beams are searched on growing shapes",
+    "--prompt Hi --reuse_cache --bucket_size 16": "with --bucket_size add --bucket_internal",
+    "--prompt Hi --num_return_sequences 2": "--num_return_sequences: greedy answers are all the same",
+    "--prompt Hi --num_return_sequences 3 --num_beams 2": "--num_return_sequences: got 3; --num_beams must be as",
     "--prompt Hi --flash_attention_recompute": "add --use_flash_attention",
     "--prompt Hi --seed -1": "--seed: got -1; give 0 to 4294967295",
     "--prompt Hi --benchmark --ignore_eos False": "--ignore_eos False: a benchmark has texts of one length",

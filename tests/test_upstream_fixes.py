@@ -110,15 +110,11 @@ def imports_its_trainers_with_any_module():
     return True
 
 
-def asks_for_a_reordering_that_models_have_lost():
-    loop = inspect.getsource(importlib.import_module("optimum.habana.transformers.generation.utils"))
-    llama = importlib.import_module("transformers.models.llama.modeling_llama").LlamaForCausalLM
-    own = [
-        kind
-        for kind in llama.__mro__
-        if "_reorder_cache" in vars(kind) and kind.__module__.startswith("transformers.models")
-    ]
-    return "self._reorder_cache(" in loop and not own
+def passes_a_number_of_logits_that_is_none():
+    prepare = importlib.import_module("transformers.models.phi3.modeling_phi3").Phi3ForCausalLM
+    takes = inspect.signature(prepare.prepare_inputs_for_generation).parameters["logits_to_keep"].default is None
+    passes = find("optimum.habana.transformers.generation.utils", "GaudiGenerationMixin._prepare_inputs_for_generation")
+    return takes and "in kwargs.items()" in ast.unparse(passes)
 
 
 def leaves_the_fused_optimizer_off():
@@ -171,13 +167,13 @@ FAULTS = {
     "keep_out_of_autocast": [scatters_without_a_cast, takes_cudas_autocast_for_all],
     "unflatten_masks": [flattens_every_mask],
     "bound_masks": [fills_masks_with_what_bfloat16_lacks],
-    "adapt_transformers": [imports_its_trainers_with_any_module, asks_for_a_reordering_that_models_have_lost],
+    "adapt_transformers": [imports_its_trainers_with_any_module],
     "gaudi_config": [leaves_the_fused_optimizer_off],
     "computes_in_autocast": [switches_autocast_off_under_deepspeed],
     "gaudi_class": [puts_its_classes_into_transformers],
     "is_gaudi_class": [puts_its_classes_into_transformers],
     "transformers_class": [puts_its_classes_into_transformers],
-    "mend_transformers": [registers_a_kernel_without_a_mask, asks_for_a_reordering_that_models_have_lost],
+    "mend_transformers": [registers_a_kernel_without_a_mask, passes_a_number_of_logits_that_is_none],
     "attention_inputs": [passes_what_the_generation_config_asks_for],
 }
 

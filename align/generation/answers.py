@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from align.errors import InputError
-from align.generation.decoding import TerminalStreamer, TextGenerator, Timing, decode_new
+from align.generation.decoding import TerminalStreamer, TextGenerator, Timing
 from align.generation.prompts import Batch
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -71,12 +71,13 @@ def answer_all(
     show: str | None = None,
     between: str = "",
 ) -> tuple[list[dict[str, Any]], list[Timing]]:
-    """One answer a prompt, in the order of the prompts, and one timing a batch.
+    """The answers in the order of the prompts, one or several to each, and one timing a batch.
 
     `show`: `stream` prints each text as it appears, `print` as soon as those before it are there; `between` prompt and
     text.
     """
-    answers: list[Any] = [None] * len(prompts)  # until they are there
+    each = generator.answers_per_prompt
+    answers: list[Any] = [None] * (len(prompts) * each)  # until they are there
     timings, shown = [], 0
     for batch in batches:
         ids = [encoded[place] for place in batch.places]
@@ -86,11 +87,16 @@ def answer_all(
             streamer = TerminalStreamer(generator.tokenizer, ids[0], generator.end_tokens)
         new, timing = generator.generate(ids, batch.width, streamer)
         timings.append(timing)
-        for place, tokens in zip(batch.places, new, strict=True):
-            stopped = tokens[-1] in generator.end_tokens
-            text = decode_new(generator.tokenizer, encoded[place], tokens[:-1] if stopped else tokens)
-            answers[place] = {"prompt": prompts[place], "text": text, "tokens": len(tokens), "stopped": stopped}
-        while show == "print" and shown < len(prompts) and answers[shown] is not None:
+        for row, tokens in enumerate(new):
+            place = batch.places[row // each]
+            prompt = encoded[place]
+            answers[place * each + row % each] = {
+                "prompt": prompts[place],
+                "text": generator.text_of(prompt, tokens),
+                "tokens": len(tokens),
+                "stopped": generator.is_stopped(prompt, tokens),
+            }
+        while show == "print" and shown < len(answers) and answers[shown] is not None:
             print(answers[shown]["prompt"] + between + answers[shown]["text"] + "\n", flush=True)
             shown += 1
     return answers, timings
@@ -144,14 +150,16 @@ def measure(
     return measured, runs[-1][0]
 
 
-def describe_as_upstream(measured: dict[str, Any], answers: list[dict[str, Any]], batches: int) -> dict[str, Any]:
+def describe_as_upstream(
+    measured: dict[str, Any], answers: list[dict[str, Any]], batches: int, each: int = 1
+) -> dict[str, Any]:
     """What optimum-habana's example writes to results.json: seconds a batch, tokens a second, prompts, whole texts."""
     return {
         "throughput": measured["tokens_per_second"],
         "avg_first_token_latency": measured["first_token_seconds"],
         "avg_rest_token_latency": measured["later_token_seconds"],
         "avg_e2e_latency": measured["seconds"] / batches,
-        "input": [[answer["prompt"]] for answer in answers],
+        "input": [[answer["prompt"]] for answer in answers[::each]],
         "output": [[answer["prompt"] + answer["text"]] for answer in answers],
     }
 

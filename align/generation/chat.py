@@ -18,6 +18,7 @@ from align.generation.config import (
     choose_kernels,
     find_end_tokens,
     find_stop_tokens,
+    make_forward_options,
     make_generation_config,
 )
 from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
@@ -72,6 +73,7 @@ def check_chat(
         "dataset_name": prompts.dataset_name is not None,
         "output_dir": output.output_dir is not None,
         "num_beams": decoding.num_beams > 1,
+        "num_return_sequences": decoding.num_return_sequences > 1,
         "batch_size": gaudi.batch_size > 1,
         "bucket_size": gaudi.bucket_size > 0,
         "reuse_cache": gaudi.reuse_cache,
@@ -182,18 +184,9 @@ def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi:
     model = load_model(folder, adapter, vocabulary_size, model_args, 1, gaudi.use_hpu_graphs, longest)
     check_support(model, gaudi)
     end_tokens = find_end_tokens(model, tokenizer, stop_tokens)
-    penalty = decoding.repetition_penalty or model.generation_config.repetition_penalty or 1.0
-    kernels = choose_kernels(model, gaudi)
-    generation_config = make_generation_config(model, tokenizer, decoding, gaudi, end_tokens, kernels)
-    generator = TextGenerator(
-        model,
-        tokenizer,
-        generation_config,
-        end_tokens=end_tokens,
-        repetition_penalty=penalty,
-        use_hpu_graphs=gaudi.use_hpu_graphs,
-        rows=1,
-    )
+    generation_config = make_generation_config(model, tokenizer, decoding, end_tokens)
+    options = make_forward_options(gaudi, choose_kernels(model, gaudi))
+    generator = TextGenerator(model, tokenizer, generation_config, options, end_tokens, rows=1)
     return Speaker(str(adapter or folder), generator, room)
 
 

@@ -1,6 +1,5 @@
 """How to decode: the user's flags on top of the model's own generation config."""
 
-import copy
 import inspect
 import logging
 from dataclasses import dataclass, field
@@ -8,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from align.errors import InputError
 from align.generation.model import SWITCH
+from align.generation.stepping import ForwardOptions, has_static_shapes
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from optimum.habana.transformers.generation import GaudiGenerationConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -33,6 +32,8 @@ class DecodingArguments:
     top_k: int | None = field(default=None, metadata={"help": "Sample among this many likeliest tokens."})
     top_p: float | None = field(default=None, metadata={"help": "Sample among the likeliest tokens of this mass."})
     num_beams: int = field(default=1, metadata={"help": "Beams of a beam search; 1 is none."})
+    num_return_sequences: int = field(default=1, metadata={"help": "Answers to each prompt, with sampling or beams."})
+    bad_words: list[str] = field(default_factory=list, metadata={"help": "Words that are never written."})
     repetition_penalty: float | None = field(
         default=None, metadata={"help": "Divides the logits of tokens that were said before; 1 is none."}
     )
@@ -76,6 +77,31 @@ class GaudiArguments:
 # How attention is computed; arguments of the models that have the choice
 KERNELS: tuple[str, ...] = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
 KERNELS += ("flash_attention_fast_softmax", "attn_softmax_bf16", "attn_batch_split")
+# Fields of a generation_config.json that texts follow
+USED: tuple[str, ...] = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "renormalize_logits",
+)
+USED += ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens")
+USED += ("begin_suppress_tokens", "min_length", "min_new_tokens", "forced_eos_token_id", "stop_strings")
+USED += ("remove_invalid_values", "length_penalty", "early_stopping")
+# Those that flags and folders say instead
+REPLACED: tuple[str, ...] = (
+    "max_length",
+    "max_new_tokens",
+    "do_sample",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+REPLACED += ("transformers_version", "_from_model_config")
 
 
 def find_stop_tokens(tokens: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -91,11 +117,6 @@ def find_end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     """All tokens that end a text: the model's, the tokenizer's and the user's."""
     own = model.generation_config.eos_token_id
     return sorted(stop_tokens.union(own if isinstance(own, list) else [own], [tokenizer.eos_token_id]) - {None})
-
-
-def has_static_shapes(model: "PreTrainedModel") -> bool:
-    """Whether the model takes the place of the next token as a tensor, in sequences padded to their final length."""
-    return "token_idx" in inspect.signature(type(model).forward).parameters
 
 
 def check_support(model: "PreTrainedModel", gaudi: GaudiArguments) -> None:
@@ -136,36 +157,57 @@ def make_generation_config(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     decoding: DecodingArguments,
-    gaudi: GaudiArguments,
     end_tokens: list[int],
-    kernels: dict[str, bool | int],
-) -> "GaudiGenerationConfig":
-    """The model's own generation config, with what the user asked for on top; `model` gets it as its own."""
-    config = copy.deepcopy(model.generation_config)
-    beams = decoding.num_beams > 1
-    # Its beam search on static shapes knows one end token and puts any finished beam first (utils.py:3175).
-    static_shapes = not beams and has_static_shapes(model)
+) -> "GenerationConfig":
+    """What the user asked for, on top of those fields of the model's own generation config that are `USED`.
+
+    Its other fields are told where they say something.
+    """
+    from transformers import GenerationConfig
+
+    if decoding.num_beams > 1 and model._is_stateful:
+        raise InputError(
+            f"--num_beams: {model.config.model_type} models keep a state that no beam search reorders; leave it out"
+        )
+    own, neutral = model.generation_config.to_dict(), GenerationConfig().to_dict()
+    unused = [name for name, value in own.items() if name not in USED + REPLACED and value != neutral.get(name)]
+    if unused:
+        logger.warning(f"The model's generation_config.json: {', '.join(sorted(unused))} has no effect here.")
+    config = {name: own[name] for name in USED if own.get(name) is not None}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *end_tokens)  # masked, so any token will do
     samples = decoding.do_sample and decoding.temperature != 0
-    sampling = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-    if samples:
-        sampling = {key: value for key in sampling if (value := getattr(decoding, key)) is not None}
-    config.update(
-        max_new_tokens=decoding.max_new_tokens,
-        num_beams=decoding.num_beams,
-        do_sample=samples,
-        **sampling,
-        repetition_penalty=1.0,  # RepetitionPenalty does it
-        pad_token_id=next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
-        eos_token_id=(end_tokens or None) if beams else None,  # EndWatch looks for them
-        ignore_eos=True,
-        static_shapes=static_shapes,
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        if (value := getattr(decoding, name)) is not None and (samples or name == "repetition_penalty"):
+            config[name] = value
+    if decoding.bad_words:
+        config["bad_words_ids"] = config.get("bad_words_ids", []) + find_bad_words(decoding.bad_words, tokenizer)
+    config |= {
+        "max_new_tokens": decoding.max_new_tokens,
+        "num_beams": decoding.num_beams,
+        "num_return_sequences": decoding.num_return_sequences,
+        "do_sample": samples,
+        "pad_token_id": next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
+    }
+    if not end_tokens:
+        config.pop("stop_strings", None)
+    made = GenerationConfig()
+    for name, value in config.items():  # its constructor would refuse what greedy texts do not read
+        setattr(made, name, value)
+    return made
+
+
+def find_bad_words(words: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Ids of each word, alone and after a blank."""
+    ids = [tokenizer(form + word, add_special_tokens=False).input_ids for word in words for form in ("", " ")]
+    return [list(each) for each in dict.fromkeys(map(tuple, ids)) if each]
+
+
+def make_forward_options(gaudi: GaudiArguments, kernels: dict[str, bool | int]) -> ForwardOptions:
+    return ForwardOptions(
         use_cache=gaudi.use_kv_cache,
-        trim_logits=gaudi.use_kv_cache and static_shapes,  # the head sees the last position of a prompt alone
         reuse_cache=gaudi.reuse_cache,
         bucket_size=gaudi.bucket_size,
+        use_hpu_graphs=gaudi.use_hpu_graphs,
         limit_hpu_graphs=gaudi.limit_hpu_graphs,
-        **kernels,
+        inputs={flag: getattr(GaudiArguments, flag) for flag in KERNELS} | {"decode_attn_batch_split": 1} | kernels,
     )
-    model.generation_config = config  # where generate() looks for tokens that its own config leaves out
-    return config

@@ -1,19 +1,24 @@
-"""Token ids in, token ids out: end tokens, streaming and timing around optimum-habana's generation loop.
+"""Token ids in, token ids out: greedy, sampled or by beams, with end tokens, streaming and timing.
 
-Heavy packages are imported where they are used: imports are most of the time to the first word.
+The loop is our own, around the forward passes of optimum-habana's classes: its `generate` (1.21.2) runs the first pass
+over the room for the answer too, records a graph for every step of a beam search, and hands padding to the processors
+of a generation config. Heavy packages are imported where they are used: imports are most of the time to the first word.
 """
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from align.errors import InputError
+from align.generation.beams import BeamOptions, Beams
+from align.generation.processors import Processor, make_processors
 from align.generation.prompts import pad_batch
+from align.generation.stepping import ForwardOptions, GrowingShapes, StaticShapes, Texts, make_stepper
 
 if TYPE_CHECKING:
     import torch
-    from optimum.habana.transformers.generation import GaudiGenerationConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHORTEST = 4  # columns of a prompt: a reused cache takes one for a decoding step, and Mamba convolves four
 STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
@@ -30,48 +35,6 @@ class Timing:
     steps: int
 
 
-class EndWatch:
-    """Stopping criterion: ends a batch once every row has said an end token, and notes when the first token came.
-
-    optimum-habana 1.21.2's own criterion blanks the rows that have no end token when another row has one
-    (generation/utils.py:2993), so end tokens are left to this one. It looks every `steps_per_check` tokens.
-    """
-
-    def __init__(self, end_tokens: list[int], width: int, steps_per_check: int):
-        self.end_tokens = end_tokens
-        self.width = width
-        self.steps_per_check = steps_per_check
-        self.first_token_at: float | None = None
-
-    def __call__(self, input_ids: "torch.LongTensor", scores: Any, token_idx: int | None = None, **_: Any) -> bool:
-        length = token_idx or input_ids.shape[1]
-        step = length - self.width
-        if self.first_token_at is not None and (not self.end_tokens or step % self.steps_per_check):
-            return False
-        texts = input_ids.tolist()  # what torch would do from here on were graphs
-        self.first_token_at = self.first_token_at or time.perf_counter()
-        return all(any(token in self.end_tokens for token in ids[self.width : length]) for ids in texts)
-
-
-class RepetitionPenalty:
-    """Logits processor: the penalty of CTRL (arXiv 1909.05858), for text alone.
-
-    transformers' own takes padding for text, of which static shapes have a lot: where the pad token is EOS, no text
-    would end.
-    """
-
-    def __init__(self, penalty: float, pad: int):
-        self.penalty = penalty
-        self.pad = pad
-
-    def __call__(self, input_ids: "torch.LongTensor", scores: "torch.FloatTensor") -> "torch.FloatTensor":
-        said = scores.gather(1, input_ids)
-        said = (said / self.penalty).where(said > 0, said * self.penalty)
-        penalised = scores.scatter(1, input_ids, said)
-        penalised[:, self.pad] = scores[:, self.pad]
-        return penalised
-
-
 class TerminalStreamer:
     """Shows one text as it appears, by whole characters."""
 
@@ -79,13 +42,10 @@ class TerminalStreamer:
         self.tokenizer = tokenizer
         self.prompt_ids = prompt_ids
         self.end_tokens = end_tokens
-        self.new_ids: list[int] | None = None
+        self.new_ids: list[int] = []
         self.shown = ""
 
     def put(self, ids: "torch.LongTensor") -> None:
-        if self.new_ids is None:  # the first call brings the prompt
-            self.new_ids = []
-            return
         self.new_ids += [token for token in ids.tolist() if token not in self.end_tokens]
         text = decode_new(self.tokenizer, self.prompt_ids, self.new_ids)
         if not text.endswith("\ufffd"):
@@ -104,50 +64,180 @@ def decode_new(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], new_
     return whole[len(prompt) :]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextGenerator:
-    """A model on its card, with its tokenizer and how to decode; a batch has `rows` prompts."""
+    """A model on its card, with its tokenizer and how to decode; a batch has `rows` prompts, none wider than `longest`.
+
+    `config` says what to choose, `options` how to compute it; `end_tokens` end a text.
+    """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
-    config: "GaudiGenerationConfig"
+    config: "GenerationConfig"
+    options: ForwardOptions
     end_tokens: list[int]
-    repetition_penalty: float
-    use_hpu_graphs: bool
     rows: int
+    longest: int = 0
+    stepper: StaticShapes | GrowingShapes = field(init=False)
+    processors: list[Processor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stepper = make_stepper(self.model, self.options)
+        self.processors = make_processors(self.config, self.end_tokens)
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.config.num_return_sequences
 
     def generate(
         self, encoded: list[list[int]], width: int, streamer: TerminalStreamer | None = None
     ) -> tuple[list[list[int]], Timing]:
-        """New tokens of each prompt up to its first end token, which is included, and how long they took."""
+        """New tokens of each prompt up to its first end token, which is included, and how long they took.
+
+        There are `answers_per_prompt` of each, one after the other.
+        """
+        import torch
+
         start = time.perf_counter()
-        if not self.config.flash_attention_causal_mask:
+        if not self.options.inputs.get("flash_attention_causal_mask"):
             width = max(width, SHORTEST)
-        elif width == 1 and self.config.reuse_cache:
+        elif width == 1 and self.options.reuse_cache:
             raise InputError("--flash_attention_causal_mask: not with --reuse_cache and a prompt of a single token")
         ids, mask = pad_batch(encoded, width, self.rows, self.config.pad_token_id)
-        watch = EndWatch(self.end_tokens, width, 1 if self.rows == 1 else STEPS_PER_CHECK)  # the same on every rank
-        beams = self.config.num_beams > 1
-        penalty = RepetitionPenalty(self.repetition_penalty, self.config.pad_token_id)
-        output = self.model.generate(
-            input_ids=ids.to("hpu"),
-            attention_mask=mask.to("hpu"),
-            generation_config=self.config,
-            use_model_defaults=False,
-            stopping_criteria=[] if beams else [watch],
-            logits_processor=[penalty] if self.repetition_penalty != 1 else [],
-            streamer=streamer,
-            lazy_mode=True,
-            hpu_graphs=self.use_hpu_graphs,
-        )
-        texts = output.tolist()[: len(encoded)]
+        texts = Texts(ids.to("hpu"), mask.to("hpu"), self._choose_columns(width))
+        first: list[float] = []
+
+        def check() -> bool:
+            first[:] = first or [time.perf_counter()]
+            return self._all_ended(texts, encoded)
+
+        with torch.inference_mode():
+            if self.config.num_beams > 1:
+                output = self._search_beams(texts)
+            else:
+                output = self._choose_tokens(texts, streamer, check)
+        each = self.answers_per_prompt
+        rows = output.tolist()[: len(encoded) * each]
         end = time.perf_counter()
-        new = [cut_after_end(ids[width : width + self.config.max_new_tokens], self.end_tokens) for ids in texts]
+        new = [self._cut(encoded[row // each], tokens) for row, tokens in enumerate(rows)]
         lengths = list(map(len, new))
-        first_token = None if beams else (watch.first_token_at or end) - start
+        first_token = first[0] - start if first else None
         return new, Timing(first_token, end - start, sum(map(len, encoded)), sum(lengths), max(lengths))
 
+    def is_stopped(self, prompt: list[int], tokens: list[int]) -> bool:
+        """Whether an answer is whole, not cut at its longest."""
+        return len(tokens) < self.config.max_new_tokens or self._cut(prompt, [*tokens, -1]) == tokens
 
-def cut_after_end(tokens: list[int], end_tokens: list[int]) -> list[int]:
-    """The tokens up to the first end token, which is included."""
-    return next((tokens[: place + 1] for place, token in enumerate(tokens) if token in end_tokens), tokens)
+    def text_of(self, prompt: list[int], tokens: list[int]) -> str:
+        """An answer without the token that ended it."""
+        return decode_new(self.tokenizer, prompt, tokens[:-1] if tokens[-1] in self.end_tokens else tokens)
+
+    def _choose_columns(self, width: int) -> int:
+        """Columns of texts and cache: all that will be needed, or those of the first bucket."""
+        if self.options.reuse_cache:
+            return max(width, self.longest) + self.config.max_new_tokens
+        if self.options.bucket_size > 0:
+            return -(-(width + 1) // self.options.bucket_size) * self.options.bucket_size
+        return width + self.config.max_new_tokens
+
+    def _choose_tokens(
+        self, texts: Texts, streamer: TerminalStreamer | None, check: Callable[[], bool]
+    ) -> "torch.LongTensor":
+        """Greedy or sampled tokens `[rows, new tokens]`; `check` says at some steps whether all have ended."""
+        steps_per_check = 1 if texts.rows == 1 else STEPS_PER_CHECK  # the same on every rank
+        invalid = None
+        for step in range(self.config.max_new_tokens):
+            logits = self._forward(texts, step, self.answers_per_prompt)
+            invalid = logits.isnan().any() if invalid is None else invalid | logits.isnan().any()
+            scores = self._process(texts, logits, step)
+            if self.config.do_sample:
+                import torch
+
+                tokens = torch.multinomial(scores.softmax(1), 1).squeeze(1)
+            else:
+                tokens = scores.argmax(1)
+            texts.append(tokens)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            is_looked_at = (self.end_tokens or self.config.stop_strings) and (step + 1) % steps_per_check == 0
+            if (step == 0 or is_looked_at) and check():
+                break
+        if streamer is not None:
+            streamer.end()
+        self._refuse_nan(invalid)
+        return texts.tokens[:, texts.width : texts.length]
+
+    def _search_beams(self, texts: Texts) -> "torch.LongTensor":
+        """The best texts `[rows * answers per prompt, new tokens]`."""
+        config = self.config
+        options = BeamOptions(
+            config.num_beams,
+            config.length_penalty,
+            config.early_stopping,
+            config.do_sample,
+            config.num_return_sequences,
+        )
+        beams = Beams(options, texts.rows, config.max_new_tokens, self.end_tokens, texts.tokens.device)
+        invalid = None
+        for step in range(config.max_new_tokens):
+            logits = self._forward(texts, step, config.num_beams)
+            invalid = logits.isnan().any() if invalid is None else invalid | logits.isnan().any()
+            rows, tokens = beams.advance(self._process(texts, logits.log_softmax(1), step))
+            texts.select(rows)
+            texts.append(tokens)
+            self.stepper.select(rows)
+            if self.end_tokens and (step + 1) % STEPS_PER_CHECK == 0 and beams.is_done():
+                break
+        self._refuse_nan(invalid)
+        return beams.best()
+
+    def _forward(self, texts: Texts, step: int, copies: int) -> "torch.FloatTensor":
+        """Logits of the next tokens; optimum-habana's lazy mode runs what came before as a graph of its own."""
+        from habana_frameworks.torch import core
+
+        core.mark_step()
+        if step == 0:
+            return self.stepper.start(texts, copies)
+        if isinstance(self.stepper, StaticShapes) and texts.length > texts.columns - 1 and self.options.bucket_size > 0:
+            self.stepper.lengthen(texts, self.options.bucket_size)
+        return self.stepper.step(texts)
+
+    def _process(self, texts: Texts, scores: "torch.FloatTensor", step: int) -> "torch.FloatTensor":
+        for processor in self.processors:
+            scores = processor(texts, scores, step)
+        return scores
+
+    def _refuse_nan(self, invalid: "torch.BoolTensor") -> None:
+        if invalid and not self.config.remove_invalid_values:
+            raise InputError(
+                "the model gives NaN for scores; its weights are damaged, or its numbers too large for this type "
+                "(try without, or with, --bf16)"
+            )
+
+    def _all_ended(self, texts: Texts, encoded: list[list[int]]) -> bool:
+        """Looks at the host whether every row has an end; what torch would do from here on were graphs."""
+        rows = texts.tokens.tolist()
+        if not self.end_tokens and not self.config.stop_strings:
+            return False
+        for row, tokens in enumerate(rows):
+            prompt = encoded[min(row // self.answers_per_prompt, len(encoded) - 1)]
+            new = tokens[texts.width : texts.length]
+            if len(self._cut(prompt, [*new, -1])) > len(new):
+                return False
+        return True
+
+    def _cut(self, prompt: list[int], tokens: list[int]) -> list[int]:
+        """The tokens up to the first that ends the text, which is included."""
+        tokens = next((tokens[: n + 1] for n, token in enumerate(tokens) if token in self.end_tokens), tokens)
+        strings = self.config.stop_strings
+        if not strings:
+            return tokens
+        strings = [strings] if isinstance(strings, str) else strings
+        for number in range(1, len(tokens) + 1):
+            if tokens[number - 1] < 0:
+                break
+            known = self.tokenizer.decode(prompt + tokens[: number - 1], clean_up_tokenization_spaces=False)
+            whole = self.tokenizer.decode(prompt + tokens[:number], clean_up_tokenization_spaces=False)
+            if any(string in whole[max(0, len(known) - len(string) + 1) :] for string in strings):
+                return tokens[:number]
+        return tokens

@@ -118,13 +118,12 @@ def load_model(
     world_size: int,
     use_hpu_graphs: bool,
     longest: int,
-    beams: bool = False,
     rank: int = 0,
 ) -> "PreTrainedModel":
     """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
 
     Ranks map the same safetensors file, so that a host holds one copy of the model while they cut out their parts.
-    `longest` is the most tokens of a prompt with its answer, `beams` whether they are searched: they decide the class.
+    `longest` is the most tokens of a prompt with its answer, which decides the class.
     """
     import torch
 
@@ -138,9 +137,9 @@ def load_model(
     dtype = torch.bfloat16 if uses_bf16(arguments, world_size) else torch.float32
     if arguments.sdp_on_bf16:
         torch._C._set_math_sdp_allow_fp16_bf16_reduction(True)
-    log_class(config, longest, beams)
+    log_class(config, longest)
     try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
-        model, loaded = choose_class(config, longest, beams).from_pretrained(
+        model, loaded = choose_class(config, longest).from_pretrained(
             folder,
             config=config,
             torch_dtype=dtype,
@@ -152,10 +151,6 @@ def load_model(
         raise InputError(f"--model_name_or_path: {folder} cannot be loaded: {_one_line(error)}") from error
     if loaded["missing_keys"]:
         raise InputError(f"--model_name_or_path: {folder} holds no weights for {sorted(loaded['missing_keys'])[0]}")
-    if beams and model._is_stateful:  # optimum-habana's beam search reorders keys and values alone
-        raise InputError(
-            f"--num_beams: {config.model_type} models keep a state that no beam search reorders; leave it out"
-        )
     if adapter is not None:
         if vocabulary_size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(vocabulary_size)

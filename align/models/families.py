@@ -28,8 +28,7 @@ class Family:
     flattened: bool = False  # optimum-habana's class reshapes the mask to [batch, 1, 1, T * T]: undone on the way
     additive: bool = False  # optimum-habana's class takes the mask that transformers' would
     wrong_attention: tuple[str, ...] = ()  # values of --attn_implementation that are wrong; eager never is
-    no_beams: bool = False  # optimum-habana's class stops with an error in a beam search
-    no_reuse_cache: bool = False  # ... with --reuse_cache
+    no_reuse_cache: bool = False  # optimum-habana's class stops with an error with --reuse_cache
     wrong_flash_attention: str | None = None  # what optimum-habana's class leaves out with --use_flash_attention
 
 
@@ -55,7 +54,6 @@ FAMILIES = {
     "gemma": Family("adds the residual after the second norm"),
     "gemma2": Family(
         additive=True,
-        no_beams=True,
         no_reuse_cache=True,
         wrong_attention=("sdpa", "gaudi_fused_sdpa"),
         wrong_flash_attention="the soft cap of its attention",
@@ -68,9 +66,7 @@ FAMILIES = {
     "gptj": Family("says other text in padded batches"),
     "mixtral": Family(wrong_attention=("sdpa",)),  # not causal where nothing is padded
     "opt": Family("says other text with a cache"),
-    "persimmon": Family(no_beams=True),
     "phi": Family(_phi),
-    "stablelm": Family(no_beams=True),
     "starcoder2": Family(STOPS),
     "xglm": Family(STOPS),
 }
@@ -106,7 +102,7 @@ def find_window(config: PretrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def find_fault(config: PretrainedConfig, longest: int, beams: bool = False) -> str | None:
+def find_fault(config: PretrainedConfig, longest: int) -> str | None:
     """What is wrong with optimum-habana's class of this model, for texts of up to `longest` tokens."""
     if gaudi_class(config) is None:
         return None
@@ -116,21 +112,19 @@ def find_fault(config: PretrainedConfig, longest: int, beams: bool = False) -> s
         return fault
     if window is not None and longest > window:
         return f"does not keep to its window of {window} tokens"
-    return "cannot search beams" if beams and family.no_beams else None
+    return None
 
 
-def choose_class(
-    config: PretrainedConfig, longest: int, beams: bool = False
-) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
+def choose_class(config: PretrainedConfig, longest: int) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
     """The class to load this model with, for texts of up to `longest` tokens: transformers' own where it must be."""
-    if find_fault(config, longest, beams) is not None:
+    if find_fault(config, longest) is not None:
         return transformers_class(config.model_type)
     return gaudi_class(config) or AutoModelForCausalLM
 
 
-def log_class(config: PretrainedConfig, longest: int, beams: bool = False) -> None:
+def log_class(config: PretrainedConfig, longest: int) -> None:
     """Says where the model runs without the fused kernels and static shapes of optimum-habana's class, and why."""
-    fault = find_fault(config, longest, beams)
+    fault = find_fault(config, longest)
     if fault is not None:
         logger.warning(
             f"{config.model_type}: runs with transformers' own class, slower on a card, as optimum-habana's {fault}"

@@ -1,0 +1,148 @@
+"""What a generation_config.json, beams and several answers do to texts. Run: pytest tests/test_decoding.py"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from plain_generation import END_TOKENS
+from tiny import save_model
+
+from align.errors import InputError
+from align.upstream_fixes import adapt_transformers
+
+PROMPTS = ["Hello", "What is the capital of France? It is", "two and two and two and two", "is"]
+NEW_TOKENS = 12
+# name: fields of generation_config.json, with the values of transformers' generate
+FIELDS = {
+    "plain": {},
+    "suppress_tokens": {"suppress_tokens": list(range(0, 300, 2))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(0, 500, 3))},
+    "sequence_bias": {"sequence_bias": [[[65], 9.0], [[65, 70], 50.0], [[70, 65, 71], 90.0]]},
+    "bad_words_ids": {"bad_words_ids": [[number] for number in range(0, 400, 3)] + [[7, 8]]},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2, "sequence_bias": [[[65], 9.0], [[66], 9.0]]},
+    "min_new_tokens": {"min_new_tokens": 9},
+    "min_length": {"min_length": 14},
+    "forced_eos_token_id": {"forced_eos_token_id": 9, "min_new_tokens": NEW_TOKENS},
+    "stop_strings": {"stop_strings": ["e", "or"]},
+    "repetition_penalty": {"repetition_penalty": 9.0, "no_repeat_ngram_size": 4, "min_new_tokens": 10},
+    "renormalize_logits": {"renormalize_logits": True, "repetition_penalty": 0.5},
+    "beams": {"num_beams": 3},
+    "beams, long": {"num_beams": 3, "length_penalty": 3.0},
+    "beams, early": {"num_beams": 3, "early_stopping": True},
+    "beams, never early": {"num_beams": 2, "early_stopping": "never", "length_penalty": 2.0},
+    "beams, n-grams": {"num_beams": 3, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
+    "beams, several": {"num_beams": 4, "num_return_sequences": 3},
+}
+FLAGS = ("num_beams", "num_return_sequences")  # the user says these
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    adapt_transformers()  # before transformers' Auto classes have seen, and remembered, a model of its own
+    folder = save_model(tmp_path_factory.mktemp("decoding") / "model", initializer_range=0.2)
+    write_config(folder, eos_token_id=list(END_TOKENS))
+    return folder
+
+
+def write_config(folder, **fields):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """What plain transformers say, by the names of FIELDS."""
+    jobs = [
+        {"model": str(model), "prompts": PROMPTS, "options": {"max_new_tokens": NEW_TOKENS} | fields}
+        for fields in FIELDS.values()
+    ]
+    (model.parent / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, ROOT / "tests" / "plain_generation.py", model.parent / "jobs.json"]
+    texts = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return dict(zip(FIELDS, texts, strict=True))
+
+
+@pytest.fixture
+def generate(run):
+    """Texts that run_generation.py writes for PROMPTS."""
+
+    def generate(folder, *flags):
+        options = ["--max_new_tokens", NEW_TOKENS, "--output_dir", "out", "--batch_size", 3, "--prompt", *PROMPTS]
+        run("run_generation.py", "--model_name_or_path", folder, *options, *flags)
+        return [json.loads(line)["text"] for line in Path("out/generations.jsonl").read_text().splitlines()]
+
+    return generate
+
+
+def with_fields(model, name):
+    """A copy of the model with those fields, and the flags that say the others."""
+    folder = Path(shutil.copytree(model, "model"))
+    write_config(folder, **{field: value for field, value in FIELDS[name].items() if field not in FLAGS})
+    flags = [(f"--{field}", value) for field, value in FIELDS[name].items() if field in FLAGS]
+    return folder, [part for flag in flags for part in flag]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_texts_are_those_of_plain_transformers(name, model, plain, generate):
+    folder, flags = with_fields(model, name)
+    assert generate(folder, *flags, "--use_hpu_graphs") == plain[name]
+    assert name in ("plain", "beams, early") or plain[name] != plain["plain"], "the field has to matter"
+
+
+@pytest.mark.parametrize("way", [["--reuse_cache"], ["--bucket_size", 16], ["--reuse_cache", "--use_hpu_graphs"]])
+def test_beams_are_the_same_in_every_cache(way, model, plain, generate):
+    folder, flags = with_fields(model, "beams, n-grams")
+    assert generate(folder, *flags, *way) == plain["beams, n-grams"]
+
+
+def test_a_reused_cache_in_buckets_says_the_same(model, plain, generate):
+    way = ["--reuse_cache", "--bucket_size", 16, "--bucket_internal", "--use_hpu_graphs"]
+    assert generate(model, *way) == plain["plain"]
+
+
+@pytest.mark.parametrize("field", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"epsilon_cutoff": 0.999}])
+def test_sampling_among_one_token_is_greedy(field, model, plain, generate):
+    folder = Path(shutil.copytree(model, "model"))
+    write_config(folder, do_sample=True, **{"top_k": 0} | field)
+    assert generate(folder, "--do_sample", "--seed", 3) == plain["plain"]
+
+
+def test_fields_that_change_nothing_are_named_and_others_are_not(model, plain, generate, caplog):
+    folder = Path(shutil.copytree(model, "model"))
+    write_config(folder, guidance_scale=2.0, watermarking_config={"bias": 3.0}, temperature=0.5, num_beam_groups=2)
+
+    assert generate(folder) == plain["plain"]
+
+    said = [message for message in caplog.messages if "generation_config.json" in message]
+    assert said == [
+        "The model's generation_config.json: guidance_scale, num_beam_groups, watermarking_config has no effect here."
+    ]
+
+
+def test_bad_words_are_not_said_and_answers_are_several(model, plain, generate):
+    said = generate(model, "--do_sample", "--num_return_sequences", 3, "--bad_words", "e", "the", "--seed", 1)
+
+    assert len(said) == 3 * len(PROMPTS)
+    assert len(set(said[:3])) > 1
+    assert not any(" the" in text for text in said)
+
+
+def test_several_greedy_answers_are_refused(model, generate):
+    with pytest.raises(InputError, match="--num_return_sequences: greedy answers are all the same; add --do_sample"):
+        generate(model, "--num_return_sequences", 2)
+    with pytest.raises(InputError, match="--num_return_sequences: got 4; --num_beams must be as many"):
+        generate(model, "--num_return_sequences", 4, "--num_beams", 3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--num_beams", 3]], ids=["greedy", "beams"])
+def test_graphs_do_not_grow_in_number_with_the_steps(flags, model, run, caplog):
+    for steps in (4, 16):
+        options = ["--prompt", *PROMPTS, "--batch_size", 4, "--use_hpu_graphs", "--ignore_eos", *flags]
+        options += ["--output_dir", f"out{steps}", "--show_graphs_count", "--max_new_tokens", steps]
+        run("run_generation.py", "--model_name_or_path", model, *options)
+    few, many = [message for message in caplog.messages if message.endswith("graphs were compiled.")]
+    assert few == many

@@ -4,7 +4,6 @@ python merge_peft_adapter.py --adapter_model_name sft --output_name sft/final_me
 """
 
 import argparse
-import errno
 import fnmatch
 import hashlib
 import json
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from align import __version__
 from align.cli import Parser, read_boolean, run_script
-from align.errors import InputError
+from align.errors import DISK_ERRORS, InputError
 from align.merge.checkpoints import (
     NotStreamableError,
     find_folder,
@@ -269,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             if plan and plan.vocabulary:
                 compare_vocabularies(folder, plan.vocabulary)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.errno not in DISK_ERRORS:
             raise
         raise InputError(f"--output_name: {output} cannot be written ({error.strerror}); nothing is left") from None
     # getrusage counts the parent's too

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align import __version__
-from align.errors import InputError, ResultError, Stopped
+from align.errors import DISK_ERRORS, InputError, ResultError, Stopped
 from align.quiet import quiet_imports, quiet_libraries
 from align.ranges import limit
 from align.upstream_flags import translate
@@ -237,3 +237,9 @@ def run_script(main: Callable[[], None]) -> None:
         kind = "" if isinstance(error, Stopped) else "error: "
         print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr)
         sys.exit(128 + error.number if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 3)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename} cannot be written: " if error.filename else ""
+        print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(3)

@@ -1,5 +1,10 @@
 """How a run ends otherwise than well, in one clear line on standard error: align/cli.py gives the exit codes."""
 
+import errno
+
+# The disk takes no more, or nothing at all.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 
 class InputError(Exception):
     """What the user gave cannot work. The message is one line: the flag or file, what it got, what to do."""

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from tiny import save_model
 from transformers import TrainerCallback
 
 from align.errors import InputError, ResultError, Stopped
+from align.training.checkpoints import find_damage
+from align.training.supervised import SupervisedTrainer
 
 COMMON = "--logging_steps 3 --disable_tqdm True --bf16 False --save_steps 2 --warmup_steps 0 --eval_strategy no".split()
 COMMON += "--learning_rate 1e-2".split()
@@ -482,3 +485,46 @@ def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_load
     monkeypatch.setattr("align.training.folders.LEAST_FREE", 1 << 60)
     with pytest.raises(InputError, match="--output_dir: the disk of out has [0-9]+ MiB left"):
         train("sft.py")
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """`full_disk("_write_model", 2)`: at that trainer's second call of it, no file may grow beyond 100 bytes."""
+
+    def full_disk(method, call):
+        real, calls = getattr(SupervisedTrainer, method), []
+
+        def limited(*arguments):
+            calls.append(method)
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100 if len(calls) == call else before[0], before[1]))
+            try:
+                return real(*arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        monkeypatch.setattr(SupervisedTrainer, method, limited)
+
+    return full_disk
+
+
+@pytest.mark.parametrize("method", ["_write_model", "_save_optimizer_and_scheduler", "_save_rng_state", "_commit"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, full_disk, method):
+    full_disk(method, 2)
+
+    told = train("sft.py", "--max_steps", 3, "--save_steps", 1).err
+
+    assert "out/checkpoint-2 is not saved: " in told
+    assert sorted(path.name for path in Path("out").glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    assert not [path for path in Path("out").glob("checkpoint-*") if find_damage(path)]
+
+
+def test_a_model_that_the_disk_does_not_take_is_exit_code_3_and_the_run_goes_on_from_its_checkpoint(train, full_disk):
+    full_disk("_write_model", 2)
+
+    with pytest.raises(ResultError, match="the model is not saved into out: File too large.*add --resume auto"):
+        train("sft.py", "--max_steps", 2, "--save_steps", 2)
+
+    assert not list(Path("out").glob("adapter_model*"))
+    train("sft.py", "--max_steps", 2, "--save_steps", 2, "--resume", "auto")
+    assert weights()

@@ -4,11 +4,12 @@ A checkpoint is written as `unfinished-checkpoint-N`. When all ranks have writte
 every file with its size and hash, everything is flushed to the disk, and one rename makes it `checkpoint-N`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import xxhash
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from safetensors import SafetensorError
 
 from align import __version__
 from align.errors import InputError
@@ -104,6 +106,21 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
+@contextlib.contextmanager
+def noting_disk_errors(noted: list[str]) -> Iterator[None]:
+    """Adds to `noted` why the disk did not take what the block writes, through Python, safetensors or torch.save."""
+    try:
+        yield
+    except OSError as error:
+        noted.append(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
+    except (SafetensorError, RuntimeError) as error:
+        first, _, reason = str(error).partition("I/O error: ")
+        # torch.save does not say why. After a first error others follow: a folder that could not be made is missing.
+        if not (reason or noted or "PytorchStreamWriter" in first or "inline_container" in first):
+            raise
+        noted.append(reason or "a file could not be written whole; is the disk full?")
+
+
 def read_manifest(folder: Path) -> Any:
     """A dict, or None where there is none, or no whole one."""
     try:
@@ -148,6 +165,11 @@ def all_ranks(value: Any) -> list:
     return gather_object([value]) if _distributed() else [value]
 
 
+def first_of_all_ranks(value: Any) -> Any:
+    """The value of the first rank that has one."""
+    return next(filter(None, all_ranks(value)), None)
+
+
 def on_rank_0(compute: Callable[[], Any]) -> Any:
     """What `compute()` gives on rank 0, for all ranks; an `InputError` there is one everywhere."""
     outcome: Any = None
@@ -177,7 +199,7 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def shared_damage(folder: Path, rank: int, ranks: int) -> str | None:
-    return next(filter(None, all_ranks(find_damage(folder, rank, ranks))), None)
+    return first_of_all_ranks(find_damage(folder, rank, ranks))
 
 
 def find_last(output: Path, rank: int, ranks: int) -> Path | None:

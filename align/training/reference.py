@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from align.errors import InputError
-from align.training.checkpoints import all_ranks
+from align.training.checkpoints import all_ranks, first_of_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> d
             values = _load(path, len(split)) if path.exists() else None
         except InputError as error:
             problem = error
-        if problem := next(filter(None, all_ranks(problem)), None):
+        if problem := first_of_all_ranks(problem):
             raise problem
         if any(missing := all_ranks(values is None)):
             if not all(missing):

@@ -26,7 +26,14 @@ from transformers.trainer_utils import SaveStrategy
 from align.errors import InputError, ResultError, Stopped
 from align.merge.checkpoints import flush
 from align.training import checkpoints
-from align.training.checkpoints import UNFINISHED, Run, RunArguments, all_ranks
+from align.training.checkpoints import (
+    UNFINISHED,
+    Run,
+    RunArguments,
+    all_ranks,
+    first_of_all_ranks,
+    noting_disk_errors,
+)
 from align.training.gate import MOVED, Gate, Movement
 from align.training.results import show_steps
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
@@ -83,15 +90,11 @@ class ReliableMixin(Trainer):
         with self._heed_signals(), self.own_stdout():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.stopped_by:
-            name, saved = (
-                signal.Signals(self.stopped_by).name,
-                Path(self.args.output_dir, f"checkpoint-{self.saved_step}"),
-            )
-            raise Stopped(
-                f"{name}: stopped after step {self.state.global_step}; {saved} is saved, and the same command with "
-                "--resume auto goes on from there",
-                self.stopped_by,
-            )
+            name, saved = signal.Signals(self.stopped_by).name, "nothing is saved"
+            if self.saved_step is not None:
+                last = Path(self.args.output_dir, f"checkpoint-{self.saved_step}")
+                saved = f"{last} is saved, and the same command with --resume auto goes on from there"
+            raise Stopped(f"{name}: stopped after step {self.state.global_step}; {saved}", self.stopped_by)
         self._correct_speed(output.metrics)
         return output
 
@@ -103,7 +106,7 @@ class ReliableMixin(Trainer):
                 inspect_deepspeed_files(folder)
             except InputError as error:
                 problem = error
-        if problem := next(filter(None, all_ranks(problem)), None):
+        if problem := first_of_all_ranks(problem):
             raise problem
 
     def _correct_speed(self, metrics: dict[str, float]) -> None:
@@ -301,42 +304,81 @@ class ReliableMixin(Trainer):
         return None
 
     def _save_checkpoint(self, model, trial=None) -> None:
-        """Whole or not there: `align/training/checkpoints.py`."""
+        """Whole or not there: `align/training/checkpoints.py`. A full disk costs this checkpoint, not the run."""
         step = self.state.global_step
         if self.saved_step == step or (self.resumed and self.resumed["step"] == step):
             return
         self.store_flos()
         final = Path(self.args.output_dir, f"checkpoint-{step}")
         folder = final.with_name(UNFINISHED + final.name)
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        best, problem, errors = self.state.best_model_checkpoint, None, []
+        with noting_disk_errors(errors):
+            self._begin(folder)
         self.accelerator.wait_for_everyone()
-        problem = self._write_model(folder)
+        with noting_disk_errors(errors):
+            problem = self._write_model(folder)
         if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-        self.save_more(folder)
+            self._write_optimizer(folder, errors)
+        with noting_disk_errors(errors):
+            self.save_more(folder)
         progress = self.progress()
         if self.args.should_save:
             self._note_best(final)
             self._note_callbacks()
-            self.state.save_to_json(str(folder / STATE))
+            with noting_disk_errors(errors):
+                self.state.save_to_json(str(folder / STATE))
         self.accelerator.wait_for_everyone()
-        problem = next(filter(None, all_ranks(problem)), None)
-        if problem:
+        error, problem = first_of_all_ranks(next(iter(errors), None)), first_of_all_ranks(problem)
+        if problem and not error:
             self._reject(folder, final, problem)
-        parts = all_ranks(checkpoints.seal(folder, self.args.process_index, self.args.world_size))
-        if self.args.should_save:
-            checkpoints.commit(
-                folder, final, {name: entry for part in parts for name, entry in part.items()}, self._about(progress)
-            )
-            self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
-        self.accelerator.wait_for_everyone()
-        self.saved_at, self.saved_step = time.monotonic(), step
+        if not error:
+            error = self._commit(folder, final, progress)
+        self.saved_at = time.monotonic()
+        if error:
+            self.state.best_model_checkpoint = best
+            self._clear(folder)
+            logger.error(f"{final} is not saved: {error}; earlier ones stay as they are, and the run goes on")
+            return
+        self.saved_step = step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _begin(self, folder: Path) -> None:
+        if self.args.should_save:
+            self._clear(folder)
+            folder.mkdir(parents=True)
+
+    def _clear(self, folder: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write_optimizer(self, folder: Path, errors: list[str]) -> None:
+        before = len(errors)
+        with noting_disk_errors(errors):
+            self._save_optimizer_and_scheduler(str(folder))
+        if self.is_deepspeed_enabled and self.args.world_size > 1 and len(errors) > before:
+            # The other ranks wait in the middle of DeepSpeed's save, and nobody can call them back.
+            raise ResultError(
+                f"checkpoint-{self.state.global_step} is not saved into {self.args.output_dir}: {errors[0]}; "
+                "make room, then add --resume auto"
+            )
+        with noting_disk_errors(errors):
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+
+    def _commit(self, folder: Path, final: Path, progress: Mapping) -> str | None:
+        """Makes the folder the checkpoint `final`; returns, on all ranks, why the disk did not let it."""
+        errors, part = [], {}
+        with noting_disk_errors(errors):
+            part = checkpoints.seal(folder, self.args.process_index, self.args.world_size)
+        parts = all_ranks(part)
+        error = first_of_all_ranks(next(iter(errors), None))
+        if self.args.should_save and not error:
+            files = {name: entry for part in parts for name, entry in part.items()}
+            with noting_disk_errors(errors):
+                checkpoints.commit(folder, final, files, self._about(progress))
+                self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
+        return first_of_all_ranks(next(iter(errors), None))
 
     def _about(self, progress: Mapping) -> dict[str, Any]:
         return {
@@ -371,27 +413,36 @@ class ReliableMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The final model: beside, looked at, then moved in. The weights come last."""
-        output = Path(output_dir or self.args.output_dir)
+        output, problem, errors = Path(output_dir or self.args.output_dir), None, []
         folder = output / f"{UNFINISHED}final"
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        with noting_disk_errors(errors):
+            self._begin(folder)
         self.accelerator.wait_for_everyone()
-        problem = next(filter(None, all_ranks(self._write_model(folder))), None)
+        with noting_disk_errors(errors):
+            problem = self._write_model(folder)
+        if self.args.should_save and not problem and not errors:
+            with noting_disk_errors(errors):
+                self._move_in(folder, output)
+        error, problem = first_of_all_ranks(next(iter(errors), None)), first_of_all_ranks(problem)
+        if error:
+            self._clear(folder)
+            raise ResultError(
+                f"the model is not saved into {output}: {error}; make room, then add --resume auto to go on from "
+                "the last checkpoint"
+            )
         if problem:
             self._reject(folder, output / "final", problem)
-        if self.args.should_save:
-            files = checkpoints.seal(folder, 0, 1)
-            progress = {"total_loss": self._total_loss_scalar}
-            about = json.dumps({**self._about(progress), "files": files}, indent=1, default=str)
-            for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
-                os.replace(folder / name, output / name)
-            checkpoints.write_whole(output / checkpoints.MANIFEST, about)
-            flush(output)
-            folder.rmdir()
-        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _move_in(self, folder: Path, output: Path) -> None:
+        files = checkpoints.seal(folder, 0, 1)
+        about = {**self._about({"total_loss": self._total_loss_scalar}), "files": files}
+        for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
+            os.replace(folder / name, output / name)
+        checkpoints.write_whole(output / checkpoints.MANIFEST, json.dumps(about, indent=1, default=str))
+        flush(output)
+        folder.rmdir()
 
     def save_more(self, folder: Path) -> None:
         """What else a trainer keeps in a checkpoint. All ranks call it."""

@@ -25,6 +25,7 @@ with quiet_imports():
     from align.models.attention import probe_rows
     from align.training import checkpoints, folders, pairs, preference, reference, results
     from align.training.flags import FLAGS
+    from align.training.ranks import first_of_node_first
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {
@@ -174,7 +175,7 @@ def main() -> None:
     tokenize = partial(tokenize_pairs, tokenizer=samples, truncation=data_args.truncation, **limits)
     key = f"dpo {samples.fingerprint} {limits} {data_args.truncation}"
     has_template = bool(tokenizer.chat_template)
-    with args.main_process_first():
+    with first_of_node_first(args, "data"):
         prepared = prepare_data(
             data_args, args, "data/rl", tokenize, key, has_template, model_args.token, preference=True
         )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from align import __version__
 from align.cli import Parser, read_boolean, run_script
-from align.errors import DISK_ERRORS, InputError
+from align.errors import DISK_FULL, InputError
 from align.merge.checkpoints import (
     NotStreamableError,
     find_folder,
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             if plan and plan.vocabulary:
                 compare_vocabularies(folder, plan.vocabulary)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_FULL:
             raise
         raise InputError(f"--output_name: {output} cannot be written ({error.strerror}); nothing is left") from None
     # getrusage counts the parent's too

@@ -24,6 +24,7 @@ with quiet_imports():
     from align.models.attention import probe_rows
     from align.training import checkpoints, folders, results
     from align.training.flags import FLAGS
+    from align.training.ranks import first_of_node_first
     from align.training.supervised import SupervisedTrainer, make_all_batches
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
@@ -79,7 +80,7 @@ def main() -> None:
     )
     key = f"sft {samples.fingerprint} {args.max_seq_length} {data_args.truncation}"
     has_template = bool(tokenizer.chat_template)
-    with args.main_process_first():
+    with first_of_node_first(args, "data"):
         prepared = prepare_data(data_args, args, "data/finetune", tokenize, key, has_template, model_args.token)
     if data_args.show_examples:
         show_examples(prepared, tokenizer, data_args.show_examples, folders.page_of(args, "examples.html"))

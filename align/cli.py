@@ -1,6 +1,7 @@
 """One way to speak to users: flags in, one clear line out."""
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align import __version__
-from align.errors import DISK_ERRORS, InputError, ResultError, Stopped
+from align.errors import DISK_FULL, InputError, ResultError, Stopped
 from align.quiet import quiet_imports, quiet_libraries
 from align.ranges import limit
 from align.upstream_flags import translate
@@ -238,7 +239,7 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr)
         sys.exit(128 + error.number if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 3)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in (*DISK_FULL, errno.EIO):
             raise
         where = f"{error.filename} cannot be written: " if error.filename else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror}", file=sys.stderr)

@@ -54,7 +54,7 @@ def prepare_data(
 ) -> dict[str, Prepared]:
     """The tokenised splits that the run asks for, `train` and `validation`, of all data sets together.
 
-    Under several ranks call it inside `training_args.main_process_first()`: the others then read rank 0's cache.
+    Under several ranks call it inside `first_of_node_first` (align/training/ranks.py): the others then read its cache.
     """
     check_data_arguments(args, has_template)
     names = [args.dataset_name] if isinstance(args.dataset_name, str) else args.dataset_name or []

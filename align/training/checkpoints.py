@@ -9,21 +9,20 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 
 from align import __version__
 from align.errors import InputError
 from align.merge.checkpoints import flush
+from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -158,34 +157,6 @@ def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
 
 
 # ---------------------------------------------------------------- choosing
-
-
-def all_ranks(value: Any) -> list:
-    """`value` of every rank, by rank."""
-    return gather_object([value]) if _distributed() else [value]
-
-
-def first_of_all_ranks(value: Any) -> Any:
-    """The value of the first rank that has one."""
-    return next(filter(None, all_ranks(value)), None)
-
-
-def on_rank_0(compute: Callable[[], Any]) -> Any:
-    """What `compute()` gives on rank 0, for all ranks; an `InputError` there is one everywhere."""
-    outcome: Any = None
-    if not _distributed() or torch.distributed.get_rank() == 0:
-        try:
-            outcome = compute()
-        except InputError as error:
-            outcome = error
-    outcome = all_ranks(outcome)[0]
-    if isinstance(outcome, InputError):
-        raise outcome
-    return outcome
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def step_of(folder: Path) -> int:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from align.errors import InputError
-from align.training.checkpoints import all_ranks, first_of_all_ranks
+from align.training.ranks import all_ranks, first_of_all_ranks
 
 logger = logging.getLogger(__name__)
 

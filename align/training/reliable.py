@@ -26,15 +26,9 @@ from transformers.trainer_utils import SaveStrategy
 from align.errors import InputError, ResultError, Stopped
 from align.merge.checkpoints import flush
 from align.training import checkpoints
-from align.training.checkpoints import (
-    UNFINISHED,
-    Run,
-    RunArguments,
-    all_ranks,
-    first_of_all_ranks,
-    noting_disk_errors,
-)
+from align.training.checkpoints import UNFINISHED, Run, RunArguments, noting_disk_errors
 from align.training.gate import MOVED, Gate, Movement
+from align.training.ranks import all_ranks, first_of_all_ranks
 from align.training.results import show_steps
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
 

@@ -181,14 +181,14 @@ class Watcher:
 
     def trust_values(self) -> None:
         """A dry card has no weights that could be looked at, and its other ranks say nothing."""
-        from align.training import checkpoints, gate, reliable
+        from align.training import checkpoints, gate, ranks, reliable
 
         for owner, name, answer in (
             (gate.Gate, "check", lambda *_: {}),
             (gate.Movement, "count_changed", lambda *_: 1),
             (reliable.ReliableMixin, "_highest", lambda _, votes: [int(vote) for vote in votes]),
             (reliable.ReliableMixin, "_are_finite", lambda *_: True),
-            (checkpoints, "_distributed", lambda: False),
+            (ranks, "_distributed", lambda: False),
             (checkpoints, "hash_file", lambda _: ""),  # of holes as large as the files will be
         ):
             self.replace(owner, name, answer)

@@ -168,12 +168,15 @@ def main() -> None:
             f"{phase} {first / second:.4f}" for phase, (first, second) in result["phases"].items() if second
         )
         print(f"{name:30} peak {result['peak'][1] / 1e6:8.1f} MB, predicted / measured {result['ratio']:.4f}: {parts}")
+    measured = {name: round(result["ratio"], 4) for name, result in results.items() if "ratio" in result}
     if args.write:
-        ratios = [result["ratio"] for result in results.values() if "ratio" in result]
-        settings = {name: round(result["ratio"], 4) for name, result in results.items() if "ratio" in result}
-        worst = max(0.02, *(abs(1 - ratio) for ratio in ratios))
-        band = {"low": round(1 - worst, 3), "high": round(1 + worst, 3), "settings": settings}
-        (ROOT / "align" / "rehearsal" / "calibration.json").write_text(json.dumps(band, indent=2) + "\n")
+        kept = ROOT / "align" / "rehearsal" / "calibration.json"
+        settings = {**json.loads(kept.read_text())["settings"], **measured}  # a setting run alone replaces itself
+        band = {"low": min(0.98, 1 / max(settings.values())), "high": max(1.02, 1 / min(settings.values()))}
+        band = {name: round(edge, 3) for name, edge in band.items()}  # what a prediction is multiplied by
+        kept.write_text(json.dumps({**band, "settings": settings}, indent=2) + "\n")
+    if len(measured) < len(results):
+        raise SystemExit("not every setting could be compared")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ def check_arguments(
         logger.warning("--limit_hpu_graphs has no effect: there are no graphs to limit without --use_hpu_graphs.")
     if decoding.num_return_sequences > 1 and not decoding.do_sample and decoding.num_beams == 1:
         raise InputError("--num_return_sequences: greedy answers are all the same; add --do_sample or --num_beams")
+    if not all(word.strip() for word in decoding.bad_words):
+        raise InputError("--bad_words: got a word without letters; leave it out")
     if 1 < decoding.num_beams < decoding.num_return_sequences:
         raise InputError(f"--num_return_sequences: got {decoding.num_return_sequences}; --num_beams must be as many")
     if gaudi.reuse_cache and not gaudi.use_kv_cache:
@@ -168,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)
     kernels = choose_kernels(model, gaudi_args, world_size)
     config = make_generation_config(model, tokenizer, decoding_args, end_tokens)
+    if goes_on:
+        config.stop_strings = None
     generator = TextGenerator(
         model,
         tokenizer,

@@ -241,6 +241,6 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (*DISK_FULL, errno.EIO):
             raise
-        where = f"{error.filename} cannot be written: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(3)

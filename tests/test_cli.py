@@ -1,5 +1,6 @@
 """One command line for all scripts. Run: pytest tests/test_cli.py"""
 
+import errno
 import importlib
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import tomllib
 
 from align import __version__
+from align.cli import run_script
 from align.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +102,15 @@ def test_help_is_short_and_grouped_and_help_all_is_whole(script, start, capsys):
     assert "--learning_rate X" in short
     assert "--neftune_noise_alpha" not in short
     assert "--neftune_noise_alpha" in shown(lambda: start(script, "--help_all"), capsys)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_disk_that_fails_is_one_line_and_exit_code_3(number, capsys):
+    def write():
+        raise OSError(number, "why", "out/answers")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(write)
+
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.endswith("error: out/answers: why\n")

@@ -10,8 +10,10 @@ import pytest
 from conftest import ROOT
 from plain_generation import END_TOKENS
 from tiny import save_model
+from transformers import AutoTokenizer
 
 from align.errors import InputError
+from align.generation.config import find_bad_words
 from align.upstream_fixes import adapt_transformers
 
 PROMPTS = ["Hello", "What is the capital of France? It is", "two and two and two and two", "is"]
@@ -119,16 +121,34 @@ def test_fields_that_change_nothing_are_named_and_others_are_not(model, plain, g
 
     said = [message for message in caplog.messages if "generation_config.json" in message]
     assert said == [
-        "The model's generation_config.json: guidance_scale, num_beam_groups, watermarking_config has no effect here."
+        "The model's generation_config.json: guidance_scale, num_beam_groups, watermarking_config have no effect here."
     ]
 
 
-def test_bad_words_are_not_said_and_answers_are_several(model, plain, generate):
-    said = generate(model, "--do_sample", "--num_return_sequences", 3, "--bad_words", "e", "the", "--seed", 1)
+@pytest.mark.parametrize("length", [1, 2], ids=["a token", "two tokens"])
+def test_bad_words_are_not_said(length, model, plain, generate):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    said = [tokenizer(text, add_special_tokens=False).input_ids for text in plain["plain"]]
+    spans = [ids[first : first + length] for ids in said for first in range(1, len(ids) - length + 1)]
+    words = ((ids, tokenizer.decode(ids).strip()) for ids in spans)
+    word = next(word for ids, word in words if word.isalnum() and ids in find_bad_words([word], tokenizer))
+
+    texts = generate(model, "--bad_words", word)
+
+    assert any(word in text for text in plain["plain"])
+    assert not any(word in text for text in texts)
+
+
+def test_answers_are_several(model, generate):
+    said = generate(model, "--do_sample", "--num_return_sequences", 3, "--seed", 1)
 
     assert len(said) == 3 * len(PROMPTS)
     assert len(set(said[:3])) > 1
-    assert not any(" the" in text for text in said)
+
+
+def test_a_blank_is_no_bad_word(model, generate):
+    with pytest.raises(InputError, match="--bad_words: got a word without letters"):
+        generate(model, "--bad_words", "the", " ")
 
 
 def test_several_greedy_answers_are_refused(model, generate):

@@ -519,6 +519,15 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, full_disk, method
     assert not [path for path in Path("out").glob("checkpoint-*") if find_damage(path)]
 
 
+def test_a_checkpoint_whose_folder_cannot_be_made_costs_itself_alone(train, at_step):
+    at_step(1, lambda: Path("out/unfinished-checkpoint-2").write_text("in the way"))
+
+    told = train("sft.py", "--max_steps", 3, "--save_steps", 1).err
+
+    assert "out/checkpoint-2 is not saved: File exists (out/unfinished-checkpoint-2)" in told
+    assert [find_damage(Path("out", name)) for name in ("checkpoint-1", "checkpoint-3")] == [None, None]
+
+
 def test_a_model_that_the_disk_does_not_take_is_exit_code_3_and_the_run_goes_on_from_its_checkpoint(train, full_disk):
     full_disk("_write_model", 2)
 

@@ -172,7 +172,8 @@ def make_generation_config(
     own, neutral = model.generation_config.to_dict(), GenerationConfig().to_dict()
     unused = [name for name, value in own.items() if name not in USED + REPLACED and value != neutral.get(name)]
     if unused:
-        logger.warning(f"The model's generation_config.json: {', '.join(sorted(unused))} has no effect here.")
+        have = "has" if len(unused) == 1 else "have"
+        logger.warning(f"The model's generation_config.json: {', '.join(sorted(unused))} {have} no effect here.")
     config = {name: own[name] for name in USED if own.get(name) is not None}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *end_tokens)  # masked, so any token will do
     samples = decoding.do_sample and decoding.temperature != 0
@@ -188,8 +189,6 @@ def make_generation_config(
         "do_sample": samples,
         "pad_token_id": next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
     }
-    if not end_tokens:
-        config.pop("stop_strings", None)
     made = GenerationConfig()
     for name, value in config.items():  # its constructor would refuse what greedy texts do not read
         setattr(made, name, value)

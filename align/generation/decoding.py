@@ -233,6 +233,10 @@ class TextGenerator:
         if not strings:
             return tokens
         strings = [strings] if isinstance(strings, str) else strings
+        said = [token for token in tokens if token >= 0]
+        start, whole = self.tokenizer.batch_decode([prompt, prompt + said], clean_up_tokenization_spaces=False)
+        if not any(string in whole[max(0, len(start) - len(string) + 1) :] for string in strings):
+            return tokens  # the usual case, in one pass
         for number in range(1, len(tokens) + 1):
             if tokens[number - 1] < 0:
                 break

@@ -5,8 +5,9 @@ every step. Those that look at earlier tokens are therefore computed here from `
 order, is transformers 4.55's (generation/utils.py, `_get_logits_processor`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from align.generation.stepping import Texts
@@ -83,12 +84,25 @@ def _read_biases(biases: Any) -> dict[tuple[int, ...], float]:
     return dict(biases) if isinstance(biases, dict) else {tuple(ids): bias for ids, bias in biases}
 
 
-def _mark(tokens: Sequence[int], scores: "torch.FloatTensor") -> "torch.BoolTensor":
-    """`[vocabulary]`, true for `tokens`."""
+@lru_cache
+def _as_tensor(tokens: tuple[int, ...], device: "torch.device") -> "torch.LongTensor":
+    """Kept on the device: every step asks for the same ones."""
     import torch
 
-    marked = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
-    return marked.index_fill_(0, torch.tensor([t for t in tokens if t < scores.shape[1]], device=scores.device), True)
+    return torch.tensor(tokens, dtype=torch.long, device=device)
+
+
+@lru_cache
+def _marked(tokens: tuple[int, ...], vocabulary: int, device: "torch.device") -> "torch.BoolTensor":
+    import torch
+
+    marked = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    return marked.index_fill_(0, _as_tensor(tuple(token for token in tokens if token < vocabulary), device), True)
+
+
+def _mark(tokens: list[int], scores: "torch.FloatTensor") -> "torch.BoolTensor":
+    """`[vocabulary]`, true for `tokens`."""
+    return _marked(tuple(tokens), scores.shape[1], scores.device)
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ class SequenceBias:
             if not start:
                 added[:, last] += bias
                 continue
-            follows = (texts.last(len(start)) == torch.tensor(start, device=scores.device)).all(1)
+            follows = (texts.last(len(start)) == _as_tensor(tuple(start), scores.device)).all(1)
             follows = follows & (lengths > len(start))  # as transformers, which wants one token more
             added[:, last] += torch.zeros_like(added[:, last]).masked_fill(follows, bias)
         return scores + added

@@ -114,8 +114,9 @@ def noting_disk_errors(noted: list[str]) -> Iterator[None]:
         noted.append(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
     except (SafetensorError, RuntimeError) as error:
         first, _, reason = str(error).partition("I/O error: ")
-        # torch.save does not say why. After a first error others follow: a folder that could not be made is missing.
-        if not (reason or noted or "PytorchStreamWriter" in first or "inline_container" in first):
+        # torch.save does not say why; the last of these is that of a folder that could not be made.
+        signs = ("PytorchStreamWriter", "inline_container", "Parent directory")
+        if not reason and not any(sign in first for sign in signs):
             raise
         noted.append(reason or "a file could not be written whole; is the disk full?")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 
 from habana_frameworks.emulator import placement
 
@@ -48,7 +49,7 @@ class _State(threading.local):
 
 
 _state = _State()
-_library: torch.library.Library | None = None
+_kernels: library.Library | None = None
 
 
 # torch's functions of these names, after torch's own as their first argument
@@ -100,10 +101,10 @@ _lower, _float32 = map(load_list, LISTS)  # as on a card: when the plugin is loa
 
 def register() -> None:
     """Puts Gaudi's lists where torch looks for the CPU's, once; tensors of the host still find the CPU's."""
-    global _library
-    if _library is not None:
+    global _kernels
+    if _kernels is not None:
         return
-    _library = torch.library.Library("aten", "IMPL")
+    _kernels = library.Library("aten", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, name = name.partition("::")
         base, _, overload = name.partition(".")
@@ -117,9 +118,9 @@ def register() -> None:
         schema = operation._schema
         if schema.is_mutable or not any("Tensor" in str(argument.type) for argument in schema.arguments):
             continue
-        native = torch.library.get_kernel(operation, "AutocastCPU") if has_native else None
+        native = library.get_kernel(operation, "AutocastCPU") if has_native else None
         with warnings.catch_warnings(action="ignore"):  # "Overriding a previously registered kernel": that is the aim
-            _library.impl(name, _kernel(operation, native, cast), "AutocastCPU", with_keyset=True)
+            _kernels.impl(name, _kernel(operation, native, cast), "AutocastCPU", with_keyset=True)
 
 
 def find_cast(name: str) -> Callable | None:

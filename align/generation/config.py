@@ -78,30 +78,16 @@ class GaudiArguments:
 KERNELS: tuple[str, ...] = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
 KERNELS += ("flash_attention_fast_softmax", "attn_softmax_bf16", "attn_batch_split")
 # Fields of a generation_config.json that texts follow
-USED: tuple[str, ...] = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "renormalize_logits",
+USED = tuple(
+    """temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff renormalize_logits repetition_penalty
+    no_repeat_ngram_size bad_words_ids sequence_bias suppress_tokens begin_suppress_tokens min_length min_new_tokens
+    forced_eos_token_id stop_strings remove_invalid_values length_penalty early_stopping""".split()
 )
-USED += ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens")
-USED += ("begin_suppress_tokens", "min_length", "min_new_tokens", "forced_eos_token_id", "stop_strings")
-USED += ("remove_invalid_values", "length_penalty", "early_stopping")
 # Those that flags and folders say instead
-REPLACED: tuple[str, ...] = (
-    "max_length",
-    "max_new_tokens",
-    "do_sample",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+REPLACED = tuple(
+    """max_length max_new_tokens do_sample use_cache bos_token_id eos_token_id pad_token_id transformers_version
+    _from_model_config""".split()
 )
-REPLACED += ("transformers_version", "_from_model_config")
 
 
 def find_stop_tokens(tokens: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:

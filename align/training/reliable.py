@@ -85,8 +85,10 @@ class ReliableMixin(Trainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.stopped_by:
             name, saved = signal.Signals(self.stopped_by).name, "nothing is saved"
+            last = self.resumed_from
             if self.saved_step is not None:
                 last = Path(self.args.output_dir, f"checkpoint-{self.saved_step}")
+            if last:
                 saved = f"{last} is saved, and the same command with --resume auto goes on from there"
             raise Stopped(f"{name}: stopped after step {self.state.global_step}; {saved}", self.stopped_by)
         self._correct_speed(output.metrics)
@@ -371,8 +373,15 @@ class ReliableMixin(Trainer):
             files = {name: entry for part in parts for name, entry in part.items()}
             with noting_disk_errors(errors):
                 checkpoints.commit(folder, final, files, self._about(progress))
-                self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
+                self._remove_old()
         return first_of_all_ranks(next(iter(errors), None))
+
+    def _remove_old(self) -> None:
+        errors: list[str] = []
+        with noting_disk_errors(errors):
+            self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
+        if errors:
+            logger.warning(f"--save_total_limit: an older checkpoint cannot be removed: {errors[0]}")
 
     def _about(self, progress: Mapping) -> dict[str, Any]:
         return {

@@ -69,10 +69,19 @@ def merge(*arguments, base="base", adapter="adapter", output="merged"):
 def assert_same_bits(merged, reference):
     """`reference` is a state dict, in which tied tensors appear twice and in the file once."""
     assert set(merged) <= set(reference)
+    held = {reference[name].data_ptr() for name in merged}
+    assert {name for name, tensor in reference.items() if tensor.data_ptr() not in held} == set()
     for name, expected in reference.items():
         if name in merged:
             assert merged[name].dtype == expected.dtype
             assert torch.equal(merged[name], expected), name
+
+
+def test_a_merge_that_lacks_a_tensor_is_not_the_reference():
+    tied = torch.ones(2)
+    with pytest.raises(AssertionError):
+        assert_same_bits({}, {"embedding": tied})
+    assert_same_bits({"embedding": tied}, {"embedding": tied, "head": tied})
 
 
 VARIANTS = {

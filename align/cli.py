@@ -234,6 +234,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        _leave_ranks()
     except (InputError, ResultError, Stopped) as error:
         kind = "" if isinstance(error, Stopped) else "error: "
         print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr)
@@ -244,3 +245,10 @@ def run_script(main: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(3)
+
+
+def _leave_ranks() -> None:
+    """Or the threads of the connections may abort a process that has done all and ends ("terminate called")."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

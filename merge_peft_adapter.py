@@ -124,9 +124,16 @@ def check_login(repository: str) -> None:
         raise InputError(f"--push_to_hub: {repository}: {str(error).strip().splitlines()[0]}") from None
 
 
+def read_record(path: Path) -> list[dict]:
+    merges, needed = read_json(path).get("merges"), {"base_model", "adapter", "adapter_sha256"}
+    if not isinstance(merges, list) or not all(isinstance(each, dict) and needed <= each.keys() for each in merges):
+        raise InputError(f"{path} is damaged: it tells what is merged in already; copy it again, or remove it")
+    return merges
+
+
 def record_merge(base_name: str, base: Path, adapter_name: str, adapter: Path) -> list[dict]:
     """What the base's own record says, and this merge; warns when the same adapter is in the base already."""
-    merges = read_json(base / RECORD).get("merges", []) if (base / RECORD).exists() else []
+    merges = read_record(base / RECORD) if (base / RECORD).exists() else []
     sha256 = hashlib.sha256()
     with find_adapter_file(adapter).open("rb") as file:
         while block := file.read(1 << 20):

@@ -112,6 +112,10 @@ BAD_INPUTS = {
         "--base_model_name: not given; that of adapter/adapter_config.json: ../elsewhere/base is neither a folder nor",
     ),
     "half a JSON": (lambda: Path("base/config.json").write_text('{"a'), "base/config.json is not valid JSON"),
+    "record of merges is damaged": (
+        lambda: write_json("base/merge_info.json", {"merges": ["?"]}),
+        "base/merge_info.json is damaged: it tells what is merged in already",
+    ),
     "no config": (lambda: os.remove("base/config.json"), "base/config.json cannot be read: No such file"),
     "base is empty": (
         lambda: [os.remove("base/model.safetensors.index.json"), os.remove(FIRST_SHARD)],

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from align.errors import InputError, ResultError, Stopped
 from align.training.checkpoints import find_damage
+from align.training.results import _read_results
 from align.training.supervised import SupervisedTrainer
 
 COMMON = "--logging_steps 3 --disable_tqdm True --bf16 False --save_steps 2 --warmup_steps 0 --eval_strategy no".split()
@@ -208,6 +209,21 @@ def test_the_same_model_and_data_in_another_place_are_the_same(train, model, que
 
     train("sft.py", "--lr_scheduler_type", "constant", output="whole")
     assert_same_run("out", "whole")
+
+
+def test_results_that_are_damaged_are_set_aside_and_the_run_ends_well(train, stopped, caplog):
+    shutil.copytree(stopped / "sft.py", "out")
+    path = Path("out/all_results.json")
+    path.write_text('{"train_loss": 2.')
+
+    said = train("sft.py", "--resume", "auto", "--max_steps", 4).err
+
+    assert said.count("out/all_results.json is damaged and begun anew; as it was it is kept as out/damaged-all") == 1
+    assert json.loads(path.read_text())["train_loss"] > 0
+    for damage in (b"", b"[1, 2]", b"\xff\x00", b"[" * 100_000):
+        path.write_bytes(damage)
+        assert _read_results(path) == {}
+        assert Path("out/damaged-all_results.json").read_bytes() == damage
 
 
 def test_another_learning_rate_and_schedule_hold_from_the_resume_on(train, stopped):

@@ -287,7 +287,7 @@ def is_sound(target: Path) -> bool:
         logger.warning(f"{target} in the cache is damaged, and is made anew")
     except FileNotFoundError:
         pass  # not made yet, or not to its end
-    except ValueError:
+    except (ValueError, TypeError):
         logger.warning(f"{seal} in the cache is damaged, and is made anew")
     for file in (seal, *target.parent.glob(f"{target.stem}*.arrow")):
         file.unlink(missing_ok=True)

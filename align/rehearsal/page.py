@@ -1,9 +1,9 @@
-"""The report as one page that needs nothing else: no script, no font, no other file."""
+"""The rehearsal's report as a page."""
 
-import html
 import shlex
 from pathlib import Path
 
+from align.page import escape, frame
 from align.rehearsal.judging import BAND, show
 
 COLORS = {
@@ -20,7 +20,6 @@ COLORS = {
     "cache": "#0ca678",
 }
 VERDICTS = {"go": "Go", "warnings": "Go, with warnings", "no-go": "No-go"}
-STYLE = Path(__file__).with_name("page.css").read_text()
 
 
 def render(report: dict, card_memory: float, card: dict) -> str:
@@ -31,14 +30,7 @@ def render(report: dict, card_memory: float, card: dict) -> str:
         heading = f"{number}. {Path(stage['about']['command'][0]).name}" if len(stages) > 1 else ""
         body += [part for part in describe(stage, card_memory, heading) if part]
     body.append(footer(report))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-        f'initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style><main>{"".join(body)}</main></html>\n'
-    )
-
-
-def escape(value: object) -> str:
-    return html.escape(str(value))
+    return frame(title, "".join(body))
 
 
 def header(report: dict, stages: list[dict]) -> str:

@@ -1,13 +1,16 @@
 """What a run leaves to be looked at: logs, JSON files, curves."""
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from align import __version__
+from align.training.checkpoints import write_whole
 
 logger = logging.getLogger(__name__)
 # What a line of the log shows, and how. trainer_state.json has all, whole.
@@ -54,7 +57,31 @@ def show_steps(trainer: Trainer) -> None:
 def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None:
     """Writes `{name}_results.json` and adds to `all_results.json` (rank 0)."""
     trainer.log_metrics(name, metrics)
-    trainer.save_metrics(name, {**metrics, "version": __version__})
+    if trainer.is_world_process_zero():
+        folder, results = Path(trainer.args.output_dir), {**metrics, "version": __version__}
+        _write_json(folder / f"{name}_results.json", results)
+        everything = folder / "all_results.json"
+        _write_json(everything, {**_read_results(everything), **results})
+
+
+def _write_json(path: Path, content: Mapping) -> None:
+    write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
+
+
+def _read_results(path: Path) -> dict:
+    """What earlier parts of the run wrote; a damaged file is set aside, as the run that reads it has ended well."""
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        pass
+    aside = path.with_name(f"damaged-{path.name}")
+    os.replace(path, aside)
+    logger.warning(f"{path} is damaged and begun anew; as it was it is kept as {aside}")
+    return {}
 
 
 def save_history(trainer: Trainer, panels: Mapping[str, Sequence[str]]) -> None:

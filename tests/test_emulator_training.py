@@ -144,6 +144,24 @@ def test_one_shape_needs_no_new_graph_after_the_first_steps(model_folder):
     assert more_launches > launches
 
 
+def assert_hccl_is_a_cards(said):
+    """Of both ranks: numbers are reduced in float32, which lacks 2**24 + 1, and what a card refuses is refused."""
+    rounded = [2**24, 2**24]
+    assert said[0]["integers"] == {"all_reduce": rounded, "reduce": rounded, "reduce_scatter_tensor": [2**24 + 1] * 2}
+    assert said[1]["integers"] == said[0]["integers"]
+    for rank, facts in enumerate(said):
+        assert facts["half"] == [2.0, 2.0]
+        assert facts["highest"] == [2.0, 2.0]
+        assert facts["still"] == [rank + 1.0] * 2
+        assert facts["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert "all_reduce: expected all tensors on hpu, got one of shape [2] on cpu" in facts["host"]
+        assert "zero3_ranks.py" in facts["host"]
+        assert "send: expected all tensors on hpu" in facts["host sent"]
+        assert facts["mean"] == facts["bits"] == "Unsupported ReduceOp for HCCL process group"
+        assert "does not support allgather_coalesced" in facts["lists"]
+        assert "not supported for HCCL process group: torch.int16" in facts["short"]
+
+
 def test_two_ranks_share_their_work_under_zero3(tmp_path):
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", TESTS / "zero3_ranks.py", tmp_path]
     subprocess.run([sys.executable, "-m", *command], check=True)  # pytest shows what it printed if it fails
@@ -156,8 +174,10 @@ def test_two_ranks_share_their_work_under_zero3(tmp_path):
         optimizer.zero_grad()
         zero3_ranks.loss_of(model, step, slice(None)).backward()
         optimizer.step()
+    said = [facts.pop("hccl") for facts in ranks]
     assert ranks[0] == ranks[1]
     assert (ranks[0]["backend"], ranks[0]["total"], set(ranks[0]["held"])) == ("hccl", 3.0, {0})
     assert [facts["unwaited"] for facts in ranks] == [2_000_000, 2_000_000]
+    assert_hccl_is_a_cards(said)
     for got, expected in zip(ranks[0]["weights"], model.parameters(), strict=True):
         assert got == pytest.approx(expected.flatten().tolist(), abs=1e-5)

@@ -26,6 +26,49 @@ def loss_of(model, step: int, part: slice) -> torch.Tensor:
     return torch.nn.functional.mse_loss(model(inputs.to("hpu")), targets.to("hpu"))
 
 
+def refusal(collective, *arguments) -> str:
+    """What hccl says to it, or "accepted"."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
+
+
+def collectives(rank: int) -> dict:
+    """What hccl refuses, and what it makes of numbers that float32 lacks."""
+    odd, twice, half = 2**24 + 1, [1.0 + rank] * 2, torch.ones(2, dtype=torch.float16, device="hpu")
+    sums = {}
+    for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
+        given = torch.tensor([odd, odd] if rank == 0 else [0, 0], device="hpu")
+        if name == "all_reduce":
+            dist.all_reduce(given)
+        elif name == "reduce":
+            dist.reduce(given, dst=1)
+        else:
+            dist.reduce_scatter_tensor(given, torch.cat([given, given]))
+        sums[name] = given.tolist()
+    gathered = [None, None]
+    dist.all_gather_object(gathered, {"rank": rank})
+    on_card = torch.tensor(twice, device="hpu")
+    dist.all_reduce(half)
+    highest = torch.tensor(twice, device="hpu")
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return {
+        "integers": sums,
+        "half": half.tolist(),
+        "highest": highest.tolist(),
+        "objects": gathered,
+        "host": refusal(dist.all_reduce, torch.tensor(twice)),
+        "host sent": refusal(dist.send, torch.tensor(twice), 1 - rank),
+        "mean": refusal(dist.all_reduce, on_card, dist.ReduceOp.AVG),
+        "bits": refusal(dist.all_reduce, on_card, dist.ReduceOp.BAND),
+        "lists": refusal(dist.all_gather_coalesced, [[on_card, on_card]], [on_card]),
+        "short": refusal(dist.all_reduce, on_card.short()),
+        "still": on_card.tolist(),
+    }
+
+
 def main() -> None:
     import deepspeed
 
@@ -37,6 +80,8 @@ def main() -> None:
     unwaited = torch.ones(1_000_000, device="hpu")
     dist.all_reduce(unwaited, async_op=True)  # a Gaudi orders the sum behind it
     unwaited_sum = unwaited.sum()
+
+    said = collectives(rank)
 
     config = {
         "train_micro_batch_size_per_gpu": ROWS // world,
@@ -57,6 +102,7 @@ def main() -> None:
         "unwaited": unwaited_sum.item(),
         "held": held,
         "weights": weights,
+        "hccl": said,
     }
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(facts))
     dist.destroy_process_group()  # or its threads may end the interpreter with "terminate called"

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def find_cast(name: str) -> Callable | None:
 
 def _kernel(operation: torch._ops.OpOverload, native: Any, cast: Callable | None) -> Callable:
     def kernel(keys, *args, **kwargs):
-        if _state.enabled["cpu"] and native is not None and not any(map(placement.on_card, _tensors(args))):
+        if _state.enabled["cpu"] and native is not None and not any(map(placement.on_card, placement.tensors_in(args))):
             return native.call_boxed(keys, *args, **kwargs)
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
             if cast is not None and _state.enabled["hpu"]:
@@ -142,14 +142,6 @@ def _kernel(operation: torch._ops.OpOverload, native: Any, cast: Callable | None
             return operation(*args, **kwargs)
 
     return kernel
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _is_eligible(value: Any) -> bool:
@@ -189,7 +181,7 @@ def _cast_first(args: tuple, kwargs: dict) -> tuple[list, dict]:
 def _promote(args: tuple, kwargs: dict) -> tuple[list, dict]:
     """To the widest type, at least the lower precision (torch's `prioritize`)."""
     dtype = _state.dtype
-    for value in filter(_is_eligible, _tensors((*args, *kwargs.values()))):
+    for value in filter(_is_eligible, placement.tensors_in((*args, *kwargs.values()))):
         if torch.float32 in (dtype, value.dtype):
             dtype = torch.float32
         elif value.dtype != dtype:

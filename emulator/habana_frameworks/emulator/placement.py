@@ -114,9 +114,9 @@ class Placement(TorchDispatchMode):
         traits = self.traits.get(operation)
         if traits is None:
             traits = self.traits[operation] = _Traits(operation)
-        tensors = list(_tensors(args))
+        tensors = list(tensors_in(args))
         if kwargs:
-            tensors.extend(_tensors(kwargs.values()))
+            tensors.extend(tensors_in(kwargs.values()))
         if not tensors:
             place = asked.place
         else:
@@ -136,7 +136,7 @@ class Placement(TorchDispatchMode):
             result = operation(*args, **kwargs)
         if place is not HOST:
             given = {id(tensor) for tensor in tensors} if traits.mutable else ()
-            for tensor in _tensors((result,)):
+            for tensor in tensors_in((result,)):
                 if id(tensor) in given:
                     continue
                 try:
@@ -154,17 +154,18 @@ class Placement(TorchDispatchMode):
                 put(tensor, CARD)
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested lists and tuples."""
     for value in values:
         if isinstance(value, _Tensor):
             yield value
         elif type(value) in (list, tuple):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def _check(traits: _Traits, args: tuple, tensors: list, places: list) -> None:
     """Raises unless all that is on the host are numbers, which an operation takes along, or indices."""
-    indices = {id(index) for index in _tensors((args[1],))} if traits.indexing else ()
+    indices = {id(index) for index in tensors_in((args[1],))} if traits.indexing else ()
     for tensor, place in zip(tensors, places, strict=True):
         is_target = traits.mutable and tensor is tensors[0]
         if place is HOST and (tensor.dim() or is_target) and id(tensor) not in indices:

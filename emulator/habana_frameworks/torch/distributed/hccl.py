@@ -1,47 +1,162 @@
-"""The collective backend `hccl`, carried by gloo."""
+"""The collective backend `hccl`, carried by gloo, with what a card refuses and rounds.
+
+Read in distributed/hccl/process_group_hccl_base.cpp and backend/helpers/collective_utils.cpp.
+"""
 
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FunctionType
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from habana_frameworks.emulator import dry
+from habana_frameworks.emulator.placement import require_card, tensors_in
+
+REDUCTIONS = (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX, dist.ReduceOp.PRODUCT)
+FLOATS = (torch.float32, torch.bfloat16)
+REDUCIBLE = (*FLOATS, torch.float64, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
+# What a card reduces in float32: all but these types. In reduce_scatter of a list it turns nothing.
+KEPT = dict.fromkeys(("all_reduce", "all_reduce_coalesced", "reduce"), FLOATS)
+KEPT |= dict.fromkeys(
+    ("reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base"), (*FLOATS, torch.int32, torch.int64)
+)
 
 
 def _create_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
-def _finish(collective: Callable) -> Callable:
-    """`collective` that has its result when it returns, also under `async_op`.
+class _UnderWay(threading.local):
+    """`objects`: torch sends an object, whose bytes it moves to the card by itself.
+
+    `coalesced`: what `_widen` returned of collectives that run together at the end of a context.
+    """
+
+    objects = False
+    coalesced: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+_under_way = _UnderWay()
+
+
+def _carry_objects(collective: Callable) -> Callable:
+    @functools.wraps(collective)
+    def carried(*args, **kwargs):
+        before, _under_way.objects = _under_way.objects, True
+        try:
+            return collective(*args, **kwargs)
+        finally:
+            _under_way.objects = before
+
+    return carried
+
+
+def _as_a_card_does(collective: Callable, waits: bool) -> Callable:
+    """`collective` with a card's refusals and types. `waits`: it has its result when it returns, also under `async_op`.
 
     A Gaudi orders what is computed after what is received, and DeepSpeed relies on it: it waits for no collective.
     """
+    signature, name = inspect.signature(collective), collective.__name__
 
     @functools.wraps(collective)
-    def finished(*args, **kwargs):
-        work = collective(*args, **kwargs)
-        if work is not None and type(work) is not distributed_c10d._IllegalWork:  # a part of coalesced work
+    def wrapper(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        narrow = []
+        if not dry.is_wanted and not _under_way.objects and _is_hccl(given.arguments.get("group")):
+            _refuse(name, given)
+            narrow = _widen(name, given)
+        work = collective(*given.args, **given.kwargs)
+        if _under_way.coalesced is not None:
+            _under_way.coalesced += narrow
+            return work
+        if waits and hasattr(work, "wait"):
             work.wait()
+        _narrow(narrow)
         return work
 
-    return finished
+    return wrapper
+
+
+def _is_hccl(group: dist.ProcessGroup | None) -> bool:
+    return group is not dist.GroupMember.NON_GROUP_MEMBER and dist.get_backend(group) == "hccl"
+
+
+def _refuse(name: str, given: inspect.BoundArguments) -> None:
+    tensors = list(tensors_in(given.arguments.values()))
+    require_card(name, *tensors)
+    if name == "all_gather_coalesced":
+        raise RuntimeError("ProcessGroupHcclBase does not support allgather_coalesced")
+    if "reduce" not in name:
+        return
+    if given.arguments.get("op", dist.ReduceOp.SUM) not in REDUCTIONS:
+        raise RuntimeError("Unsupported ReduceOp for HCCL process group")
+    for tensor in tensors:
+        if tensor.dtype not in REDUCIBLE and not tensor.is_complex():
+            raise RuntimeError(f"Input tensor data type is not supported for HCCL process group: {tensor.dtype}")
+
+
+def _widen(name: str, given: inspect.BoundArguments) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Puts float32 copies in the place of tensors; returns which of them become results, with their copies.
+
+    A card fills results on every rank, also where `reduce` leaves no sum: such a rank's own numbers are rounded there.
+    """
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [widen(item) for item in value]
+        if value.dtype in KEPT[name] or value.is_complex():  # torch reduces complex numbers as pairs
+            return value
+        copies.append((value, value.float()))
+        return copies[-1][1]
+
+    if name not in KEPT:
+        return []
+    if "input" in given.arguments:
+        given.arguments["input"] = widen(given.arguments["input"])
+        copies.clear()
+    for argument in {"tensor", "tensors", "output"} & given.arguments.keys():
+        given.arguments[argument] = widen(given.arguments[argument])
+    return copies
+
+
+def _narrow(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for tensor, wide in copies:
+        tensor.copy_(wide)
 
 
 @contextlib.contextmanager
 def _finish_coalesced(group=None, device=None, async_ops=False) -> Iterator:
-    with _coalescing_manager(group, device, async_ops=False) as manager:
-        yield manager
+    _under_way.coalesced = narrow = []
+    try:
+        with _coalescing_manager(group, device, async_ops=False) as manager:
+            yield manager
+    finally:
+        _under_way.coalesced = None
+    _narrow(narrow)
 
 
 _coalescing_manager = distributed_c10d._coalescing_manager
 distributed_c10d._coalescing_manager = dist._coalescing_manager = _finish_coalesced
 for name, function in list(vars(distributed_c10d).items()):
-    if type(function) is FunctionType and "async_op" in inspect.signature(function).parameters:
-        setattr(distributed_c10d, name, _finish(function))
-        if hasattr(dist, name):
-            setattr(dist, name, getattr(distributed_c10d, name))
+    if type(function) is not FunctionType:
+        continue
+    if "object" in name and "group" in inspect.signature(function).parameters:
+        replacement = _carry_objects(function)
+    elif "async_op" in inspect.signature(function).parameters:
+        replacement = _as_a_card_does(function, waits=True)
+    elif name in ("send", "recv", "isend", "irecv"):
+        replacement = _as_a_card_does(function, waits=False)
+    else:
+        continue
+    setattr(distributed_c10d, name, replacement)
+    if hasattr(dist, name):
+        setattr(dist, name, replacement)
 dist.Backend.register_backend("hccl", _create_gloo, devices=["cpu", "hpu"])

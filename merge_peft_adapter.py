@@ -223,7 +223,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # no card is needed: a training run may hold them all
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which clears up, as any other ending does
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's doing
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # which clears up, as any other ending does
     start = time.monotonic()
 
     # Check

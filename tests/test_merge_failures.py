@@ -566,7 +566,7 @@ def test_fifty_kills_at_random_moments_leave_the_old_output_or_the_new_one(large
 def test_termination_clears_the_partial_folder(large):
     folder, command, _ = large
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
-    while not list((folder / ".merged.partial").glob("*")):  # an empty one is cleared at the next start
+    while not list((folder / ".merged.partial").glob("*")):
         assert process.poll() is None
         time.sleep(0.002)
 
@@ -574,6 +574,40 @@ def test_termination_clears_the_partial_folder(large):
 
     assert process.wait() == 143
     assert not (folder / ".merged.partial").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("call", ["os.mkdir", "fcntl.flock", "os.rename", "shutil.rmtree"])
+def test_a_signal_at_any_call_leaves_the_old_output_or_the_new_one_and_nothing_else(inputs, number, call):
+    """The handlers are those of main(); an audit hook sends the signal from within that call."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    SIGNAL_AT.update(call=call, number=number, place=".merged.partial")
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+            merge_peft_adapter.main(COMMAND)
+    finally:
+        SIGNAL_AT.clear()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    assert not list(inputs.glob(".merged*"))
+    assert not (inputs / "merged").exists() or open_checkpoint(inputs / "merged").tensors
+    assert ended.type is KeyboardInterrupt or ended.value.code == 128 + number
+
+
+SIGNAL_AT = {}
+
+
+def send_signal_at(event, arguments):
+    """What is about to be done, by name and place: a lock has no place."""
+    if SIGNAL_AT.get("call") == event and (event == "fcntl.flock" or SIGNAL_AT["place"] in str(arguments[0])):
+        number = SIGNAL_AT["number"]
+        SIGNAL_AT.clear()
+        signal.raise_signal(number)
+
+
+sys.addaudithook(send_signal_at)
 
 
 def test_peak_memory_stays_below_400_mb_and_is_told(large):

@@ -7,11 +7,14 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.errors import InputError
 
@@ -210,6 +213,24 @@ def replace_folder(output: Path, flag: str) -> Iterator[Path]:
         raise InputError(
             f"{flag}: {partial}, where the model would be written first, is a link to elsewhere; remove it"
         )
+    with HeldSignals() as signals:
+        lock = _make_and_lock(partial, output, flag)
+        try:
+            with signals.let_in():
+                _clear(partial)
+                yield partial
+                for path in [*partial.rglob("*"), partial]:
+                    flush(path)
+            _exchange(partial, output, previous)
+            flush(output.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # a failed run's folder, or the one that was replaced
+            if output.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+            os.close(lock)
+
+
+def _make_and_lock(partial: Path, output: Path, flag: str) -> int:
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
@@ -222,18 +243,45 @@ def replace_folder(output: Path, flag: str) -> Iterator[Path]:
         raise InputError(
             f"{flag}: another run is writing {output} right now; wait for it, or name another folder"
         ) from None
-    try:
-        _clear(partial)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            flush(path)
-        _exchange(partial, output, previous)
-        flush(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # a failed run's folder, or the one that was replaced
-        if output.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-        os.close(lock)
+    return lock
+
+
+class HeldSignals:
+    """Within the block, signals whose handlers would end it wait for `let_in`, or for its end: nothing is half done."""
+
+    def __enter__(self) -> "HeldSignals":
+        self.waiting, self.lets_in = 0, False
+        self.handlers: dict[int, Callable[[int, Any], Any]] = {}
+        if threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+            self.handlers = {number: handler for number, handler in found.items() if callable(handler)}
+        for number in self.handlers:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.waiting = self.waiting or number
+        if self.lets_in:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        number, self.waiting = self.waiting, 0
+        if number:
+            self.handlers[number](number, None)
+
+    @contextmanager
+    def let_in(self) -> Iterator[None]:
+        self.lets_in = True
+        try:
+            self._deliver()
+            yield
+        finally:
+            self.lets_in = False
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self._deliver()
 
 
 def restore_folder(output: Path) -> None:

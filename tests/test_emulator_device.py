@@ -1,6 +1,5 @@
 """python -m pytest tests/test_emulator_device.py: hpu as a device of torch, graphs, and what guards a real Gaudi."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from habana_frameworks.emulator.graph_counter import count_graphs
 from habana_frameworks.torch.core import mark_step
-from habana_frameworks.torch.hpu.metrics import metric_localcontext
 
 ROOT = Path(__file__).parent.parent
 HPU = torch.device("hpu", 0)
@@ -204,36 +202,6 @@ def test_lazy_graphs_end_at_mark_steps_and_where_the_host_reads():
 
     assert (graphs.distinct, graphs.launches) == (3, 5)
     assert sorted(graphs.lazy.values()) == [1, 1, 3]
-
-
-def test_the_plugins_own_metric_counts_what_a_context_adds():
-    with metric_localcontext("graph_compilation") as outer:
-        torch.ones(2).add(1)
-        mark_step()
-        with metric_localcontext("graph_compilation") as inner:
-            torch.ones(3).add(1)
-        torch.ones(3).add(1)
-
-    assert [dict(metric.stats())["TotalNumber"] for metric in (inner, outer)] == [1, 2]
-
-
-def test_the_metrics_file_tells_the_number_of_graphs(tmp_path):
-    code = """
-import torch
-from habana_frameworks.torch.core import mark_step
-for length in (2, 3, 2):
-    torch.ones(length, device="hpu").add(1)
-    mark_step()
-"""
-
-    run_python(code, PT_HPU_METRICS_FILE=str(tmp_path / "metrics.json"))
-    rank = run_python(code, PT_HPU_METRICS_FILE=str(tmp_path / "metrics.json"), WORLD_SIZE="2", RANK="1")
-
-    for name in ("metrics.json", "metrics-1.json"):
-        (metric,) = json.loads((tmp_path / name).read_text())
-        assert metric["metric_name"] == "graph_compilation"
-        assert metric["statistics"] == {"TotalNumber": 2}
-    assert "Emulating" not in rank.stderr
 
 
 def test_the_emulator_refuses_to_be_imported_beside_the_real_plugin(tmp_path):

@@ -96,6 +96,7 @@ def _ask(place: bool, factory: Callable, args: tuple, kwargs: dict, copy: bool =
 
 
 def install() -> None:
+    metrics_file.read_settings()
     # Looking the set up fills torch's cache with the originals, which is what `with torch.device(...)` compares.
     for factory in _device_constructors() | {getattr(torch, name) for name in LIKE_FACTORIES}:
         for module in (torch, torch.fft, torch.nested):

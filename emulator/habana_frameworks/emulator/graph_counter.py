@@ -41,6 +41,7 @@ class GraphCounter(TorchDispatchMode):
         self.lazy: Counter[Hashable] = Counter()
         self.hpu: Counter[Hashable] = Counter()
         self.in_hpu_graph = False
+        self.when_new: Callable[[], None] = lambda: None  # called when a graph would be compiled
         self._open = 0  # hash of the operations since the last cut
 
     @property
@@ -52,10 +53,22 @@ class GraphCounter(TorchDispatchMode):
     def launches(self) -> int:
         return self.lazy.total() + self.hpu.total()
 
+    @property
+    def uses(self) -> Counter[Hashable]:
+        """For each graph its compilation, `("miss", graph)`, and its launches after that, `("hit", graph)`."""
+        launches = [(("lazy", graph), count) for graph, count in self.lazy.items()] + list(self.hpu.items())
+        uses = Counter({("miss", graph): 1 for graph, _ in launches})
+        return uses + Counter({("hit", graph): count - 1 for graph, count in launches})
+
+    def launch(self, graphs: Counter[Hashable], graph: Hashable) -> None:
+        graphs[graph] += 1
+        if graphs[graph] == 1:
+            self.when_new()
+
     def end_lazy_graph(self) -> None:
         if self._open and not self.in_hpu_graph:
-            self.lazy[self._open] += 1
-            self._open = 0
+            graph, self._open = self._open, 0
+            self.launch(self.lazy, graph)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
@@ -81,7 +94,7 @@ def hpu_graph(module_id: int, inputs: Hashable) -> Iterator[None]:
         yield
         return
     active.end_lazy_graph()
-    active.hpu[module_id, inputs] += 1
+    active.launch(active.hpu, (module_id, inputs))
     active.in_hpu_graph = True
     try:
         yield

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 else:
     _Parser = object  # what the mixin stands in front of
 
-DEFAULTS = {"use_habana": True, "use_lazy_mode": True, "report_to": "none"}
+DEFAULTS = {"use_habana": True, "report_to": "none"}
+OF_LAZY_MODE = ("use_lazy_mode", "use_hpu_graphs", "use_hpu_graphs_for_training", "use_hpu_graphs_for_inference")
 REST = "Others"  # the group of flags that --help leaves to --help_all
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads them
 
@@ -177,7 +178,8 @@ def make_parser(
             help="show all flags and stop",
         )
     known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name in known}, **defaults)
+    ours = DEFAULTS | {"use_lazy_mode": not is_eager()}
+    parser.set_defaults(**{name: value for name, value in ours.items() if name in known}, **defaults)
     limit(parser)
     return parser
 
@@ -196,7 +198,8 @@ def parse_arguments(
     """
     parser = make_parser(dataclasses, description, defaults or {}, groups)
     arguments = translate(script or os.path.basename(sys.argv[0]), list(sys.argv[1:] if argv is None else argv))
-    parser.parse_known_args(arguments)  # shows --help, which is no chatter
+    flags, _ = parser.parse_known_args(arguments)  # shows --help, which is no chatter
+    check_mode(flags)
     with quiet_imports():  # optimum-habana's arguments import its models
         try:
             *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -207,6 +210,20 @@ def parse_arguments(
             raise InputError(f"a file that --gaudi_config_name or another flag names is not there: {reason}") from error
     parser.refuse_unknown(unknown)
     return tuple(parsed)
+
+
+def is_eager() -> bool:
+    """Whether the plugin runs each operation at once: the variable that it reads when torch loads it."""
+    return os.environ.get("PT_HPU_LAZY_MODE") == "0"
+
+
+def check_mode(flags: argparse.Namespace) -> None:
+    """What there is in one mode alone; the plugin lacks the names of HPU graphs in eager mode."""
+    if not is_eager() and getattr(flags, "torch_compile", False):
+        raise InputError("--torch_compile: needs eager mode; set the variable PT_HPU_LAZY_MODE=0 before the command")
+    for name in OF_LAZY_MODE:
+        if is_eager() and getattr(flags, name, False):
+            raise InputError(f"--{name}: the variable PT_HPU_LAZY_MODE=0 asks for eager mode; leave one of them out")
 
 
 def start_logging(args) -> None:

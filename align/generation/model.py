@@ -127,8 +127,8 @@ def load_model(
     """
     import torch
 
+    import habana_frameworks.torch  # noqa: F401 - in lazy mode torch does not load the plugin by itself
     from align.models.families import choose_class, log_class
-    from habana_frameworks.torch.hpu import wrap_in_hpu_graph
 
     config = guard.load_config(folder, "--model_name_or_path", arguments.trust_remote_code)
     guard.check_weights(folder, config, "--model_name_or_path", arguments.trust_remote_code, rank, world_size)
@@ -157,7 +157,11 @@ def load_model(
         model = _fold_adapter(model, adapter)
     model = model.eval()
     model = _split(model, dtype, world_size) if world_size > 1 else model.to(torch.device("hpu"))
-    return wrap_in_hpu_graph(model) if use_hpu_graphs else model
+    if use_hpu_graphs:  # the name is not there in eager mode
+        from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+
+        model = wrap_in_hpu_graph(model)
+    return model
 
 
 def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":

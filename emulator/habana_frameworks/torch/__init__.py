@@ -2,14 +2,15 @@
 
 import torch
 
-from habana_frameworks.emulator import device_alias, dry, optimum_habana_fixes
+from habana_frameworks.emulator import compiling, device_alias, dry, optimum_habana_fixes
 from habana_frameworks.torch import hpu
 
 (dry if dry.is_wanted else device_alias).install()
 torch._register_device_module("hpu", hpu)
 optimum_habana_fixes.install()
+compiling.install()
 
-from habana_frameworks.torch import core, custom_ops  # noqa: E402, F401
+from habana_frameworks.torch import activity_profiler, core, custom_ops  # noqa: E402, F401
 from habana_frameworks.torch.distributed import hccl  # noqa: E402, F401
 
 if dry.is_wanted:

@@ -2,15 +2,20 @@
 
 import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 
 import torch
 
 from habana_frameworks.emulator import device_alias
 from habana_frameworks.torch.hpu import random  # noqa: F401
-from habana_frameworks.torch.hpu.graphs import *  # noqa: F403
 from habana_frameworks.torch.hpu.memory import *  # noqa: F403
 from habana_frameworks.torch.hpu.random import *  # noqa: F403
 from habana_frameworks.torch.hpu.streams import *  # noqa: F403
+from habana_frameworks.torch.utils.internal import is_lazy
+
+if is_lazy():
+    from habana_frameworks.torch.hpu.graphs import *  # noqa: F403
 
 
 def is_available() -> bool:
@@ -57,16 +62,113 @@ def device(device: torch.device | str | int) -> contextlib.AbstractContextManage
     return contextlib.nullcontext()
 
 
-def empty_cache() -> None:
-    """Host memory goes back to Python's allocator by itself."""
+def get_device_capability(device: torch.device | str | int | None = None) -> str:
+    return "1.24.0"
+
+
+def get_device_properties(device: torch.device | str | int | None = None) -> str:
+    return f"(name={get_device_name(device)!r}, emulated on the CPU)"
+
+
+def can_device_access_peer(device: torch.device | str | int, peer_device: torch.device | str | int) -> bool:
+    first, second = (torch.device(each).index if isinstance(each, str) else each for each in (device, peer_device))
+    for index in (first, second):
+        if not 0 <= index < device_count():
+            raise AssertionError(f"Invalid device id : {index}")
+    if first == second:
+        raise AssertionError("Both the ids are same.")
+    return True
+
+
+def get_gencode_flags() -> str:
+    return ""
+
+
+def get_arch_list() -> list[str]:
+    return [get_device_name()]
+
+
+def set_autocast_hpu_enabled(enabled: bool) -> None:
+    torch.set_autocast_enabled("hpu", enabled)
+
+
+def set_autocast_hpu_dtype(dtype: torch.dtype) -> None:
+    torch.set_autocast_dtype("hpu", dtype)
+
+
+# What a card is told about how it shall compute. Here it is remembered and changes nothing, unless a line says so.
+
+_told = {"dynamic_shape": True, "recompute": False, "deterministic": False}
 
 
 def enable_dynamic_shape() -> None:
-    """Shapes are always dynamic here."""
+    _told["dynamic_shape"] = True
 
 
 def disable_dynamic_shape() -> None:
-    """Shapes are always dynamic here."""
+    _told["dynamic_shape"] = False
+
+
+def get_dynamic_shape_status() -> bool:
+    return _told["dynamic_shape"]
+
+
+def setDeterministic(val: bool) -> None:
+    warnings.warn(
+        "torch.hpu.setDeterministic is deprecated; use torch.use_deterministic_algorithms instead", stacklevel=2
+    )
+    _told["deterministic"] = bool(val)
+
+
+def getDeterministic() -> bool:
+    warnings.warn(
+        "torch.hpu.getDeterministic is deprecated; use torch.are_deterministic_algorithms_enabled instead", stacklevel=2
+    )
+    return _told["deterministic"]
+
+
+def enable_recompute_sdp(enabled: bool) -> None:
+    """Whether FusedSDPA computes its softmax again in the backward pass, where a call does not say: what it refuses."""
+    _told["recompute"] = bool(enabled)
+
+
+def recompute_sdp_enabled() -> bool:
+    return _told["recompute"]
+
+
+@contextlib.contextmanager
+def sdp_kernel(enable_recompute: bool = True) -> Iterator[dict]:
+    """`enable_recompute_sdp` within the context."""
+    before = recompute_sdp_enabled()
+    enable_recompute_sdp(enable_recompute)
+    try:
+        yield {}
+    finally:
+        enable_recompute_sdp(before)
+
+
+def enable_inference_mode() -> None:
+    """Lets a card take weights for constants."""
+
+
+def disable_inference_mode() -> None:
+    """Ends it."""
+
+
+def enable_quantization() -> None:
+    """Lets a card's compiler quantize."""
+
+
+def disable_quantization() -> None:
+    """Ends it."""
+
+
+def enable_matmul3d_2d_reshape() -> None:
+    """Lets a card's compiler flatten matrices."""
+
+
+def disable_matmul3d_2d_reshape() -> None:
+    """Ends it."""
 
 
 def is_bf16_supported() -> bool:
@@ -79,8 +181,3 @@ def is_autocast_hpu_enabled() -> bool:
 
 def get_autocast_hpu_dtype() -> torch.dtype:
     return torch.get_autocast_dtype("hpu")
-
-
-def sdp_kernel(enable_recompute: bool = False) -> contextlib.AbstractContextManager:
-    """Whether FusedSDPA keeps its softmax for the backward pass: here it never does."""
-    return contextlib.nullcontext()

@@ -1,6 +1,7 @@
 """Memory figures, in bytes: the process's resident set in place of what it holds on a card."""
 
 import os
+import warnings
 from pathlib import Path
 
 __all__ = [
@@ -12,8 +13,7 @@ __all__ = [
     "memory_cached",
     "memory_reserved",
     "memory_stats",
-    "reset_max_memory_allocated",
-    "reset_max_memory_cached",
+    "reset_accumulated_memory_stats",
     "reset_peak_memory_stats",
 ]
 
@@ -39,11 +39,31 @@ def reset_peak_memory_stats(device=None) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # Linux's way to make VmHWM start again from VmRSS
 
 
+def reset_accumulated_memory_stats(device=None) -> None:
+    """Allocations are not counted here."""
+
+
+def memory_reserved(device=None) -> int:
+    """A card's process holds all of its memory."""
+    return memory_stats()["Limit"]
+
+
+max_memory_reserved = memory_reserved
+
+
+def memory_cached(device=None) -> int:
+    warnings.warn("torch.hpu.memory_cached has been renamed to torch.hpu.memory_reserved", FutureWarning, stacklevel=2)
+    return memory_reserved()
+
+
+def max_memory_cached(device=None) -> int:
+    warnings.warn(
+        "torch.hpu.max_memory_cached has been renamed to torch.hpu.max_memory_reserved", FutureWarning, stacklevel=2
+    )
+    return max_memory_reserved()
+
+
 def mem_get_info(device=None) -> tuple[int, int]:
     """Free and total."""
-    return os.sysconf("SC_AVPHYS_PAGES") * PAGE, os.sysconf("SC_PHYS_PAGES") * PAGE
-
-
-memory_reserved = memory_cached = memory_allocated
-max_memory_reserved = max_memory_cached = max_memory_allocated
-reset_max_memory_allocated = reset_max_memory_cached = reset_peak_memory_stats
+    stats = memory_stats()
+    return stats["Limit"] - stats["InUse"], stats["Limit"]

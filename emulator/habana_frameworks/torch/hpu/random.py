@@ -21,11 +21,20 @@ __all__ = [
 default_generators = [card_generator if placement.strict else torch.default_generator]
 
 
-def get_rng_state(device="hpu") -> torch.Tensor:
+def _check_device(device: int | str | torch.device, function: str) -> None:
+    """A process has one card."""
+    index = device if isinstance(device, int) else torch.device(device).index
+    if index not in (None, 0):
+        raise RuntimeError(f"hpu {function} supports only device 0")
+
+
+def get_rng_state(device: int | str | torch.device = "hpu") -> torch.Tensor:
+    _check_device(device, "get_rng_state")
     return default_generators[0].get_state()
 
 
-def set_rng_state(new_state: torch.Tensor, device="hpu") -> None:
+def set_rng_state(new_state: torch.Tensor, device: int | str | torch.device = "hpu") -> None:
+    _check_device(device, "set_rng_state")
     default_generators[0].set_state(new_state)
 
 

@@ -1,0 +1,174 @@
+"""`torch.hpu` and `habana_frameworks.torch.core` beside the device itself. Run: pytest tests/conformance
+
+The headings name the files of gaudi-pytorch-bridge 1.19.0 in which a fact was read.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from habana_frameworks.emulator.graph_counter import count_graphs
+from habana_frameworks.torch import core
+
+# hpu/__init__.py
+
+
+def test_in_eager_mode_there_are_no_graphs_and_lazy_calls_do_nothing():
+    code = """
+import torch
+from habana_frameworks.torch import core, hpu
+print(*(hasattr(hpu, name) for name in ("HPUGraph", "ModuleCacher", "wrap_in_hpu_graph", "make_graphed_callables")))
+core.add_step_closure(print, ("closed",))
+print(core.mark_step(), torch.ones(1, device="hpu").device)
+"""
+
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PT_HPU_LAZY_MODE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert said.stdout.split() == ["False"] * 4 + ["None", "hpu:0"]
+
+
+@pytest.mark.parametrize("name", ["empty_cache", "reset_max_memory_allocated", "reset_max_memory_cached"])
+def test_a_name_that_a_card_lacks_is_not_there(name):
+    assert not hasattr(torch.hpu, name)
+
+
+def test_what_is_told_to_the_card_is_remembered():
+    torch.hpu.disable_dynamic_shape()
+    assert not torch.hpu.get_dynamic_shape_status()
+    torch.hpu.enable_dynamic_shape()
+    assert torch.hpu.get_dynamic_shape_status()
+    with pytest.warns(UserWarning, match="deprecated"):
+        torch.hpu.setDeterministic(True)
+    with pytest.warns(UserWarning, match="deprecated"):
+        assert torch.hpu.getDeterministic() is True
+    with pytest.warns(UserWarning, match="deprecated"):
+        torch.hpu.setDeterministic(False)
+
+
+# hpu/memory.py
+
+
+def test_a_process_reserves_the_whole_card():
+    free, total = torch.hpu.mem_get_info()
+
+    assert torch.hpu.memory_reserved() == torch.hpu.max_memory_reserved() == total
+    assert 0 < free < total
+
+
+# hpu/streams.py, hpu/events.py
+
+
+def test_a_stream_is_current_within_its_context_and_has_a_number():
+    stream, other = torch.hpu.Stream(), torch.hpu.Stream()
+    before = torch.hpu.current_stream()
+
+    with torch.hpu.stream(stream):
+        assert torch.hpu.current_stream() == stream
+        with other, torch.hpu.stream(None):
+            assert torch.hpu.current_stream() == other
+        assert torch.hpu.current_stream().id() == stream.id()
+
+    assert torch.hpu.current_stream() == before == torch.hpu.default_stream()
+    assert before.id() == 0
+    assert len({before.id(), stream.id(), other.id()}) == 3
+    torch.hpu.set_stream(stream)
+    assert torch.hpu.current_stream() == stream
+    torch.hpu.set_stream(before)
+
+
+def test_an_event_has_one_option():
+    torch.hpu.Event(enable_timing=True)
+    with pytest.raises(TypeError):
+        torch.hpu.Event(blocking=True)
+
+
+# hpu/random.py
+
+
+def test_random_state_is_that_of_the_first_card_alone():
+    state = torch.hpu.get_rng_state(0)
+    drawn = torch.rand(2, device="hpu")
+    torch.hpu.set_rng_state(state, "hpu:0")
+
+    assert torch.equal(torch.rand(2, device="hpu"), drawn)
+    assert torch.hpu.manual_seed(3).initial_seed() == torch.hpu.initial_seed() == 3
+    assert torch.hpu.seed() == torch.hpu.initial_seed()
+    assert torch.hpu.seed_all() is None
+    with pytest.raises(RuntimeError, match="supports only device 0"):
+        torch.hpu.get_rng_state("hpu:1")
+    with pytest.raises(RuntimeError, match="states len of 1"):
+        torch.hpu.set_rng_state_all([state, state])
+
+
+# core/step_closure.py
+
+
+def test_a_closure_runs_once_at_the_next_mark_step():
+    seen = []
+    core.add_step_closure(seen.append, (1,))
+
+    assert core.mark_step("", sync=True) is None
+    core.mark_step()
+    core.iter_mark_step()
+
+    assert seen == [1]
+
+
+# core/quantization.py
+
+
+def test_inference_is_prepared_and_left():
+    model = torch.nn.Linear(2, 2).eval()
+
+    assert core.hpu_set_inference_env() is None
+    assert core.hpu_set_inference_env(model) is model
+    core.hpu_inference_initialize(model.to("hpu"), mark_only_scales_as_const=True)
+    core.hpu_teardown_inference_env()
+    assert core.hpu_set_env(model) is model
+    core.hpu_initialize(model, optimizer=None, args=None)
+    core.hpu_reset_env()
+
+
+# dynamo/compile_backend/backends.py
+
+
+def test_compiled_code_runs_as_it_does_without_and_each_key_of_inputs_is_a_graph():
+    module = torch.nn.Linear(3, 3).to("hpu")
+    compiled = torch.compile(module, backend="hpu_backend")
+    double = torch.compile(backend="hpu_backend")(lambda tensor: tensor * 2)
+    rows = [torch.ones(length, 3, device="hpu") for length in (2, 3, 2)]
+
+    with count_graphs() as graphs:
+        made = [double(compiled(row)) for row in rows]
+
+    assert (len(graphs.hpu), graphs.hpu.total()) == (4, 6)
+    assert all(torch.equal(each, module(row) * 2) for each, row in zip(made, rows, strict=True))
+    assert list(compiled.state_dict()) == ["_orig_mod.weight", "_orig_mod.bias"]
+
+
+# activity_profiler/activity_profiler.py
+
+
+def test_a_profile_of_the_card_writes_a_trace(tmp_path):
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.HPU],
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(tmp_path)),
+    )
+
+    with profiler:
+        for _ in range(2):
+            torch.ones(2, 2, device="hpu").matmul(torch.ones(2, 2, device="hpu"))
+            profiler.step()
+
+    (trace,) = tmp_path.glob("*.json")
+    assert "aten::matmul" in trace.read_text()

@@ -90,7 +90,7 @@ def main() -> None:
         tests = (
             "tests"
             if everything
-            else "tests/test_emulator_kernels.py tests/test_sft.py::test_every_way_to_train_lowers_the_loss"
+            else "tests/conformance/test_kernels.py tests/test_sft.py::test_every_way_to_train_lowers_the_loss"
         )
         for target in ["setup", "test-hpu", "lint", *(["quickstart"] if everything else []), "test"]:
             print(f"make {target} on a simulated Gaudi host", flush=True)

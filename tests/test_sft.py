@@ -237,6 +237,11 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
             r"--output_dir: held holds another run \(adapter_config.json\); add --resume auto",
         ),
         ("--do_train --flash_attention_causal_mask --attn_implementation gaudi_fused_sdpa", "add --packing False"),
+        (
+            "--do_train --flash_attention_recompute --flash_attention_fast_softmax "
+            "--attn_implementation gaudi_fused_sdpa",
+            "no gradients for it with --flash_attention_recompute",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_that_names_the_flag(run, model, questions, flags, message):

@@ -33,6 +33,12 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError("nothing to do: give --do_train, --do_eval or both")
     if args.flash_attention_causal_mask and getattr(args, "packing", False):
         raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
+    recomputes_fast = args.flash_attention_recompute and args.flash_attention_fast_softmax
+    if args.do_train and recomputes_fast and not args.flash_attention_causal_mask:
+        raise InputError(
+            "--flash_attention_fast_softmax: a card's kernel has no gradients for it with --flash_attention_recompute "
+            "and a mask; leave one of the two out"
+        )
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output_dir: {output} is a file; name a folder")

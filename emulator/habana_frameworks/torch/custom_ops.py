@@ -4,33 +4,58 @@ import torch
 from torch import library
 from torch.nn import functional
 
+from habana_frameworks.torch.hpex.kernels.rotary import rotary_pos_embedding
+
 LIBRARY = library.Library("hpu", "DEF")
 
 ADAMW_INPUTS = (
     "Tensor[] gradients, Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor neg_step"
 )
-LIBRARY.define(f"optimizer_adamw({ADAMW_INPUTS}, float beta1, float beta2, float epsilon, float modified_wd) -> ()")
+LIBRARY.define(
+    f"optimizer_adamw({ADAMW_INPUTS}, float beta1, float beta2, float epsilon, float modified_wd, "
+    "Tensor(d!)[]? exp_avg_scales=None, Tensor(e!)[]? exp_avg_sq_scales=None) -> ()"
+)
 LIBRARY.define(
     f"optimizer_adamw.eager({ADAMW_INPUTS}, float beta1, float beta2, float epsilon, Tensor modified_wd, "
-    "bool is_wd_modified) -> ()"
+    "bool is_wd_modified, Tensor(d!)[]? exp_avg_scales=None, Tensor(e!)[]? exp_avg_sq_scales=None) -> ()"
 )
+TOKENS = "Tensor hidden_states, Tensor expert_routing_table, Tensor router_weights"
+EXPERTS = "bool permuted_weights, str activation, int experts_min, int experts_max"
+LIBRARY.define(f"mixture_of_experts({TOKENS}, Tensor[] w1, Tensor[] w2, Tensor[] w3, {EXPERTS}) -> Tensor")
+LIBRARY.define(f"mixture_of_experts.fused_weights({TOKENS}, Tensor[] w12, Tensor[] w3, {EXPERTS}) -> Tensor")
 LIBRARY.define(
-    "mixture_of_experts(Tensor hidden_states, Tensor expert_routing_table, Tensor router_weights, Tensor[] w1, "
-    "Tensor[] w2, Tensor[] w3, bool permuted_weights, str activation, int experts_min, int experts_max) -> Tensor"
+    "rotary_pos_embedding(Tensor input, Tensor sin, Tensor cos, Tensor? position_ids, int offset, int mode) -> Tensor"
 )
+LIBRARY.define("kv_reorder(Tensor self, Tensor start, Tensor end, Tensor beam_idx) -> Tensor")
+LIBRARY.define("kv_reorder_(Tensor(a!) self, Tensor start, Tensor end, Tensor beam_idx) -> Tensor(a!)")
+ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu}
 
 
 @torch.no_grad()
 def optimizer_adamw(
-    gradients, weights, exp_avgs, exp_avg_sqs, neg_step, beta1, beta2, epsilon, modified_wd, is_wd_modified=True
+    gradients,
+    weights,
+    exp_avgs,
+    exp_avg_sqs,
+    neg_step,
+    beta1,
+    beta2,
+    epsilon,
+    modified_wd,
+    is_wd_modified=True,
+    exp_avg_scales=None,
+    exp_avg_sq_scales=None,
 ) -> None:
     """One step of AdamW in place, tensor by tensor.
 
     `neg_step` is minus the bias-corrected learning rate, `modified_wd` the factor `1 - lr * weight_decay`.
     """
+    if exp_avg_scales is not None or exp_avg_sq_scales is not None:
+        raise NotImplementedError("the emulator has no moments in 8 bits")
     for gradient, weight, exp_avg, exp_avg_sq in zip(gradients, weights, exp_avgs, exp_avg_sqs, strict=True):
         exp_avg.lerp_(gradient.to(exp_avg.dtype), 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        squared = gradient.to(exp_avg_sq.dtype)
+        exp_avg_sq.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
         weight.mul_(modified_wd).add_(neg_step * exp_avg / (exp_avg_sq.sqrt() + epsilon))
 
 
@@ -54,7 +79,9 @@ def mixture_of_experts(
     Every expert sees every token, with weight 0 where it was not chosen: as on the card, shapes do not depend on the
     routing and every expert gets a gradient.
     """
-    activate = getattr(functional, activation)
+    if activation not in ACTIVATIONS:
+        raise RuntimeError(f'Activation "{activation}" not found among {", ".join(ACTIVATIONS)}')
+    activate = ACTIVATIONS[activation]
     result = torch.zeros_like(hidden_states)
     for expert, weights in zip(range(experts_min, experts_max + 1), zip(w1, w2, w3, strict=True), strict=True):
         gate, up, down = (weight if permuted_weights else weight.t() for weight in weights)
@@ -66,6 +93,32 @@ def mixture_of_experts(
     return result
 
 
+def mixture_of_experts_with_fused_weights(
+    hidden_states, expert_routing_table, router_weights, w12, w3, permuted_weights, *experts
+) -> torch.Tensor:
+    """The same with w1 and w2 of each expert in one tensor, w1's outputs first."""
+    halves = [weight.chunk(2, dim=0 if permuted_weights else 1) for weight in w12]
+    w1, w2 = ([pair[number] for pair in halves] for number in (0, 1))
+    return mixture_of_experts(
+        hidden_states, expert_routing_table, router_weights, w1, w2, w3, permuted_weights, *experts
+    )
+
+
+def kv_reorder_(self: torch.Tensor, start: torch.Tensor, end: torch.Tensor, beam_idx: torch.Tensor) -> torch.Tensor:
+    """Beams of a cache [batch, 4, ..., columns, dim] change places between the columns start and end [batch].
+
+    `beam_idx` [batch] holds four numbers of two bits, the first beam's in the highest.
+    """
+    for row, first, last, packed in zip(self, start.tolist(), end.tolist(), beam_idx.tolist(), strict=True):
+        columns = row.narrow(-2, first, last - first)
+        columns.copy_(columns[[packed >> shift & 3 for shift in (6, 4, 2, 0)]])
+    return self
+
+
 for overload in ("optimizer_adamw", "optimizer_adamw.eager"):
     LIBRARY.impl(overload, optimizer_adamw, "CompositeExplicitAutograd")
 LIBRARY.impl("mixture_of_experts", mixture_of_experts, "CompositeImplicitAutograd")
+LIBRARY.impl("mixture_of_experts.fused_weights", mixture_of_experts_with_fused_weights, "CompositeImplicitAutograd")
+LIBRARY.impl("rotary_pos_embedding", rotary_pos_embedding, "CompositeImplicitAutograd")
+LIBRARY.impl("kv_reorder_", kv_reorder_, "CompositeExplicitAutograd")
+LIBRARY.impl("kv_reorder", lambda self, *columns: kv_reorder_(self.clone(), *columns), "CompositeExplicitAutograd")

@@ -1,14 +1,20 @@
-"""python -m pytest tests/test_emulator_kernels.py: each fused kernel against plain torch, in float32."""
+"""Each fused kernel against plain torch, in float32, and what it accepts and refuses. Run: pytest tests/conformance
+
+The headings name the files of gaudi-pytorch-bridge 1.19.0 in which a fact was read.
+"""
 
 import pytest
 import torch
 from torch.nn import functional
 
 from habana_frameworks.torch.hpex.kernels import (
+    CTCLoss,
     FusedSDPA,
     RotaryPosEmbeddingHelperV1,
     RotaryPosEmbeddingHelperV2,
     RotaryPosEmbeddingHelperV3,
+    RotaryPosEmbeddingMode,
+    apply_rotary_pos_emb,
 )
 from habana_frameworks.torch.hpex.normalization import FusedClipNorm, FusedRMSNorm
 from habana_frameworks.torch.hpex.optimizers import FusedAdamW
@@ -65,9 +71,10 @@ def qkv(kv_heads):
         ((None, 0.0, True), CAUSAL),
         ((additive(PADDED), 0.0, False), PADDED),
         ((additive(PACKED), 0.0, False), PACKED),
-        ((PACKED, 0.0, None, None, "fast", True), PACKED),
+        ((PACKED, 0.0, None, None, "none", True), PACKED),
+        ((None, 0.0, True, None, "fast", True), CAUSAL),
     ],
-    ids=["full", "causal", "padding mask", "4-D mask", "4-D bool mask, fast, recomputed"],
+    ids=["full", "causal", "padding mask", "4-D mask", "4-D bool mask, recomputed", "causal, fast, recomputed"],
 )
 def test_attention_equals_the_written_out_softmax(kv_heads, arguments, keep):
     assert_same(
@@ -275,3 +282,251 @@ def test_mixture_of_experts_sums_the_routed_experts(permuted):
         return torch.stack(rows)
 
     assert_same(kernel, reference, torch.randn(tokens, hidden), shares, gates, ups, downs)
+
+
+# hpex/kernels/FusedSDPA.py
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needs_gradients", "message"),
+    [
+        ((None, 0.0, False, None, "fast", True), True, "only with is_causal"),
+        ((None, 0.0, True, None, "None", False, "valid"), True, "inputs without gradients"),
+        ((None, 0.0, False, None, "None", False, "valid"), False, "needs is_causal"),
+        ((ALL, 0.0, True, None, "None", False, "valid"), False, "no mask"),
+        ((None, 0.0, False, None, "None", True, None, "left", True), False, "none in recompute mode"),
+        ((None, 0.0, False, None, "None", False, None, "left", False, True), True, "where gradients are wanted"),
+    ],
+)
+def test_attention_refuses_what_the_kernel_lacks(arguments, needs_gradients, message):
+    inputs = [tensor.requires_grad_(needs_gradients) for tensor in qkv(2)]
+    arguments = [torch.tensor([3, 7]) if argument == "valid" else argument for argument in arguments]
+
+    with pytest.raises(AssertionError, match=message):
+        FusedSDPA.apply(*inputs, *arguments)
+
+
+def test_attention_takes_its_arguments_by_position_alone():
+    with pytest.raises(TypeError, match="attn_mask"):
+        FusedSDPA.apply(*qkv(2), attn_mask=None)
+
+
+def test_attention_recomputes_where_the_context_says_so_and_the_call_does_not():
+    inputs = [tensor.requires_grad_() for tensor in qkv(2)]
+
+    assert not torch.hpu.recompute_sdp_enabled()
+    with torch.hpu.sdp_kernel():
+        assert torch.hpu.recompute_sdp_enabled()
+        with pytest.raises(AssertionError, match="only with is_causal"):
+            FusedSDPA.apply(*inputs, None, 0.0, False, None, "fast")
+        FusedSDPA.apply(*inputs, None, 0.0, False, None, "fast", False)
+    with torch.hpu.sdp_kernel(enable_recompute=False):
+        FusedSDPA.apply(*inputs, None, 0.0, False, None, "fast")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_returns_its_probabilities_and_what_dropout_kept(kv_heads):
+    query, key, value = qkv(kv_heads)
+
+    result, shares, kept = FusedSDPA.apply(
+        query, key, value, PACKED, 0.5, False, None, "None", None, None, "left", True, True
+    )
+
+    assert shares.shape == kept.shape == (BATCH, HEADS, LENGTH, LENGTH)
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(BATCH, HEADS, LENGTH))
+    wide = value.repeat_interleave(HEADS // kv_heads, dim=1)
+    torch.testing.assert_close(result, shares * kept * 2 @ wide)
+    assert 0 < kept.sum() < kept.numel()
+    plain = FusedSDPA.apply(query, key, value, PACKED, 0.0, False, None, "None", None, None, "left", False, True)
+    torch.testing.assert_close(plain[0], FusedSDPA.apply(query, key, value, PACKED))
+
+
+# hpex/kernels/RotaryPosEmbeddingHelper.py
+
+
+@pytest.mark.parametrize(
+    ("dtype", "table", "expected"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_rotary_embedding_has_the_wider_type_and_gives_its_tables_no_gradient(dtype, table, expected):
+    states = torch.randn(BATCH, HEADS, LENGTH, DIM, dtype=dtype, requires_grad=True)
+    cos, sin = (torch.rand(1, 1, LENGTH, DIM, dtype=table, requires_grad=True) for _ in range(2))
+
+    turned = RotaryPosEmbeddingHelperV2.apply(states, cos, sin, None)
+    turned.float().sum().backward()
+
+    assert turned.dtype == expected
+    assert states.grad.dtype == dtype
+    assert cos.grad is sin.grad is None
+
+
+def test_the_order_of_rotary_arguments_is_tables_positions_offset_and_mode():
+    angles = torch.rand(LENGTH, DIM // 2)
+    halves = [torch.cat((f(angles), f(angles)), dim=-1)[None, None] for f in (torch.cos, torch.sin)]
+    pairs = [f(angles).repeat_interleave(2, dim=-1)[None, None] for f in (torch.cos, torch.sin)]
+    states = torch.randn(BATCH, HEADS, LENGTH, DIM)
+
+    blockwise = apply_rotary_pos_emb(states, *halves, None, 0, RotaryPosEmbeddingMode.BLOCKWISE)
+    pairwise = apply_rotary_pos_emb(states, *pairs, None, 0, RotaryPosEmbeddingMode.PAIRWISE)
+
+    torch.testing.assert_close(blockwise, turned_halves(states, angles))
+    torch.testing.assert_close(pairwise, turned(states.unflatten(-1, (-1, 2)).contiguous(), angles).flatten(-2))
+    torch.testing.assert_close(apply_rotary_pos_emb(states, *halves), blockwise)
+    with pytest.raises(TypeError):
+        RotaryPosEmbeddingHelperV1.apply(states, *halves)  # the offset has no default
+
+
+def test_a_position_beyond_the_table_is_an_error_where_a_card_reads_on():
+    with pytest.raises(IndexError, match="512 is out of bounds"):
+        RotaryPosEmbeddingHelperV2.apply(
+            torch.ones(1, 1, 1, DIM), *torch.ones(2, 1, 1, 512, DIM), torch.tensor([[512]])
+        )
+
+
+# hpex/normalization/FusedRMSNorm.py, hpu_ops/backend/rms_norm_gen.cpp
+
+
+def test_rms_norm_takes_six_arguments_and_is_float32_where_types_differ():
+    data, gamma = torch.randn(BATCH, LENGTH, DIM), torch.randn(DIM)
+
+    plain = FusedRMSNorm.apply(data, gamma, 1e-6)
+
+    assert torch.equal(plain, FusedRMSNorm.apply(data, gamma, 1e-6, False, 1, True))
+    assert FusedRMSNorm.apply(data.bfloat16(), gamma, 1e-6).dtype == torch.float32
+    with pytest.raises(TypeError):
+        FusedRMSNorm.apply(data, gamma, eps=1e-6)
+
+
+# hpex/normalization/FusedClipNorm.py
+
+
+def test_clipping_takes_one_tensor_and_has_no_norm_without_gradients():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    clip = FusedClipNorm([weight], 1.0)
+
+    assert clip.clip_norm([weight]) == 0
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert clip.clip_norm(weight) == 5
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
+
+
+# hpex/optimizers/FusedAdamW.py
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1e-8}], ids=str
+)
+def test_adamw_refuses_numbers_out_of_range(wrong):
+    with pytest.raises(ValueError, match=r"Invalid .* - should be"):
+        FusedAdamW([torch.nn.Parameter(torch.zeros(2))], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (None, [torch.bfloat16, torch.bfloat16]),
+        (torch.float32, [torch.float32, torch.float32]),
+        ((torch.bfloat16, torch.float32), [torch.bfloat16, torch.float32]),
+    ],
+    ids=str,
+)
+def test_adamw_keeps_moments_of_the_type_that_was_asked_for(asked, expected):
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = FusedAdamW([weight], lr=0.1, moments_dtype=asked)
+    weight.grad = torch.full_like(weight, 2)
+
+    optimizer.step()
+
+    state = optimizer.state[weight]
+    assert state["step"] == 0  # the group counts
+    assert optimizer.param_groups[0]["step"] == 1
+    assert [state[name].dtype for name in ("exp_avg", "exp_avg_sq")] == expected
+    torch.testing.assert_close(weight.float(), torch.full((3,), 0.9), atol=4e-3, rtol=0)
+
+
+def test_adamw_rounds_its_step_to_the_type_of_the_weights():
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = FusedAdamW([weight], lr=0.0999, eps=0, bias_correction=False, moments_dtype=torch.float32)
+    weight.grad = torch.ones_like(weight)
+
+    optimizer.step()
+
+    step = torch.tensor(0.0999).bfloat16().float() * (1 - 0.9) / (1 - 0.999) ** 0.5
+    assert weight.item() == pytest.approx(-step.bfloat16().item())
+
+
+@pytest.mark.parametrize("known_as", ["bias_correction", "correct_bias", None])
+def test_adamw_takes_the_states_of_older_plugins_and_of_torch(known_as):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = FusedAdamW([weight], lr=0.1)
+    saved = optimizer.state_dict()
+    corrects = saved["param_groups"][0].pop("bias_correction")
+    if known_as is not None:
+        saved["param_groups"][0][known_as] = corrects
+    optimizer.load_state_dict(saved)
+    weight.grad = torch.ones_like(weight)
+
+    optimizer.step()
+
+    assert weight.item() == pytest.approx(-0.1, rel=1e-4)  # 0.0316 without correction
+
+
+# hpu_ops/backend/mixture_of_experts.cpp
+
+
+@pytest.mark.parametrize("permuted", [True, False], ids=["[out, in] weights", "[in, out] weights"])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_experts_may_come_with_their_first_two_weights_in_one(permuted, activation):
+    states, shares, table = torch.randn(3, 4), torch.rand(3, 2), torch.tensor([[0, 1], [1, 0], [0, 1]])
+    w1, w2 = ([torch.randn(6, 4) if permuted else torch.randn(4, 6) for _ in range(2)] for _ in range(2))
+    w3 = [torch.randn(4, 6) if permuted else torch.randn(6, 4) for _ in range(2)]
+    w12 = [torch.cat(pair, dim=0 if permuted else 1) for pair in zip(w1, w2, strict=True)]
+    rest = (permuted, activation, 0, 1)
+
+    fused = torch.ops.hpu.mixture_of_experts.fused_weights(states, table, shares, w12, w3, *rest)
+
+    torch.testing.assert_close(fused, torch.ops.hpu.mixture_of_experts(states, table, shares, w1, w2, w3, *rest))
+
+
+def test_experts_know_three_activations():
+    weights = [torch.ones(2, 2)]
+    with pytest.raises(RuntimeError, match='Activation "tanh" not found'):
+        torch.ops.hpu.mixture_of_experts(
+            torch.ones(1, 2), torch.zeros(1, 1).long(), torch.ones(1, 1), *[weights] * 3, True, "tanh", 0, 0
+        )
+
+
+# hpu_ops/backend/kv_reorder_gen.cpp
+
+
+def test_beams_change_places_between_two_columns():
+    cache = torch.arange(2 * 4 * 1 * 5 * 1).float().reshape(2, 4, 1, 5, 1)
+    before = cache.clone()
+    beams = torch.tensor([[3, 1, 0, 2], [2, 2, 2, 2]])
+    packed = (beams * torch.tensor([64, 16, 4, 1])).sum(dim=-1).to(torch.uint8)
+
+    torch.ops.hpu.kv_reorder_(cache, torch.tensor([1, 0]), torch.tensor([3, 5]), packed)
+
+    assert torch.equal(cache[0, :, :, 1:3], before[0, beams[0]][:, :, 1:3])
+    assert torch.equal(cache[0, :, :, [0, 3, 4]], before[0, :, :, [0, 3, 4]])
+    assert torch.equal(cache[1], before[1, beams[1]])
+
+
+# hpex/kernels/CTCLoss.py
+
+
+def test_ctc_loss_equals_torch():
+    scores, targets = torch.randn(9, 2, 5), torch.randint(1, 5, (2, 3))
+    lengths = torch.tensor([9, 7]), torch.tensor([3, 2])
+
+    assert_same(
+        lambda scores: CTCLoss.apply(scores.log_softmax(-1), targets, *lengths),
+        lambda scores: functional.ctc_loss(scores.log_softmax(-1), targets, *lengths),
+        scores,
+    )

@@ -1,0 +1,21 @@
+import torch
+from torch.nn import functional
+
+from habana_frameworks.emulator.placement import require_card
+
+
+class CTCLoss:
+    @staticmethod
+    def apply(
+        log_probs: torch.Tensor,
+        targets: torch.Tensor,
+        input_lengths: torch.Tensor,
+        target_lengths: torch.Tensor,
+        blank: int = 0,
+        reduction: str = "mean",
+        zero_infinity: bool = False,
+        /,
+    ) -> torch.Tensor:
+        """`torch.nn.functional.ctc_loss`."""
+        require_card("CTCLoss", log_probs, targets, input_lengths, target_lengths)
+        return functional.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)

@@ -1,7 +1,8 @@
 """A smoke run on one real Gaudi card, for CI: `make test-hpu`. Skipped where the plugin is the emulator.
 
 Each stage is a process of its own, as users start it, with Gaudi's own metrics file. The figures stand in a table at
-the end, and in runs/test-hpu/report.json, so that owners of a card can send them.
+the end, and in runs/test-hpu/report.json, so that owners of a card can send them; beside it answers.json, what the card
+says to the questions that the emulator could not settle (tests/card_questions.py, docs/emulator.md).
 """
 
 import json
@@ -104,3 +105,28 @@ def test_a_small_model_is_tuned_merged_aligned_and_asked_on_the_card(figures, re
     assert abs(by_stage["dpo"]["loss"]) < 1
     assert by_stage["generate"]["tokens_per_second"] > 0
     assert by_stage["sft"]["graphs"], "Gaudi's metrics file says nothing of graphs"
+
+
+def test_the_card_answers_what_the_emulator_could_not_settle(record_table, tmp_path):
+    REPORT.mkdir(parents=True, exist_ok=True)
+    answers = REPORT / "answers.json"
+    variables = {"PT_HPU_METRICS_FILE": str(tmp_path / "metrics.json"), "RANK": "0", "PT_HPU_LAZY_MODE": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "card_questions.py"), str(answers)]
+
+    ended = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = json.loads(answers.read_text())
+    files = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("metrics*")}
+    names = sorted({entry["metric_name"] for entries in files.values() for entry in entries})
+    loads = [sys.executable, "-c", "import torch; print(hasattr(torch, 'hpu'))"]
+    loaded = subprocess.run(loads, env=os.environ | variables, capture_output=True, text=True, check=True)
+    more = {
+        "metrics: files": (", ".join(files), "metrics-rank0.json"),
+        "metrics: names": (", ".join(names), "cpu_fallback, graph_compilation, memory_defragmentation"),
+        "lazy mode: import torch loads the plugin": (loaded.stdout.split()[-1], "True"),
+    }
+    rows += [{"question": name, "answer": answer, "emulator": emulated} for name, (answer, emulated) in more.items()]
+    answers.write_text(json.dumps(rows, indent=2) + "\n")
+    record_table(rows)
+    assert all(row["answer"] for row in rows)

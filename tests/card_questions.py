@@ -1,0 +1,177 @@
+"""What the emulator takes from the sources of another version of the plugin, asked of the one that is there.
+
+python tests/card_questions.py prints each question with its answer and what the emulator answers. `make test-hpu` runs
+it on a card, where a line that differs is what the emulator has to learn (docs/emulator.md).
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+import habana_frameworks.torch  # noqa: F401 - in lazy mode torch does not load the plugin by itself
+from habana_frameworks.torch.hpex.kernels import FusedSDPA, RotaryPosEmbeddingHelperV2
+from habana_frameworks.torch.hpex.normalization import FusedRMSNorm
+from habana_frameworks.torch.hpex.optimizers import FusedAdamW
+
+HPU = torch.device("hpu")
+
+
+def ones(*shape: int, **options) -> torch.Tensor:
+    return torch.ones(*shape, **options).to(HPU)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def outcome(attempt: Callable[[], Any]) -> str:
+    """What it gives, or "refused"."""
+    try:
+        return str(attempt())
+    except Exception:  # whatever a card raises
+        return "refused"
+
+
+OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "add": lambda x: x + x.bfloat16(),
+    "mul": lambda x: x * x,
+    "div": lambda x: x / 2,
+    "pow": lambda x: x.pow(2),
+    "exp": lambda x: x.exp(),
+    "log": lambda x: x.log(),
+    "rsqrt": lambda x: x.rsqrt(),
+    "mean": lambda x: x.mean(),
+    "sum": lambda x: x.sum(),
+    "cat": lambda x: torch.cat([x, x.bfloat16()]),
+    "matmul": lambda x: x @ x,
+    "linear": lambda x: functional.linear(x, x),
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "layer_norm": lambda x: functional.layer_norm(x, (4,)),
+    "dropout": lambda x: functional.dropout(x, 0.5),
+    "embedding": lambda x: functional.embedding(ones(1, dtype=torch.int64), x.bfloat16()),
+    "cross_entropy": lambda x: functional.cross_entropy(x.bfloat16(), ones(4, dtype=torch.int64)),
+    "masked_fill": lambda x: x.masked_fill(x > 0, 0.0),
+}
+WIDE = "sum masked_fill add div pow exp log rsqrt cat logsumexp embedding cross_entropy".split()
+
+
+def autocast_type(operation: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    with torch.autocast("hpu", torch.bfloat16):
+        return name_of(operation(ones(4, 4)).dtype)
+
+
+def attention_with(filled: float, recompute: bool) -> str:
+    """Whether result and gradients are finite where one row of queries sees no key."""
+    query = ones(1, 1, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 2, :] = filled
+    result = FusedSDPA.apply(query, query, query, mask.bfloat16().to(HPU), 0.0, False, None, "None", recompute)
+    result.float().sum().backward()
+    return "finite" if result.isfinite().all() and query.grad.isfinite().all() else "not finite"
+
+
+def second_call_in_the_first_ones_output() -> bool:
+    graphed = torch.hpu.wrap_in_hpu_graph(torch.nn.Linear(2, 2, bias=False).to(HPU))
+    with torch.no_grad():
+        first = graphed(ones(1, 2))
+        before = first.cpu().clone()
+        graphed(3 * ones(1, 2))
+        return not torch.equal(first.cpu(), before)
+
+
+def reduced(collective: Callable, dtype: torch.dtype, number: int) -> int:
+    tensor = torch.tensor([number], dtype=dtype).to(HPU)
+    if collective is dist.reduce_scatter_tensor:
+        dist.reduce_scatter_tensor(tensor, tensor.clone())
+    else:
+        dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def fast_softmax_learns_in_recompute_mode() -> str:
+    query = ones(1, 1, 4, 8).requires_grad_()
+    return name_of(FusedSDPA.apply(query, query, query, None, 0.0, False, None, "fast", True).dtype)
+
+
+def normed_type() -> str:
+    return name_of(FusedRMSNorm.apply(ones(2, 8, dtype=torch.bfloat16), ones(8), 1e-6).dtype)
+
+
+def rotated_type() -> str:
+    table = ones(1, 1, 4, 8)
+    return name_of(RotaryPosEmbeddingHelperV2.apply(ones(1, 1, 4, 8, dtype=torch.bfloat16), table, table, None).dtype)
+
+
+def questions() -> dict[str, tuple[Callable[[], Any], str]]:
+    """What to ask, and what the emulator answers."""
+    asked: dict[str, tuple[Callable[[], Any], str]] = {}
+    for name, operation in OPERATIONS.items():
+        asked[f"autocast: {name}"] = partial(autocast_type, operation), "float32" if name in WIDE else "bfloat16"
+    for recompute in (False, True):
+        how = f"attention, softmax {'recomputed' if recompute else 'kept'}, a row that sees nothing"
+        lowest = torch.finfo(torch.bfloat16).min
+        asked[f"{how} by bfloat16's lowest"] = partial(attention_with, lowest, recompute), "finite"
+        asked[f"{how} by -inf"] = partial(attention_with, -torch.inf, recompute), "finite"
+    odd = 2**24 + 1
+    return asked | {
+        "attention: fast softmax with gradients in recompute mode": (fast_softmax_learns_in_recompute_mode, "refused"),
+        "attention: arguments by name": (lambda: FusedSDPA.apply(*[ones(1, 1, 4, 8)] * 3, attn_mask=None), "refused"),
+        "rotary: bfloat16 by float32 tables": (rotated_type, "float32"),
+        "norm: bfloat16 by float32 weights": (normed_type, "float32"),
+        "adamw: a negative rate": (lambda: FusedAdamW([ones(2).requires_grad_()], lr=-1.0), "refused"),
+        "graphs: the second call writes into the first one's output": (second_call_in_the_first_ones_output, "True"),
+        "hccl: all_reduce of 2^24 + 1, int64": (partial(reduced, dist.all_reduce, torch.int64, odd), str(odd - 1)),
+        "hccl: all_reduce of 2^24 + 1, int32": (partial(reduced, dist.all_reduce, torch.int32, odd), str(odd - 1)),
+        "hccl: reduce_scatter of 2^24 + 1, int32": (
+            partial(reduced, dist.reduce_scatter_tensor, torch.int32, odd),
+            str(odd),
+        ),
+        "hccl: a tensor of the host": (lambda: dist.all_reduce(torch.ones(1)), "refused"),
+        "hccl: AVG": (lambda: dist.all_reduce(ones(1), dist.ReduceOp.AVG), "refused"),
+        "hccl: int16": (lambda: dist.all_reduce(ones(1, dtype=torch.int16)), "refused"),
+        "torch.hpu.empty_cache is there": (lambda: hasattr(torch.hpu, "empty_cache"), "False"),
+        "torch.hpu.reset_max_memory_allocated is there": (
+            lambda: hasattr(torch.hpu, "reset_max_memory_allocated"),
+            "False",
+        ),
+        "events: the argument blocking": (lambda: torch.hpu.Event(blocking=True), "refused"),
+        "dropout on the card leaves the host's random numbers alone": (card_draws_its_own, "True"),
+    }
+
+
+def card_draws_its_own() -> bool:
+    torch.manual_seed(0)
+    untouched = torch.rand(1)
+    torch.manual_seed(0)
+    functional.dropout(ones(100), 0.5)
+    return torch.equal(torch.rand(1), untouched)
+
+
+def ask() -> list[dict[str, str]]:
+    """One row for each question, in a world of this process alone."""
+    dist.init_process_group("hccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return [
+            {"question": question, "answer": outcome(attempt), "emulator": emulated}
+            for question, (attempt, emulated) in questions().items()
+        ]
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    ROWS = ask()
+    for ROW in ROWS:
+        same = "" if ROW["answer"] == ROW["emulator"] else f"   the emulator: {ROW['emulator']}"
+        print(f"{ROW['question']}: {ROW['answer']}{same}")
+    if len(sys.argv) > 1:
+        with open(sys.argv[1], "w", encoding="utf-8") as report:
+            json.dump(ROWS, report, indent=2)

@@ -103,6 +103,7 @@ def test_random_state_is_that_of_the_first_card_alone():
     assert torch.hpu.manual_seed(3).initial_seed() == torch.hpu.initial_seed() == 3
     assert torch.hpu.seed() == torch.hpu.initial_seed()
     assert torch.hpu.seed_all() is None
+    assert torch.seed() == torch.initial_seed() == torch.hpu.initial_seed()
     with pytest.raises(RuntimeError, match="supports only device 0"):
         torch.hpu.get_rng_state("hpu:1")
     with pytest.raises(RuntimeError, match="states len of 1"):

@@ -301,15 +301,22 @@ def _alias_storage_copies() -> None:
 
 
 def _seed_both() -> None:
-    """torch.manual_seed seeds the card too (core/torch_overwrites.py)."""
-    native = torch.manual_seed
+    """torch.manual_seed and torch.seed seed the card too (core/torch_overwrites.py)."""
+    native, native_seed = torch.manual_seed, torch.seed
 
     @functools.wraps(native)
     def manual_seed(seed):
         random_state.card_generator.manual_seed(int(seed))
         return native(seed)
 
+    @functools.wraps(native_seed)
+    def seed() -> int:
+        chosen = native_seed()
+        random_state.card_generator.manual_seed(chosen)
+        return chosen
+
     torch.manual_seed = torch.random.manual_seed = manual_seed
+    torch.seed = torch.random.seed = seed
 
 
 def _restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:

@@ -10,6 +10,7 @@ import torch
 from habana_frameworks.emulator import device_alias
 from habana_frameworks.torch.hpu import random  # noqa: F401
 from habana_frameworks.torch.hpu.memory import *  # noqa: F403
+from habana_frameworks.torch.hpu.metrics import *  # noqa: F403
 from habana_frameworks.torch.hpu.random import *  # noqa: F403
 from habana_frameworks.torch.hpu.streams import *  # noqa: F403
 from habana_frameworks.torch.utils.internal import is_lazy

@@ -125,6 +125,8 @@ def check_preference_arguments(
         )
     if args.label_smoothing and args.loss_type not in preference.SMOOTHED:
         raise InputError(f"--label_smoothing has no effect on --loss_type {args.loss_type}")
+    if args.label_smoothing_factor:
+        raise InputError("--label_smoothing_factor has no effect on preferences: use --label_smoothing")
     if args.f_divergence_type != GaudiDPOConfig.f_divergence_type and args.loss_type not in preference.DIVERGING:
         raise InputError(f"--f_divergence_type has no effect on --loss_type {args.loss_type}")
     if args.flash_attention_causal_mask:

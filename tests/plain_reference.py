@@ -1,11 +1,12 @@
 """Trains with plain transformers on samples one by one; run by tests in a process that optimum-habana has not patched.
 
-python plain_reference.py MODEL STEPS.json -> prints the loss of each step as JSON. STEPS.json holds for each step its
-samples as {"input_ids": [...], "labels": [...]}; the loss is the mean over all labels of the step.
+python plain_reference.py MODEL STEPS.json SMOOTHING -> prints the loss of each step as JSON. STEPS.json holds for each
+step its samples as {"input_ids": [...], "labels": [...]}; the loss is the mean over all labels of the step, smoothed.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ LEARNING_RATE = 0.5
 
 def main() -> None:
     folder, steps = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    smoothed = partial(torch.nn.functional.cross_entropy, reduction="sum", label_smoothing=float(sys.argv[3]))
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     losses = []
@@ -25,7 +27,7 @@ def main() -> None:
         for sample in samples:
             ids, labels = (torch.tensor([sample[name]]) for name in ("input_ids", "labels"))
             logits = model(ids).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[0, 1:], reduction="sum") / tokens
+            loss = smoothed(logits.flatten(0, 1), labels[0, 1:]) / tokens
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

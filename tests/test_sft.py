@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_rows
+from safetensors.torch import load_file
 from tiny import save_model
 
 from align.errors import InputError
@@ -47,8 +48,10 @@ def losses(output="out"):
     return [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "buckets"])
-def test_losses_equal_plain_transformers_on_each_sample_alone(sft, model, packing, monkeypatch):
+@pytest.mark.parametrize(
+    ("packing", "smoothing"), [(True, 0), (False, 0), (True, 0.1)], ids=["packed", "buckets", "smoothed"]
+)
+def test_losses_equal_plain_transformers_on_each_sample_alone(sft, model, packing, smoothing, monkeypatch):
     from align.data.packing import BucketCollator, PackedCollator
 
     seen = []
@@ -58,12 +61,13 @@ def test_losses_equal_plain_transformers_on_each_sample_alone(sft, model, packin
             kind, "__call__", lambda self, rows, collate=collate: seen.append(rows) or collate(self, rows)
         )
     flags = ["--use_peft", "False", "--do_train", "--gradient_accumulation_steps", "2", "--packing", packing]
+    flags += ["--label_smoothing_factor", smoothing]
     sft(*FLAGS, *flags, "--per_device_train_batch_size", "2", "--optim", "sgd", "--learning_rate", "0.5")
 
     del seen[0]  # the row that is probed
     steps = [split_samples(seen[2 * step] + seen[2 * step + 1]) for step in range(3)]
     Path("steps.json").write_text(json.dumps(steps))
-    reference = [sys.executable, Path(__file__).parent / "plain_reference.py", model, "steps.json"]
+    reference = [sys.executable, Path(__file__).parent / "plain_reference.py", model, "steps.json", str(smoothing)]
     expected = json.loads(subprocess.run(reference, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     assert losses() == pytest.approx(expected, abs=2e-4)  # what the log rounds to, and little more
 
@@ -106,6 +110,28 @@ def test_gradients_do_not_depend_on_how_a_global_batch_is_cut(sft, monkeypatch):
         assert losses(f"out{batch_size}")[0] == pytest.approx(norms[batch_size], abs=1e-4)
     assert norms[4] == pytest.approx(norms[8], abs=1e-5)
     assert norms[2] == pytest.approx(norms[8], abs=1e-5)
+
+
+def test_a_model_whose_forward_takes_no_count_has_the_same_loss_however_a_step_is_cut(sft, questions, monkeypatch):
+    """transformers asks `accepts_loss_kwargs`; such a model's loss is the mean of each batch."""
+    monkeypatch.setattr("transformers.PreTrainedModel.accepts_loss_kwargs", False, raising=False)
+    alike = write_rows("alike.jsonl", [json.loads(questions.read_text().splitlines()[0])] * 40)
+    flags = ["--do_train", *FLAGS, "--lora_dropout", "0", "--packing", "False", "--dataset_name", alike]
+
+    sft(*flags, "--per_device_train_batch_size", "4")
+    sft(*flags, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4", output="cut")
+
+    assert losses("cut") == pytest.approx(losses(), abs=2e-4)
+
+
+def test_full_training_in_bfloat16_keeps_changes_that_bfloat16_rounds_away(sft, model):
+    sft("--do_train", "--bf16", "--use_peft", "False", *FLAGS, "--max_steps", "1", "--learning_rate", "1e-6")
+
+    before, after = load_file(model / "model.safetensors"), load_file("out/model.safetensors")
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (before[name] != after[name]).float().mean() > 0.9
+    assert (before[name].bfloat16() != after[name].bfloat16()).float().mean() < 0.1
 
 
 def test_resuming_repeats_the_run_that_was_not_interrupted(sft):
@@ -182,6 +208,19 @@ def test_show_examples_prints_what_is_learnt_between_marks_and_what_was_cut(run,
     assert "\033[7;32m<|end|>\033[0m\033[32m◂" in shown
     assert "(cut: lost its end, and the token that ends it)" in shown
     assert not Path("trainer_output").exists()
+
+
+def test_flags_that_change_the_samples_are_never_answered_from_the_cache(run, model, questions):
+    arguments = ["--model_name_or_path", model, "--dataset_name", questions, "--do_train", "--show_examples", "200"]
+    Path("other.jinja").write_text("{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}")
+    flags = ["", "--chat_template plain", "--chat_template other.jinja", "--max_seq_length 40", "--train_on_prompt"]
+    flags += ["--max_seq_length 40 --truncation keep_end", "--max_seq_length 40 --truncation drop"]
+
+    shown = [run("sft.py", *arguments, *each.split()).out for each in flags]
+
+    assert len(set(shown)) == len(flags)
+    assert "Assistant:" in shown[1]
+    assert "<assistant>" in shown[2]
 
 
 def test_show_examples_of_pairs_names_both_answers_and_writes_a_page(run, model, questions):

@@ -39,6 +39,15 @@ def divides_only_when_pipelining():
     return inside and divisions == inside
 
 
+def knows_causal_models_by_names_that_optimum_habana_changes():
+    from optimum.habana.transformers.models import GaudiLlamaForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    loss = ast.unparse(find("transformers.trainer", "Trainer.compute_loss"))
+    asks = "model_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()" in loss
+    return asks and GaudiLlamaForCausalLM.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
 def wraps_training_graphs_for_steps_of_one_batch():
     return "ModuleCacher()(model=model, inplace=True)" in ast.unparse(find(TRAINER, "GaudiTrainer._wrap_model"))
 
@@ -156,6 +165,7 @@ def takes_cudas_autocast_for_all():
 
 FAULTS = {
     "RightScaleMixin": [divides_only_when_pipelining],
+    "smoothed_loss": [knows_causal_models_by_names_that_optimum_habana_changes],
     "GraphedAccumulationMixin": [wraps_training_graphs_for_steps_of_one_batch],
     "WholeStepsMixin": [counts_a_resumed_epoch_from_its_start, concatenates_labels_of_a_step],
     "StepsInPartsMixin": [steps_one_part_with_the_others_empty],

@@ -28,7 +28,13 @@ from align.errors import InputError
 from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs, shift
 from align.training.reliable import ReliableMixin
-from align.upstream_fixes import GraphedAccumulationMixin, RightScaleMixin, StepsInPartsMixin, WholeStepsMixin
+from align.upstream_fixes import (
+    GraphedAccumulationMixin,
+    RightScaleMixin,
+    StepsInPartsMixin,
+    WholeStepsMixin,
+    smoothed_loss,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +126,10 @@ class SupervisedTrainer(
             data_collator=next(filter(None, (train, validation))).collator,
             **kwargs,
         )
+        self.compute_loss_func = self._smoothed_loss if args.label_smoothing_factor else None
         look_up_as_stored(self.model)
         with self.compute_loss_context_manager():
-            self.head = None if self.label_smoother else find_head(self.model, args.device, records_graphs(args))
+            self.head = None if self.compute_loss_func else find_head(self.model, args.device, records_graphs(args))
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
@@ -188,6 +195,10 @@ class SupervisedTrainer(
             return super().compute_loss(model, inputs, *args, **kwargs)
         with self.head.scoring(shift(inputs["labels"])):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _smoothed_loss(self, outputs, labels, num_items_in_batch=None):
+        share = self.args.label_smoothing_factor if self.model.training else 0.0  # evaluations measure what is true
+        return smoothed_loss(outputs["logits"], labels, num_items_in_batch, share)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -1,13 +1,16 @@
 """Where data sets come from and what becomes of their rows. Run: pytest tests/test_data.py"""
 
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import datasets
 import pytest
 from conftest import write_rows
 from tiny import make_tokenizer
 
+from align.data import preparing
 from align.data.loading import DataArguments, load_splits
 from align.data.preparing import get_columns, prepare
 from align.data.tokenization import SampleTokenizer, tokenize_samples
@@ -75,6 +78,22 @@ def test_a_stream_cuts_its_first_rows_off_for_validation(tmp_path):
     assert len(list(splits.train)) == 36
 
 
+def test_a_stream_is_shuffled_within_its_buffer_by_the_seed(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    in_order = [row["text"] for row in ROWS]
+
+    arguments = {
+        buffer: DataArguments(dataset_name=str(file), streaming=True, shuffle_buffer=buffer) for buffer in (1, 20)
+    }
+    orders = {
+        (buffer, seed): texts(load_splits(arguments[buffer], True, False, True, seed, "data/finetune").train)
+        for buffer, seed in ((1, 0), (20, 0), (20, 1), (20, 0))
+    }
+
+    assert orders[1, 0] == in_order != orders[20, 0] != orders[20, 1]
+    assert sorted(orders[20, 0]) == sorted(in_order)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_stream_of_which_validation_takes_every_row_names_the_flag_that_cuts_it_off(suffix, tmp_path):
     file, rows = tmp_path / f"rows.{suffix}", datasets.Dataset.from_list(ROWS)
@@ -91,9 +110,12 @@ def test_rows_that_were_prepared_before_come_from_the_cache_until_anything_chang
     first = prepare_text(file).rows.cache_files[0]["filename"]
     assert prepare_text(file).rows.cache_files[0]["filename"] == first
     assert prepare_text(file, max_length=5).rows.cache_files[0]["filename"] != first
-    with monkeypatch.context() as patch:
-        patch.setattr("align.data.preparing._identify_code", lambda: "another")
-        assert prepare_text(file).rows.cache_files[0]["filename"] != first
+    for name in ("preparing", "files", "formats", "chats", "tokenization"):
+        changed = Path(shutil.copytree(Path(preparing.__file__).parent, tmp_path / name))
+        (changed / f"{name}.py").write_text("# other code")
+        with monkeypatch.context() as patch:
+            patch.setattr(preparing, "__file__", str(changed / "preparing.py"))
+            assert prepare_text(file).rows.cache_files[0]["filename"] != first, name
     write_rows(file, [*ROWS[:-1], {"text": "changed"}])
     assert prepare_text(file).rows.cache_files[0]["filename"] != first
 

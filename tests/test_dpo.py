@@ -87,6 +87,7 @@ BAD = {
         ["--label_smoothing", 0.1, "--loss_type", "ipo"],
         "--label_smoothing has no effect on --loss_type ipo",
     ),
+    "smoothing of tokens": (["--label_smoothing_factor", 0.1], "--label_smoothing_factor has no effect on preferences"),
     "smoothing range": (["--label_smoothing", 0.5], "--label_smoothing: got 0.5"),
     "synchronised": (
         ["--sync_ref_model", True, "--precompute_ref_log_probs"],
@@ -201,6 +202,18 @@ def test_full_models_are_tuned_against_what_they_were(dpo, flags):
     assert losses[1] < 0.693
 
 
+def test_the_models_dropout_is_off_while_preferences_are_learnt_unless_it_is_asked_for(dpo, tmp_path):
+    """With dropout policy and reference are never the same, so the first loss is not ln 2."""
+    drops = save_model(tmp_path / "drops", "gpt2", "gpt2", resid_pdrop=0.5)
+    flags = ["--max_steps", 1, "--eval_strategy", "no"]
+
+    dpo(*flags, model=drops)
+    dpo(*flags, "--disable_dropout", False, model=drops, output="dropped")
+
+    assert logged()[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(logged("dropped")[0]["loss"] - math.log(2)) > 1e-3
+
+
 def test_a_resumed_full_training_stores_what_the_model_was_before_it(dpo):
     flags = ["--use_peft", False, "--precompute_ref_log_probs", "--save_steps", 2, "--learning_rate", "1e-4"]
     dpo(*flags, "--ref_log_probs_dir", "stored")
@@ -282,3 +295,4 @@ def test_two_ranks_under_zero_3_equal_one_process(dpo, model, questions):
     for name, weights in one.items():
         torch.testing.assert_close(two[name], weights, atol=1e-6, rtol=1e-4)
     assert results("two")["eval_loss"] == pytest.approx(results("one")["eval_loss"], abs=1e-5)
+    assert [step["loss"] for step in logged("two")] == pytest.approx([step["loss"] for step in logged("one")], abs=1e-4)

@@ -1,5 +1,6 @@
 """gaudi_spawn.py on one host, with the real engines. Run: pytest tests/test_gaudi_spawn.py"""
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launches import ENGINES, SAVES, Launch
@@ -231,6 +233,26 @@ def test_wrong_input_that_every_rank_finds_is_told_once(tmp_path):
         code, _, errors = launch.wait()
     assert code == 2
     assert errors.count("script.py: error: --flag x: give y") == 1
+
+
+def test_who_does_not_know_the_runs_key_cannot_end_it(tmp_path):
+    with Launch(
+        tmp_path, ["--world_size", 2, "--use_mpi"], 'note("up")\nwhile not Path("go").exists(): time.sleep(0.05)'
+    ) as launch:
+        launch.wait_for("up", 2)
+        environment = b"\0".join(Path(f"/proc/{pid}/environ").read_bytes() for pid in launch.processes())
+        host, port, _ = re.search(rb"GAUDI_SPAWN=([^\0]+)", environment)[1].decode().split(":")
+        for hello in ({"key": "guessed", "rank": 0, "host": "x"}, {"rank": 0, "host": "x"}):
+            with socket.create_connection((host, int(port))) as connection:
+                lines = [hello, {"code": 1, "lines": ["made up"]}, {"signal": 15}]
+                connection.sendall("".join(json.dumps(line) + "\n" for line in lines).encode())
+                with contextlib.suppress(ConnectionError):
+                    assert connection.recv(1) == b""  # it hangs up
+        Path("go").touch()
+
+        code, _, errors = launch.wait()
+
+    assert (code, errors) == (0, "")
 
 
 def test_a_caught_traceback_is_shown_too(tmp_path):

@@ -137,7 +137,7 @@ def compute_step(trainer) -> tuple[float, dict[str, torch.Tensor]]:
 def assert_equal(trainer, expected):
     loss, gradients = compute_step(trainer)
     assert loss == pytest.approx(expected["loss"].item(), rel=1e-6, abs=1e-5)
-    metrics = trainer._average("train")
+    metrics = trainer.average("train")
     for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected"):
         assert metrics[name] == pytest.approx(expected[name].item(), rel=1e-5, abs=1e-5)
     for name, gradient in gradients.items():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from tiny import TOKENIZERS, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from align.data.formats import Sample
 from align.data.tokenization import (
@@ -112,6 +113,33 @@ def test_pairs_are_cut_to_their_limits_in_tokens_and_the_same_twice_is_dropped()
     assert len(columns["prompt_input_ids"][0]) == 10
     assert max(len(ids) for ids in columns["chosen_input_ids"]) == 6
     assert reasons == ["chosen and rejected are the same after truncation", None, "chosen and rejected are the same"]
+
+
+def test_a_prompt_that_is_cut_keeps_its_bos_and_the_end_that_was_asked_for():
+    samples = SampleTokenizer(make_tokenizer())
+    whole = encode_prompt(samples.tokenizer, "Hello there how are you")
+    pair = Sample("Hello there how are you", (" fine", " four"))
+
+    cut = {way: tokenize_pairs([pair], samples, 4, 50, way) for way in ("keep_start", "keep_end", "drop")}
+
+    prompts = {way: list(columns["prompt_input_ids"][0]) for way, (columns, _, _) in cut.items()}
+    assert len(whole) > 5
+    assert whole[0] == samples.tokenizer.bos_token_id
+    assert prompts["keep_start"] == whole[:4]
+    assert prompts["keep_end"] == [whole[0], *whole[-3:]]
+    assert [cut[way][1] for way in cut] == [[None], [None], ["prompt longer than --max_prompt_length"]]
+    long = Sample("Hi", (" thank you" * 20, " no"))
+    assert tokenize_pairs([long], samples, 10, 16, "drop")[1] == ["pair longer than --max_length"]
+
+
+def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt():
+    tokenizer = make_tokenizer("llama-2")
+    asked = encode_prompt(tokenizer, "Hello there")
+    bos, eos = ((token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[bos, eos])
+
+    assert tokenizer("Hello there").input_ids == [*asked, eos[1]]
+    assert encode_prompt(tokenizer, "Hello there") == asked
 
 
 def test_chatml_without_its_tokens_names_the_template_that_needs_none():

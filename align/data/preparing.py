@@ -7,7 +7,6 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +238,6 @@ def prepare(
     return _sum_up(tokenized, rows, args)
 
 
-@cache
 def _identify_code() -> str:
     """Of what turns files into tokens: rows that other code prepared are not taken from the cache."""
     files = (

@@ -321,7 +321,7 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
         self.totals.setdefault(kind, dict.fromkeys(totals, 0))
         self.totals[kind] = {name: self.totals[kind][name] + total.detach() for name, total in totals.items()}
 
-    def _average(self, kind: str) -> dict[str, float]:
+    def average(self, kind: str) -> dict[str, float]:
         """Means over all pairs that any rank has computed since the last call."""
         totals = self.totals.pop(kind)
         sums = self.accelerator.reduce(torch.stack([total.float() for total in totals.values()]), "sum").tolist()
@@ -346,13 +346,13 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._average("eval")
+        means = self.average("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**self._average("train"), **logs}
+            logs = {**self.average("train"), **logs}
         super().log(logs, start_time)
 
     def last_logged(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ from align import __version__
 from align.cli import Parser, read_boolean, run_script
 from align.errors import DISK_FULL, InputError
 from align.merge.checkpoints import (
+    TORCH_NAMES,
     NotStreamableError,
     find_folder,
     open_checkpoint,
@@ -43,7 +44,7 @@ from align.models.guard import check_adapter, check_folder, check_layers, check_
 
 logger = logging.getLogger("merge_peft_adapter")
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours and safetensors' names
+DTYPES = {TORCH_NAMES[name]: name for name in ("F32", "F16", "BF16")}
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
     *("chat_template*", "spiece.model", "sentencepiece*.model", "tokenization_*.py", "tekken.json"),

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from align.errors import InputError
-from align.merge.checkpoints import ITEM_SIZES, StoredTensor
+from align.merge.checkpoints import FLOATS, ITEM_SIZES, TORCH_NAMES, StoredTensor
 from align.merge.plan import LoraUpdate, MergedTensor
 
 CHUNK_ELEMENTS = 1 << 20  # in float32 a chunk stays in a core's cache
 CHUNK_ROWS = 64  # for slices narrower than about twelve MKL adds in another order, and the last bit differs
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {name: getattr(torch, TORCH_NAMES[name]) for name in FLOATS}
 
 
 class _Buffers(threading.local):

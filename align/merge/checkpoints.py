@@ -18,12 +18,14 @@ from typing import Any
 
 from align.errors import InputError
 
-ITEM_SIZES = {  # bytes of one element, by safetensors' names
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+DTYPES = {  # safetensors' name: torch's, and the bytes of one element
+    **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)},
+    **{"I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "BOOL": ("bool", 1)},
+    **{"U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1)},
+    **{"F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1)},
 }
+TORCH_NAMES = {name: torch_name for name, (torch_name, _) in DTYPES.items()}
+ITEM_SIZES = {name: size for name, (_, size) in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 RENAME_EXCHANGE, AT_FDCWD = 2, -100  # linux/fs.h, fcntl.h
 
@@ -156,11 +158,7 @@ def _read_torch_file(path: Path) -> list[StoredTensor]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode  # torch's documented way to read offsets only
 
-    dtypes = {
-        **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-        **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
-        torch.bool: "BOOL",
-    }
+    dtypes = {getattr(torch, dtype): name for name, dtype in TORCH_NAMES.items()}
     try:
         with FakeTensorMode():
             state = torch.load(path, weights_only=True)

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import InputError
-from align.merge.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, NotStreamableError, StoredTensor, read_tensors
+from align.merge.checkpoints import (
+    FLOATS,
+    ITEM_SIZES,
+    TORCH_NAMES,
+    Checkpoint,
+    NotStreamableError,
+    StoredTensor,
+    read_tensors,
+)
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_PART = re.compile(
@@ -212,7 +220,7 @@ class _Planner:
         if self.dtype or "torch_dtype" in self.config:
             self.config.pop("dtype", None)  # transformers 5's name of it
         if self.dtype:
-            self.config["torch_dtype"] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.dtype]
+            self.config["torch_dtype"] = TORCH_NAMES[self.dtype]
         files = {file: [] for file in self.base.files}
         for name, tensor in self.tensors.items():
             files[self.file_of.get(name, list(files)[-1])].append(tensor)

@@ -75,7 +75,7 @@ MISTAKES = {
     "a buffer that names no device": (
         DPO,
         ("preference", "sum_by_slot"),
-        ("values.new_zeros(2 * pairs + 1)", "torch.zeros(2 * pairs + 1)"),
+        ("values.new_zeros(", "torch.zeros("),
         "planted.py:5",
     ),
     "targets left on the host": (

@@ -20,6 +20,13 @@ IGNORED = -100  # the label that cross entropy leaves out
 NONE = -1  # the index of no row, to fill up a batch
 
 
+def take(values: np.ndarray, indices: np.ndarray, nothing: int) -> np.ndarray:
+    """`values[indices]`, and `nothing` where an index is `NONE`."""
+    taken = values[np.maximum(indices, 0)]
+    taken[indices == NONE] = nothing
+    return taken
+
+
 @dataclass(frozen=True)
 class Rows:
     """Which samples share a row: row r holds `members[starts[r] : starts[r + 1]]`. Flat, as there may be millions."""
@@ -92,6 +99,14 @@ def best_fit_decreasing(lengths: np.ndarray, row_length: int, seed: int = 0) -> 
 
 def _join(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
     """One row from samples that stand end to end: positions restart and segments count up from 1 with each sample.
+
+    Samples a1 a2 a3 and b1 b2, and what each token sees once the collator has padded the row:
+
+        input_ids     a1  a2  a3  b1  b2   .  .         a1  x
+        labels         -  a2  a3   -  b2   -  -         a2  x  x
+        position_ids   0   1   2   0   1   0  0         a3  x  x  x
+        segment_ids    1   1   1   2   2   0  0         b1           x
+                                                        b2           x  x
 
     Each first label is ignored: no token of the sample predicts it (and the trainer counts it as if one did).
     """

@@ -2,8 +2,20 @@
 
 A row is filled from both ends: all but the last token of each prompt from the left, the answers from the right. Each
 answer is headed by the prompt's last token, so that every token that is predicted stands in the row's last columns and
-only those go through the head. A pair of a prompt of p tokens and answers of c and r takes p - 1 + c + r columns, where
-two rows of their own take 2p + c + r. Everything here is numpy: see align/data/packing.py.
+only those go through the head. A row of two pairs, p1 p2 p3 with the answers c1 c2 (chosen) and r1 (rejected), and
+q1 q2 with d1 and s1 s2:
+
+                                  | scored: go through the head
+    input_ids      p1 p2 q1  .  . | q2 s1  q2  p3  p3 c1
+    predicted                     | s1 s2  d1  r1  c1 c2       targets
+    answer                        |  3  3   2   1   0  0       slots: 2 * pair, + 1 for the rejected one
+    position_ids    0  1  0  0  0 |  1  2   1   2   2  3
+    segment_ids     1  1  2  0  0 |  2  2   2   1   1  1       the pair
+    branch_ids      0  0  0  0  0 |  2  2   1   2   1  1       0 prompt, 1 chosen, 2 rejected
+
+A token sees what stands in front of it in its pair's prompt and in its own answer: c1 sees p1 p2 p3. A pair of a prompt
+of p tokens and answers of c and r takes p - 1 + c + r columns, where two rows of their own take 2p + c + r. Everything
+here is numpy: see align/data/packing.py.
 """
 
 import hashlib
@@ -20,7 +32,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
-from align.data.packing import IGNORED, NONE, GroupedSampler, choose_buckets
+from align.data.packing import IGNORED, NONE, GroupedSampler, choose_buckets, take
 from align.errors import InputError
 from align.training.reference import Stored
 
@@ -142,8 +154,8 @@ def take_row(
 ) -> dict[str, torch.Tensor]:
     """The row `[T]` with the longest pair of the first split, as the collator gives it; of padded ones, the shorter."""
     name, rows = next(iter(layout.rows.items()))
-    sizes = np.append(lengths[name].sum(axis=1), 0)  # of NONE
-    members = rows.members[sizes[rows.members].max(axis=1).argmax()].tolist()
+    sizes = take(lengths[name].sum(axis=1), rows.members, nothing=0)
+    members = rows.members[sizes.max(axis=1).argmax()].tolist()
     batch = PairCollator(layout, pad_token_id)(PairDataset(pairs[name], rows).__getitems__(members))
     ids = {name: batch[name] for name in ROW_IDS if name in batch}
     row = 0 if layout.shared else int(ids["attention_mask"].sum(dim=1).argmin())
@@ -172,10 +184,9 @@ def _balance(lengths: np.ndarray, number: int, weight: float, seed: int) -> np.n
     order = np.random.default_rng(seed).permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]
     order = np.append(order, np.full(-len(order) % number, NONE)).reshape(number, -1)
-    sizes = np.append(sizes, 0)  # of NONE
     members = order[:1]
     for longest_first in order[1:]:
-        shortest_first = np.argsort(sizes[members].sum(axis=0), kind="stable")
+        shortest_first = np.argsort(take(sizes, members, nothing=0).sum(axis=0), kind="stable")
         taken = np.empty_like(longest_first)
         taken[shortest_first] = longest_first
         members = np.append(members, taken[None], axis=0)
@@ -186,7 +197,7 @@ def _sizes(lengths: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Columns and scored columns of each row, `[rows, 2]`."""
     scored = lengths[:, 1:].sum(axis=1)
     sizes = np.stack([lengths[:, 0] - 1 + scored, scored], axis=1)
-    return np.append(sizes, [[0, 0]], axis=0)[members].sum(axis=1)
+    return take(sizes, members, nothing=0).sum(axis=1)
 
 
 def _choose_shapes(sizes: np.ndarray, num_shapes: int, multiple_of: int = 8) -> list[Shape]:
@@ -240,18 +251,22 @@ class PairSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, rows: Rows, rows_per_batch: int, seed: int = 0, shuffle: bool = True):
-        empty = np.full_like(rows.members[:1], NONE)
-        self.members = np.append(rows.members, empty, axis=0)  # so that row NONE, the last, holds no pair
+        self.members = rows.members
         self.order = GroupedSampler(rows.groups, rows_per_batch, seed, shuffle)
 
     def __len__(self) -> int:
         return len(self.order) * self.members.shape[1]
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.members[list(self.order)].ravel().tolist()
+        yield from take(self.members, np.array(list(self.order)), nothing=NONE).ravel().tolist()
 
     def set_epoch(self, epoch: int) -> None:
         self.order.set_epoch(epoch)
+
+
+def no_slot(pairs: int) -> int:
+    """Where a batch of so many pairs adds up what belongs to no answer: behind the slots of their two each."""
+    return 2 * pairs
 
 
 @dataclass(frozen=True)
@@ -259,8 +274,8 @@ class PairCollator:
     """Pairs, `pairs_per_row` to a row, to one batch of the smallest shape that holds them.
 
     Beside what the model takes: `targets` and `slots` of the scored columns (the token to predict, and 2 * pair, + 1
-    for the rejected answer; 2 * pairs where nothing is scored), and by pair `answer_lengths` (0 where there is none),
-    `indices` and, where stored, `reference`.
+    for the rejected answer; `no_slot` where nothing is scored), and by pair `answer_lengths` (0 where there is none),
+    `indices` (`NONE` where there is no pair) and, where stored, `reference`.
     """
 
     layout: Layout
@@ -275,7 +290,7 @@ class PairCollator:
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def _fill_shared(self, pairs: list[dict]) -> dict[str, np.ndarray]:
-        """`segment_ids` number the pairs of a row from 1; `branch_ids` are 0 for a prompt, 1 chosen, 2 rejected."""
+        """Rows as the picture at the top of this file shows them."""
         number = self.layout.pairs_per_row
         rows = [pairs[start : start + number] for start in range(0, len(pairs), number)]
         shape = self._choose_shape(max(sum(map(_columns, row)) for row in rows))
@@ -324,7 +339,7 @@ class PairCollator:
         return {
             "input_ids": np.full((rows, shape.columns), self.pad_token_id),
             "targets": np.zeros((rows, shape.scored), np.int64),
-            "slots": np.full((rows, shape.scored), 2 * pairs),
+            "slots": np.full((rows, shape.scored), no_slot(pairs)),
         }
 
     @staticmethod

@@ -21,7 +21,7 @@ from align.data.packing import NONE
 from align.errors import InputError
 from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs
-from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler
+from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler, no_slot
 from align.training.reference import Stored, store
 from align.training.reliable import ReliableMixin
 from align.upstream_fixes import GraphedAccumulationMixin, StepsInPartsMixin, WholeStepsMixin
@@ -114,9 +114,9 @@ class ScoreTokens(torch.autograd.Function):
 
 
 def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.Tensor:
-    """Adds up the values `[rows, columns]` of each answer, `[pairs, 2]`; slot 2 * pairs collects what has none."""
-    sums = values.new_zeros(2 * pairs + 1)
-    return sums.index_add(0, slots.flatten(), values.flatten())[:-1].view(pairs, 2)
+    """Adds up the values `[rows, columns]` of each answer, `[pairs, 2]`; what has `no_slot` is left out."""
+    sums = values.new_zeros(no_slot(pairs) + 1)
+    return sums.index_add(0, slots.flatten(), values.flatten())[: no_slot(pairs)].view(pairs, 2)
 
 
 class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumulationMixin, GaudiDPOTrainer):
@@ -400,15 +400,16 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
     def _compute_reference(self, pairs: PairDataset) -> np.ndarray:
         """The reference's log-probs of all answers, `[pairs, 2]`; the ranks share the work and each gets the result."""
         loader = self._get_dataloader(pairs, "Reference", self.args.eval_batch_size, self._get_eval_sampler)
-        scores = torch.zeros(len(pairs) + 1, 2)  # the last one is where NONE points to
+        scores = torch.zeros(len(pairs), 2)
         was_training = self.model.training
         self.model.eval()
         for batch in tqdm(loader, desc="Reference log-probs", disable=not self.is_world_process_zero()):
-            inputs = self._prepare_inputs(batch)
+            inputs, indices = self._prepare_inputs(batch), batch["indices"].cpu()
             with self.compute_loss_context_manager():
-                scores[inputs["indices"].cpu()] = self._score_reference(inputs).float().cpu()
+                scored = self._score_reference(inputs).float().cpu()
+            scores[indices[indices != NONE]] = scored[indices != NONE]
         self.model.train(was_training)
-        return self.accelerator.reduce(scores[:-1].to(self.args.device), "sum").cpu().numpy()
+        return self.accelerator.reduce(scores.to(self.args.device), "sum").cpu().numpy()
 
     @torch.no_grad()
     def show_answers(self, when: str, number: int) -> None:

@@ -85,11 +85,11 @@ class PreferenceArguments:
     )
     share_prompts: bool = field(
         default=True,
-        metadata={"help": "Compute the prompt of a pair once, for several pairs to a row; False pads each answer."},
+        metadata={"help": "Compute the prompt of a pair once; False pads each answer."},
     )
-    num_buckets: int = field(default=8, metadata={"help": "The most lengths of rows; fewer are used where they do."})
+    num_buckets: int = field(default=8, metadata={"help": "Most lengths of rows."})
     skip_probe: bool = field(
-        default=False, metadata={"help": "Do not check the loaded model for causality and packing before training."}
+        default=False, metadata={"help": "Do not try the loaded model for causality and packing first."}
     )
     sample_prompts: int = field(
         default=0, metadata={"help": "Show answers to this many held-out prompts, before and after training."}
@@ -207,7 +207,7 @@ def main() -> None:
     trains_adapter, resumes = peft_config is not None, checkpoint is not None
     if preference.needs_copy(args, trains_adapter, preference_args.ref_model, stored, resumes):
         # In the same precision as the model, so that both say the same before the first step
-        ref_model = modeling.load_model(ref_args, args, ref_config, frozen=trains_adapter, longest=args.max_length)
+        ref_model = modeling.load_model(ref_args, args, ref_config, trains_adapter, args.max_length, "--ref_model")
 
     # Rows: shared by the answers to a prompt where the loaded models keep them apart
     lengths = {name: pairs.measure(split) for name, split in rows.items()}

@@ -37,14 +37,10 @@ class BatchArguments:
 
     _argument_group_name = "Batches"
 
-    num_buckets: int = field(
-        default=8, metadata={"help": "Without packing: the number of lengths that samples are padded to."}
-    )
-    train_on_prompt: bool = field(
-        default=False, metadata={"help": "Learn the prompts as well, not only what the model shall say."}
-    )
+    num_buckets: int = field(default=8, metadata={"help": "Without packing: lengths that samples are padded to."})
+    train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompts as well, not the answers alone."})
     skip_probe: bool = field(
-        default=False, metadata={"help": "Do not check the loaded model for causality and packing before training."}
+        default=False, metadata={"help": "Do not try the loaded model for causality and packing first."}
     )
 
 

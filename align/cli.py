@@ -49,7 +49,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         choices = [str(choice) for choice in action.choices or ()]
         if 0 < len(choices) <= 8:
             text += f" One of {', '.join(choices)}."
-        if default in (None, "", argparse.SUPPRESS) or "default" in text or default == [] or action.nargs == 0:
+        says_nothing = default in (None, "", argparse.SUPPRESS) or default is False or default == []
+        if says_nothing or "default" in text or action.nargs == 0:
             return text
         return f"{text} (default: {getattr(default, 'value', default)})"
 
@@ -95,6 +96,7 @@ class ParserMixin(_Parser):
     def _find_sections(self) -> dict[str, list[argparse.Action]]:
         """Actions by the title of their group; of a library's flags those that are described by `groups`, or all."""
         names = {name: title for title, flags in self.groups.items() for name in flags}
+        rare = self.groups.get(REST, {})
         sections: dict[str, list[argparse.Action]] = {}
         about = next(group for group in self._action_groups if group.title == "Help")
         for group in [each for each in self._action_groups if each is not about]:
@@ -102,13 +104,15 @@ class ParserMixin(_Parser):
                 is_ours = not self.groups or group.title not in ("options", "optional arguments")
                 if not action.option_strings:
                     continue  # the usage shows it
-                title = (group.title or "Flags") if is_ours else names.get(action.dest, REST)
+                title = (
+                    (group.title or "Flags") if is_ours and action.dest not in rare else names.get(action.dest, REST)
+                )
                 if action.dest in names and not is_ours:
                     action.help = self.groups[title][action.dest]
                 if action.option_strings[:1] == [f"--no_{action.dest}"] or (title == REST and not self.shows_all):
                     continue
                 sections.setdefault("Flags" if title == "options" else title, []).append(action)
-        order = [title for title in ("Model", "LoRA", "Data", *self.groups) if title in sections]
+        order = [title for title in ("Model", "LoRA", "Data", *self.groups) if title in sections and title != REST]
         order += [title for title in sections if title not in order and title != REST]
         rest = {REST: sections[REST]} if REST in sections else {}
         return {**{title: sections[title] for title in order}, **rest, "Help": about._group_actions}

@@ -64,6 +64,7 @@ def test_the_conventional_folders_of_a_data_set_are_found(tmp_path):
     splits = load(tmp_path / "set", folder="data/rl")
     assert (len(splits.train), len(splits.validation)) == (7, 28)
     assert len(load(tmp_path / "set", do_eval=False, subset="data/finetune").train) == 5
+    assert len(load(tmp_path / "set", eval_subset="data/finetune").validation) == 5
 
 
 def test_a_data_set_saved_to_disk_is_read(tmp_path):
@@ -191,7 +192,7 @@ def test_what_cannot_be_found_is_named_with_its_flag(name, arguments, message, t
 
 def test_a_name_on_the_hub_that_cannot_be_reached_says_so(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="--dataset_name: someone/something is neither a file, nor a folder"):
+    with pytest.raises(InputError, match="--dataset_name: someone/something is not a file or folder"):
         load("someone/something")
 
 

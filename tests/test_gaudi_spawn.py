@@ -444,6 +444,7 @@ def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
         ("--hostfile option script.py", "--hostfile option, line 1"),
         ("--hostfile empty script.py", "--hostfile empty names no host"),
         ("--hostfile good --world_size 3 script.py", "--world_size 3.*8 slots"),
+        ("--rehearse --rehearsal_dir good script.py", "--rehearsal_dir good is a file; name a folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_starts_nothing(arguments, message, run, monkeypatch, tmp_path):

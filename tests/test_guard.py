@@ -1,5 +1,6 @@
 """Model folders from strangers and from damaged disks: `pytest tests/test_guard.py`."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -193,7 +194,7 @@ def test_a_folder_that_leads_elsewhere_or_is_no_causal_language_model_is_refused
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(run, copy):
     (copy / "config.json").unlink()
     os.mkfifo(copy / "config.json")
-    fails(run, "config.json is no file", "sft.py", *command("sft.py", copy))
+    fails(run, "config.json is not a file", "sft.py", *command("sft.py", copy))
 
 
 def test_code_that_the_user_trusts_runs(run, copy, marker):
@@ -204,6 +205,19 @@ def test_code_that_the_user_trusts_runs(run, copy, marker):
 
     change(copy / "config.json", auto_map=EVIL)
     run("sft.py", *command("sft.py", copy, *flags))
+
+    assert marker.exists()
+
+
+def test_code_of_a_tokenizer_alone_may_be_trusted(run, copy, marker):
+    change(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.Evil"]})
+    shutil.copy("evil/code.py", copy)
+    ask = command("run_generation.py", copy)
+    fails(run, "tokenizer_config.json asks to run code", "run_generation.py", *ask)
+    assert not marker.exists()
+
+    with contextlib.suppress(TypeError):  # what that code makes is no tokenizer
+        run("run_generation.py", *ask, "--trust_remote_code_tokenizer")
 
     assert marker.exists()
 

@@ -100,7 +100,7 @@ def rename_adapter(old, new):
 
 
 BAD_INPUTS = {
-    "no adapter": (lambda: shutil.rmtree("adapter"), "--adapter_model_name: adapter is neither a folder nor"),
+    "no adapter": (lambda: shutil.rmtree("adapter"), "--adapter_model_name: adapter is not a folder, and"),
     "adapter is a model": (lambda: os.remove("adapter/adapter_config.json"), "adapter has no adapter_config.json"),
     "adapter without weights": (lambda: os.remove(ADAPTER_WEIGHTS), f"{ADAPTER_WEIGHTS} is missing"),
     "adapter names no base": (
@@ -109,7 +109,7 @@ BAD_INPUTS = {
     ),
     "adapter names a base that is not here": (
         lambda: change_json("adapter/adapter_config.json", base_model_name_or_path="../elsewhere/base"),
-        "--base_model_name: not given; that of adapter/adapter_config.json: ../elsewhere/base is neither a folder nor",
+        "--base_model_name: not given; that of adapter/adapter_config.json: ../elsewhere/base is not a folder, and",
     ),
     "half a JSON": (lambda: Path("base/config.json").write_text('{"a'), "base/config.json is not valid JSON"),
     "record of merges is damaged": (
@@ -243,7 +243,7 @@ def test_command_line_ends_with_exit_code_2_and_one_line(inputs):
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("merge_peft_adapter.py: error: --adapter_model_name: nowhere is neither a folder")
+    assert done.stderr.startswith("merge_peft_adapter.py: error: --adapter_model_name: nowhere is not a folder")
     assert done.stderr.count("\n") == 1
 
 

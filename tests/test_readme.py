@@ -5,10 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from describe_flags import TRAINERS, read_help
 
 from align import cli
 
@@ -84,12 +84,8 @@ def test_each_file_that_the_readme_names_is_there():
 
 
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py", "gaudi_spawn.py"])
-def test_help_describes_every_flag(script, monkeypatch, capsys):
-    module = importlib.import_module(script.removesuffix(".py"))
-    monkeypatch.setattr(sys, "argv", [script, "--help_all" if script in ("sft.py", "dpo.py") else "--help"])
-    with pytest.raises(SystemExit) as ended:
-        module.main()
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert Path(script).stem.split("_")[0] in shown
-    assert "%(" not in shown
+def test_help_describes_every_flag(script):
+    groups = read_help(script, "--help_all" if script in TRAINERS else "--help")
+    flags = [flag for group in groups.values() for flag in group]
+    assert len(flags) > (200 if script in TRAINERS else 8)
+    assert [flag.name for flag in flags if not flag.text or "%(" in flag.text] == []

@@ -133,6 +133,8 @@ def test_settings_that_fit_are_found_by_rehearsing_them():
     code, report, ended = rehearse("--no_shrunken_run", "--card_memory", peak * 0.5, ROOT / "sft.py", *flags)
     assert (code, report["verdict"]) == (1, "no-go")
     assert any(each["fits"] and each["peak"] < peak * 0.5 for each in report["fits_with"]), ended.stderr
+    smaller = ["--no_shrunken_run", "--no_alternatives", "--card_memory", peak * 0.5]
+    assert "fits_with" not in rehearse(*smaller, ROOT / "sft.py", *flags)[1]
 
 
 def test_each_setting_is_rehearsed_in_a_folder_of_its_own(tmp_path, capsys):

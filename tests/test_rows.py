@@ -106,7 +106,7 @@ FINE_TUNING = {
         {"instruction": "do", "output": "c", "history": [["q", "r"]]},
         {"kind": "gpt2"},
         ["c<|endoftext|>"],
-        ["as text", "the answers in `history` are told, but not learnt: 1 of 1"],
+        ["as text", "the answers in `history` are shown, but not learnt: 1 of 1"],
     ),
     "tools and calls that the template shows": (
         WITH_TOOLS,

@@ -193,6 +193,10 @@ def test_every_source_of_prompts_gives_the_same_answers_in_order(generate, monke
     assert generate("--prompt_file", "prompts.txt", prompts=[], output="text") == answers
     assert generate("--prompt_file", "prompts.jsonl", *column, prompts=[], output="rows") == answers
     assert generate("--dataset_name", "prompts.jsonl", *column, prompts=[], output="data") == answers
+    Path("set").mkdir()
+    Path("prompts.jsonl").rename("set/test.jsonl")
+    split = ["--dataset_name", "set", "--dataset_split", "test"]
+    assert generate(*split, *column, prompts=[], output="split") == answers
     assert generate(prompts=[], output="stdin") == answers
 
 
@@ -312,12 +316,13 @@ BAD_INPUT = {
     "--prompt_file number.jsonl": "row 1: column 'prompt' is 3, not text",
     "--prompt_file good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
     "--dataset_name good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
+    "--dataset_name good.jsonl --dataset_split big": "--dataset_split: 'big' is not in good.jsonl; found train",
     "--dataset_name none.jsonl": "--dataset_name: no such file or folder: none.jsonl",
     "--prompt_file long.txt": "prompt 1: 601 tokens, .* leaves room for 412; shorten",
     "--prompt Hi --stop_tokens <|eot|>": "--stop_tokens: '<.eot.>' is not one token",
     "--prompt Hi --output_dir empty.txt": "--output_dir: empty.txt cannot be made",
     "--prompt Hi --output_dir taken": "--output_dir: taken holds another run",
-    "--prompt Hi --peft_model nowhere/none": "--peft_model: nowhere/none is neither a folder nor",
+    "--prompt Hi --peft_model nowhere/none": "--peft_model: nowhere/none is not a folder, and",
     "--prompt Hi --tokenizer_name_or_path taken": "--tokenizer_name_or_path: no tokenizer at taken",
 }
 
@@ -345,7 +350,7 @@ def test_models_and_adapters_that_are_not_whole_or_do_not_fit_are_told_before_ge
         with pytest.raises(InputError, match=message):
             run("run_generation.py", "--prompt", "Hi", "--model_name_or_path", model, *flags)
 
-    fails("neither a folder nor to be had from the hub", "stack-llama-2/none")
+    fails("is not a folder, and cannot be read from the hub", "stack-llama-2/none")
     shutil.copytree(models / "llama", "cut")
     os.truncate("cut/model.safetensors", 5000)
     fails("cut/model.safetensors is truncated", "cut")

@@ -134,6 +134,29 @@ def test_full_training_in_bfloat16_keeps_changes_that_bfloat16_rounds_away(sft, 
     assert (before[name].bfloat16() != after[name].bfloat16()).float().mean() < 0.1
 
 
+def test_scale_clip_and_type_are_those_that_the_flags_name(sft):
+    sgd = [
+        "--do_train",
+        *FLAGS,
+        "--max_steps",
+        "1",
+        "--optim",
+        "sgd",
+        "--learning_rate",
+        "1",
+        "--max_grad_norm",
+        "0.01",
+    ]
+    sft(*sgd, "--lora_alpha", "64")
+    sft(*sgd, "--use_peft", "False", "--torch_dtype", "bfloat16", output="full")
+
+    assert json.loads(Path("out/adapter_config.json").read_text())["lora_alpha"] == 64
+    adapter = load_file("out/adapter_model.safetensors")  # of which B was 0, and A has no gradient yet
+    moved = torch.cat([weight.flatten() for name, weight in adapter.items() if "lora_B" in name]).norm().item()
+    assert moved == pytest.approx(0.01, rel=1e-3)
+    assert {weight.dtype for weight in load_file("full/model.safetensors").values()} == {torch.bfloat16}
+
+
 def test_resuming_repeats_the_run_that_was_not_interrupted(sft):
     flags = ["--do_train", *FLAGS, "--max_steps", "6", "--save_steps", "2", "--lora_dropout", "0"]
     sft(*flags)
@@ -259,8 +282,8 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
         ("--do_trian", "unknown argument '--do_trian'; did you mean --do_train?"),
         ("--learning_rate fast", "--learning_rate: got 'fast'; give a number, more than 0"),
         ("--output_dir out", "nothing to do: give --do_train, --do_eval or both"),
-        ("--do_train --model_name_or_path nowhere", "--model_name_or_path: nowhere is neither a folder nor"),
-        ("--do_train --tokenizer_name_or_path nowhere", "--tokenizer_name_or_path: nowhere is neither a folder nor"),
+        ("--do_train --model_name_or_path nowhere", "--model_name_or_path: nowhere is not a folder, and"),
+        ("--do_train --tokenizer_name_or_path nowhere", "--tokenizer_name_or_path: nowhere is not a folder, and"),
         ("--do_train --deepspeed nowhere.json", "nowhere.json"),
         ("--do_train --lora_target_modules wte", "none of wte is a module .* its linear modules are down_proj"),
         ("--do_train --lora_target_modules (q", r"'\(q' is no regular expression"),

@@ -145,5 +145,5 @@ def test_an_end_that_the_tokenizer_adds_is_no_part_of_a_prompt():
 def test_chatml_without_its_tokens_names_the_template_that_needs_none():
     with pytest.raises(InputError, match="no <|im_end|>; use plain"):
         set_chat_template(make_tokenizer("llama-2"), "chatml")
-    with pytest.raises(InputError, match="'nowhere.jinja' is no file; name one, or choose from plain, chatml"):
+    with pytest.raises(InputError, match="'nowhere.jinja' is not a file; name one, or choose from plain, chatml"):
         set_chat_template(make_tokenizer("llama-2"), "nowhere.jinja")

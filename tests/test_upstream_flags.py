@@ -121,6 +121,7 @@ PUBLISHED = {
     "--temperature 0 --do_sample --prompt Hi": "",
     "--temperature 1.0 --top_p 1.0 --prompt Hi": "",
     "--attn_softmax_bf16 --prompt Hi": "--attn_softmax_bf16 has no effect in float32",
+    "--use_flash_attention --flash_attention_fast_softmax --prompt Hi": "",
     "--limit_hpu_graphs --prompt Hi": "--limit_hpu_graphs has no effect",
     "--max_input_tokens 3 --prompt Hello-you-and-me": "the end of 1 of 1 prompts is cut off",
     "--dataset_name rows.jsonl --dataset_max_samples 1": "",

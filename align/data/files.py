@@ -278,7 +278,7 @@ def seal(target: Path, files: Iterable[Path]) -> None:
 
 
 def is_sound(target: Path) -> bool:
-    """Whether the files of `target` are there as they were sealed; those that are not are told and removed."""
+    """Whether the files of `target` are there as they were sealed; others are named in the log and removed."""
     seal = target.with_suffix(".sums")
     try:
         sums = json.loads(seal.read_text(encoding="utf-8"))

@@ -434,7 +434,7 @@ def _read_instruction(context: str, *answers: str) -> Callable[[Row, bool], Samp
             return _chat(_text(row, "system", may_be_empty=True), _history(row), asked, said, row)
         parts = [_before(row)]
         parts += [f"### Instruction:\n{old}\n\n### Response:\n{answer}\n\n" for old, answer in _history(row)]
-        notes = ("the answers in `history` are told, but not learnt",) if len(parts) > 1 else ()
+        notes = ("the answers in `history` are shown, but not learnt",) if len(parts) > 1 else ()
         parts.append(f"### Instruction:\n{instruction}\n\n")
         if extra.strip():
             parts.append(f"### Input:\n{extra}\n\n")

@@ -25,8 +25,7 @@ class DataArguments:
     dataset_name: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Data set: a hub name, a folder, or a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz, "
-            ".zst, .bz2 or .xz behind; several are mixed."
+            "help": "Data set: a hub name, a folder or a file (.jsonl, .json, .csv, .tsv, .parquet, .gz …); or several."
         },
     )
     dataset_mix: list[float] | None = field(
@@ -36,8 +35,8 @@ class DataArguments:
     subset: str | None = field(
         default=None,
         metadata={
-            "help": "Folder inside the data set to train on (default: data/finetune for sft.py and data/rl for dpo.py, "
-            "where the data set has such a folder; `None` is the whole data set)."
+            "help": "Folder inside the data set to train on (default: data/finetune, dpo.py: data/rl, if there; "
+            "`None`: all)."
         },
     )
     eval_subset: str | None = field(
@@ -54,8 +53,8 @@ class DataArguments:
     text_as_chat: bool | None = field(
         default=None,
         metadata={
-            "help": "Put rows of text through the chat template as turns of a chat (default: where the tokenizer has a "
-            "template and the format is not `text`); False keeps the plain wording."
+            "help": "Put rows of text through the chat template (default: where there is one and rows are no plain "
+            "text)."
         },
     )
     only_true_labels: bool = field(
@@ -68,7 +67,7 @@ class DataArguments:
     shuffle_buffer: int = field(default=5000, metadata={"help": "Rows held to shuffle a stream."})
     size_valid_set: int = field(default=4000, metadata={"help": "Rows cut off a stream for validation."})
     validation_split_percentage: float = field(
-        default=5, metadata={"help": "Percentage of the rows cut off for validation where no split exists for it."}
+        default=5, metadata={"help": "Percentage of the rows cut off where no validation split exists."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many rows."})
@@ -87,7 +86,7 @@ class DataArguments:
     bad_rows: str = field(
         default="error",
         metadata={
-            "help": "Rows that cannot be used: stop with the reason, or skip them.",
+            "help": "Rows that cannot be used: stop, or skip them.",
             "choices": ["error", "skip"],
         },
     )
@@ -134,13 +133,20 @@ class Splits:
 
 
 def load_splits(
-    args: DataArguments, do_train: bool, do_eval: bool, streams: bool, seed: int, folder: str, token: str | None = None
+    args: DataArguments,
+    do_train: bool,
+    do_eval: bool,
+    streams: bool,
+    seed: int,
+    folder: str,
+    token: str | None = None,
+    split_flag: str = "--split",
 ) -> Splits:
     """Reads what the run asks for, from one data set.
 
     `folder` is the script's conventional folder inside a data set, used where it exists; `streams` says whether a
     stream can end the run (--max_steps is given). A validation split that exists is used, else one is cut off, the
-    same one for the same seed.
+    same one for the same seed. `split_flag` is blamed for a split that is not there.
     """
     if args.dataset_name is None:
         raise InputError("--dataset_name: missing; give a hub name, a folder or a file")
@@ -149,7 +155,7 @@ def load_splits(
     streaming = (streams and not local.exists()) if args.streaming is None else args.streaming
     rows = _load(args, args.subset, folder, streaming, token)
     if args.split not in rows:
-        raise InputError(f"--split: {args.split!r} is not in {args.dataset_name}; found {', '.join(rows)}")
+        raise InputError(f"{split_flag}: {args.split!r} is not in {args.dataset_name}; found {', '.join(rows)}")
     train = rows[args.split]
     validation = next((rows[name] for name in VALIDATION_SPLITS if name in rows and name != args.split), None)
     if do_eval and (args.eval_subset or validation is None):
@@ -214,7 +220,7 @@ def _load(
     except datasets.exceptions.DatasetGenerationError as error:
         raise InputError(f"--dataset_name: {name}: {_first_line(error.__cause__ or error)}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        kind = "cannot be read" if local.exists() else "is neither a file, nor a folder, nor to be had from the hub"
+        kind = "cannot be read" if local.exists() else "is not a file or folder, and cannot be read from the hub"
         raise InputError(f"--dataset_name: {name} {kind}: {_first_line(error)}") from error
 
 

@@ -251,4 +251,4 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     else:
         known = ", ".join(CHAT_TEMPLATES)
-        raise InputError(f"--chat_template: {chat_template!r} is no file; name one, or choose from {known}")
+        raise InputError(f"--chat_template: {chat_template!r} is not a file; name one, or choose from {known}")

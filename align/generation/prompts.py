@@ -141,7 +141,8 @@ def _read_prompt_column(arguments: PromptArguments) -> list[str]:
     most = arguments.dataset_max_samples if arguments.dataset_max_samples > 0 else None
     name: Any = arguments.dataset_name
     data = DataArguments(dataset_name=name, split=arguments.dataset_split, streaming=False, max_train_samples=most)
-    rows: Any = load_splits(data, do_train=True, do_eval=False, streams=False, seed=0, folder="").train
+    flags: Any = {"folder": "", "split_flag": "--dataset_split"}
+    rows: Any = load_splits(data, do_train=True, do_eval=False, streams=False, seed=0, **flags).train
     where = f"--dataset_name {arguments.dataset_name}"
     return [
         _prompt_of(get_columns(row, {}), arguments.column_name, f"{where}, row {n}") for n, row in enumerate(rows, 1)

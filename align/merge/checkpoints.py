@@ -76,13 +76,13 @@ def find_folder(name: str, flag: str, *patterns: str, token: str | None = None, 
         )
     except (OSError, ValueError) as error:  # what huggingface_hub raises for names, access, network and cache
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{flag}: {name} is neither a folder nor to be had from the hub ({reason})") from None
+        raise InputError(f"{flag}: {name} is not a folder, and cannot be read from the hub ({reason})") from None
 
 
 def read_json(path: Path) -> dict:
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
-            raise InputError(f"{path} is no file: copy or download it again")
+            raise InputError(f"{path} is not a file: copy or download it again")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None

@@ -45,11 +45,13 @@ PARTS_OF_A_DECODER = ("attn_config", "ffn_config")  # sub-configs that are no mo
 # ---------------------------------------------------------------- code
 
 
-def check_folder(folder: Path, flag: str, trust_remote_code: bool = False, trust_tokenizer: bool | None = None) -> None:
+def check_folder(
+    folder: Path, flag: str, trust_remote_code: bool | None = None, trust_tokenizer: bool | None = None
+) -> None:
     """Refuses settings that make transformers 4.55 run code, or read other files than the ones that are checked here.
 
-    `trust_remote_code` allows the code that comes with the model (`auto_map`), and no other; `trust_tokenizer`, where
-    it is given, decides for the tokenizer's.
+    `trust_remote_code` allows the code that comes with the model (`auto_map`), and no other; None where the script has
+    no such flag. `trust_tokenizer`, where it is given, decides for the tokenizer's.
     """
     for name in SETTINGS:
         path = folder / name
@@ -57,13 +59,13 @@ def check_folder(folder: Path, flag: str, trust_remote_code: bool = False, trust
             continue
         settings = read_json(path)
         is_tokenizer = name == "tokenizer_config.json" and trust_tokenizer is not None
-        _check_keys(path, settings, flag, bool(trust_tokenizer if is_tokenizer else trust_remote_code))
+        _check_keys(path, settings, flag, trust_tokenizer if is_tokenizer else trust_remote_code)
         if name == "config.json":
             _check_config(path, settings, flag)
     if (folder / "custom_generate" / "generate.py").exists() and not trust_remote_code:
         raise InputError(
-            f"{flag}: {folder} brings code of its own to generate with (custom_generate); remove it, or add "
-            "--trust_remote_code if you trust it"
+            f"{flag}: {folder} brings code of its own to generate with (custom_generate); remove it"
+            + _or_trust(trust_remote_code)
         )
     if (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         # AutoModelForCausalLM would load the base that the adapter names, wherever that is.
@@ -73,20 +75,22 @@ def check_folder(folder: Path, flag: str, trust_remote_code: bool = False, trust
         )
 
 
-def _check_keys(path: Path, settings: dict, flag: str, trust_remote_code: bool) -> None:
+def _or_trust(trust_remote_code: bool | None) -> str:
+    return "" if trust_remote_code is None else ", or add --trust_remote_code if you trust it"
+
+
+def _check_keys(path: Path, settings: dict, flag: str, trust_remote_code: bool | None) -> None:
     for place, key, value in _walk(settings):
         if not value:
             continue
         nested = f"{place}.{key}" if place else key
         if key == "auto_map" and not trust_remote_code:
             raise InputError(
-                f"{flag}: {path} asks to run code that comes with it ({nested}: {_first_text(value)}); add "
-                "--trust_remote_code if you trust it, or take that entry out to use the installed classes"
+                f"{flag}: {path} asks to run code that comes with it ({nested}: {_first_text(value)}); take that entry "
+                f"out to use the installed classes{_or_trust(trust_remote_code)}"
             )
         if key == "trust_remote_code" and not trust_remote_code:
-            raise InputError(
-                f"{flag}: {path} sets {nested} itself; take it out, or add --trust_remote_code if you trust its code"
-            )
+            raise InputError(f"{flag}: {path} sets {nested} itself; take it out{_or_trust(trust_remote_code)}")
         if key in ("_name_or_path", "name_or_path") and place:
             # LightGlue's configuration loads it, code and all (CVE-2026-5241).
             raise InputError(f"{flag}: {path} leads to another model ({nested}: {value}); take that entry out")
@@ -142,7 +146,7 @@ def check_adapter(folder: Path, flag: str) -> dict:
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
         # PEFT imports whatever module `megatron_core` names (peft 0.17.1, tuners/lora/tp_layer.py:324).
         raise InputError(f"{flag}: {path} is made for Megatron (megatron_config), which is not used here")
-    _check_keys(path, config, flag, trust_remote_code=False)
+    _check_keys(path, config, flag, trust_remote_code=None)
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise InputError(f"{flag}: {path} names no base (base_model_name_or_path: {base!r}); write its name there")

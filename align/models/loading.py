@@ -42,13 +42,13 @@ class ModelArguments:
     torch_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type of the loaded weights (default: bfloat16 under --bf16 where they stay frozen or DeepSpeed "
-            "keeps a float32 copy, else float32).",
+            "help": "Type of the loaded weights (default: bfloat16 where they stay frozen or DeepSpeed keeps a float32 "
+            "copy, else float32).",
             "choices": ["bfloat16", "float32"],
         },
     )
     use_flash_attention: bool = field(
-        default=False, metadata={"help": "Use the fused attention kernel of Gaudi where the model has it."}
+        default=False, metadata={"help": "Use Gaudi's fused attention where the model has it."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     token: str | None = field(default=None, metadata={"help": "Token for the hub (default: the one of the login)."})
@@ -67,8 +67,8 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules that get an adapter, one regular expression, or `all-linear` (default: "
-            "PEFT's for the model's family)."
+            "help": "Modules with an adapter: names, a regular expression or `all-linear` (default: PEFT's for the "
+            "model)."
         },
     )
 
@@ -196,9 +196,14 @@ def check_weights(args: ModelArguments, training_args, config: PretrainedConfig,
 
 
 def load_model(
-    args: ModelArguments, training_args, config: PretrainedConfig, frozen: bool, longest: int, name: str | None = None
+    args: ModelArguments,
+    training_args,
+    config: PretrainedConfig,
+    frozen: bool,
+    longest: int,
+    flag: str = "--model_name_or_path",
 ) -> PreTrainedModel:
-    """Loads `name` (default: --model_name_or_path); `frozen` says that its own weights are not trained.
+    """Loads the model that `flag` names; `frozen` says that its own weights are not trained.
 
     `longest` is the most tokens of a text: optimum-habana's classes know no windows that are shorter.
 
@@ -209,7 +214,7 @@ def load_model(
         keep_no_input_of_frozen_layers()
     in_bfloat16 = training_args.bf16 and (frozen or training_args.deepspeed is not None)
     dtype = args.torch_dtype or ("bfloat16" if in_bfloat16 else "float32")
-    name = name or args.model_name_or_path
+    name = args.model_name_or_path
     check_attention(config, training_args.attn_implementation)
     log_class(config, longest)
     mend_transformers()
@@ -231,10 +236,10 @@ def load_model(
             f"--attn_implementation {error.args[0]}: {config.model_type} models have none; leave it out"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"--model_name_or_path: {name} cannot be loaded: {guard.one_line(error)}") from error
+        raise InputError(f"{flag}: {name} cannot be loaded: {guard.one_line(error)}") from error
     if loaded["missing_keys"]:  # of a format that the guard does not read
-        raise InputError(f"--model_name_or_path: {name} holds no weights for {sorted(loaded['missing_keys'])[0]}")
-    guard.mend_generation_config(model, "--model_name_or_path")
+        raise InputError(f"{flag}: {name} holds no weights for {sorted(loaded['missing_keys'])[0]}")
+    guard.mend_generation_config(model, flag)
     if args.use_flash_attention:  # optimum-habana's trainers read these and hand them to the model's forward
         check_flash_attention(model)
         if "use_flash_attention" not in inspect.signature(type(model).forward).parameters:

@@ -44,7 +44,7 @@ class RunArguments:
     resume: str = field(
         default="no",
         metadata={
-            "help": "`auto` goes on from the last whole checkpoint in --output_dir, and begins where there is none.",
+            "help": "`auto` goes on from the last whole checkpoint, if there is one.",
             "choices": ["no", "auto"],
         },
     )

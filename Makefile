@@ -12,7 +12,7 @@ GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.m
 REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
 INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
-.PHONY: help setup quickstart demo chat test test-hpu test-gaudi-host soak models flags lint format bench clean
+.PHONY: help setup quickstart demo chat test test-hpu test-gaudi-host soak mutants models flags lint format bench clean
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -59,6 +59,11 @@ test-gaudi-host: setup  ## Try these targets on a simulated Gaudi host
 soak: $(VENV)/.dev  ## Run the long grids and kill loops
 	$(BIN)/python -m pytest -m soak
 
+mutants: $(VENV)/.dev  ## Change the code at random, list what no test notices (hours); MUTANTS="align.data.packing*" some
+	$(INSTALL) --requirement requirements-mutants.txt
+	$(BIN)/mutmut run $(MUTANTS)
+	@for name in $$($(BIN)/mutmut results | sed -n 's/: survived//p'); do $(BIN)/mutmut show $$name; done
+
 models: setup  ## Compare the model families with plain transformers and write docs/models.md
 	$(BIN)/python tests/measure_families.py docs/models.md
 
@@ -79,4 +84,4 @@ bench: setup  ## Measure against upstream's way (minutes to hours)
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit; done
 
 clean:  ## Remove the environment and what runs wrote
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs mutants

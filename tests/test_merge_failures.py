@@ -237,6 +237,30 @@ def test_wrong_flag_is_one_clear_line(arguments, message, inputs):
     assert Path("photos/holiday.json").exists()
 
 
+NONSENSE = {
+    "lora_alpha": [None, "", "16", [16], {"q_proj": 2}, True, 0, float("nan"), float("inf")],
+    "rank_pattern": [1.5, "q_proj", ["q_proj"], {"(": 4}, {"q_proj": "x"}, {"q_proj": None}],
+    "alpha_pattern": [True, [1], {"q_proj": float("inf")}],
+    "fan_in_fan_out": ["no", 1.5, []],
+    "use_rslora": ["false", 2],
+    "use_dora": [{"x": 1}],
+    "bias": [True, "some"],
+    "modules_to_save": ["lm_head", [1]],
+    "task_type": [7, ["CAUSAL_LM"]],
+    "trainable_token_indices": ["all", 3, [1.5], {"embed_tokens": "1"}],
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_value_in_the_adapters_config_that_is_none_is_one_line_that_names_it(name, inputs):
+    for value in NONSENSE[name]:
+        write_json("adapter/adapter_config.json", {**ADAPTER, name: value})
+        with pytest.raises(InputError, match=f"adapter_config.json: {name} is .*, not ") as error:
+            merge_peft_adapter.main(COMMAND)
+        assert "\n" not in str(error.value)
+    assert not list(inputs.glob("*merged*"))
+
+
 def test_command_line_ends_with_exit_code_2_and_one_line(inputs):
     command = [sys.executable, ROOT / "merge_peft_adapter.py", "--adapter_model_name=nowhere", "--output_name=merged"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,8 +1,10 @@
 """Which tensors of a base model a LoRA adapter changes, and how: found from headers, before anything is computed."""
 
 import itertools
+import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,23 @@ KNOWN_KEYS = set(
     "eva_config corda_config use_dora use_qalora qalora_group_size layer_replication runtime_config lora_bias "
     "target_parameters peft_version ensure_weight_tying arrow_config".split()
 )
+# What the values must be that decide how an adapter is merged: a sentence's end, and a test
+FLAG = "true or false", lambda value: value is None or isinstance(value, bool)
+PATTERN = "numbers by module", lambda value: not value or (isinstance(value, dict) and _are_patterns(value))
+NAMES = "names of modules", lambda value: value is None or _are(str, value)
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "use_qalora"), FLAG),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), PATTERN),
+    "lora_alpha": ("a number other than 0", lambda value: _is_number(value) and value != 0),
+    "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
+    "modules_to_save": NAMES,
+    "target_modules": ("names of modules or a pattern", lambda value: isinstance(value, str) or NAMES[1](value)),
+    "task_type": ("a name", lambda value: value is None or isinstance(value, str)),
+    "trainable_token_indices": (
+        "numbers of tokens",
+        lambda value: not value or all(_are(int, each) for each in (value.values() if _is_dict(value) else [value])),
+    ),
+}
 # Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
 BASE_WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.\w+$)")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
@@ -173,6 +192,32 @@ def check_keys(folder: Path, config: dict) -> None:
             f"{folder}/adapter_config.json: {active[0]} is set, which PEFT 0.17 does not know, so the merged model "
             "might not be the one that was trained; merge it with the PEFT that wrote it"
         )
+    for name, (wanted, fits) in KINDS.items() if config.get("peft_type") == "LORA" else ():
+        if name in config and not fits(config[name]):
+            raise InputError(
+                f"{folder}/adapter_config.json: {name} is {json.dumps(config[name])[:60]}, not {wanted}; copy or "
+                "download it again"
+            )
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _are_patterns(numbers: dict[str, Any]) -> bool:
+    """Names of modules or regular expressions, as PEFT reads them."""
+    try:
+        return all(re.compile(name) and _is_number(number) for name, number in numbers.items())
+    except re.error:
+        return False
 
 
 def plan_merge(base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None) -> MergePlan:

@@ -26,6 +26,7 @@ from align.launch.nodes import (
     take_token,
 )
 from align.launch.supervision import Supervisor
+from align.ranges import limit
 from align.rehearsal import rehearse
 
 
@@ -58,18 +59,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     rehearse.add_flags(parser)
     # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
     parser.add_argument("command", nargs=argparse.PARSER, metavar="script", help="the script and its arguments")
+    limit(parser)
     return parser.parse(arguments)
 
 
 def plan_run(args: argparse.Namespace) -> Run:
     if args.use_deepspeed and args.use_mpi:
         raise InputError("--use_deepspeed and --use_mpi exclude each other; give one of them")
-    if args.world_size is not None and args.world_size < 1:
-        raise InputError(f"--world_size {args.world_size}: give a number of cards, 1 or more")
-    if args.master_port is not None and not 0 < args.master_port < 65536:
-        raise InputError(f"--master_port {args.master_port}: give a port from 1 to 65535")
-    if not args.grace_period >= 0:  # nor nan
-        raise InputError(f"--grace_period {args.grace_period:g}: give seconds, 0 or more")
     if args.hostfile is None:
         nodes = {"localhost": args.world_size or 1}
     else:
@@ -81,8 +77,6 @@ def plan_run(args: argparse.Namespace) -> Run:
             )
         if args.use_mpi:  # which gives this host the first ranks wherever it stands in the file
             nodes = dict(sorted(nodes.items(), key=lambda node: not is_this_host(node[0])))
-    if not args.stall_timeout >= 0:  # nor nan
-        raise InputError(f"--stall_timeout {args.stall_timeout:g}: give seconds, or 0 to wait for ever")
     check_script(args.command[0])
     script, token = take_token(args.command)
     if token:

@@ -41,6 +41,7 @@ from align.merge.plan import (
 )
 from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
 from align.models.guard import check_adapter, check_folder, check_layers, check_weights, load_config
+from align.ranges import limit
 
 logger = logging.getLogger("merge_peft_adapter")
 
@@ -73,6 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     workers = min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("--num_workers", type=int, default=workers, help="threads (default: one a core, at most 4)")
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload the merged model to this hub repository")
+    limit(parser)
     return parser.parse(argv)
 
 
@@ -230,8 +232,6 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
 
     # Check
-    if args.num_workers < 1:
-        raise InputError(f"--num_workers: got {args.num_workers}; give 1 or more")
     adapter = find_folder(args.adapter_model_name, "--adapter_model_name", "adapter_*", *TOKENIZER_FILES)
     adapter_config = check_adapter(adapter, "--adapter_model_name")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))

@@ -10,7 +10,6 @@
 
 import gc
 import logging
-import math
 import os
 import sys
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from typing import Any
 
 from align import __version__, cli
 from align.cli import run_script
-from align.errors import InputError, check_seed
+from align.errors import InputError
 from align.quiet import quiet_imports
 from align.upstream_flags import FP8
 
@@ -70,31 +69,9 @@ def check_arguments(
         raise InputError("--model_name_or_path: missing; give a model folder or hub name")
     if os.environ.get("QUANT_CONFIG"):
         raise InputError(f"the variable QUANT_CONFIG: not here, as {FP8}; unset it, and give --bf16")
-    least = {
-        "max_new_tokens": (decoding.max_new_tokens, 1),
-        "num_beams": (decoding.num_beams, 1),
-        "num_return_sequences": (decoding.num_return_sequences, 1),
-        "top_k": (decoding.top_k, 0),
-        "batch_size": (gaudi.batch_size, 1),
-        "attn_batch_split": (gaudi.attn_batch_split, 1),
-        "warmup": (output.warmup, 0),
-        "n_iterations": (output.n_iterations, 1),
-    }
-    for flag, (value, limit) in least.items():
-        if value is not None and value < limit:
-            raise InputError(f"--{flag}: got {value}; give {limit} or more")
-    check_seed(decoding.seed)
-    if decoding.temperature is not None and not 0 <= decoding.temperature < math.inf:
-        raise InputError(f"--temperature: got {decoding.temperature:g}; give more than 0, or 0 for greedy texts")
-    if decoding.repetition_penalty is not None and not 0 < decoding.repetition_penalty < math.inf:
-        raise InputError(f"--repetition_penalty: got {decoding.repetition_penalty:g}; give more than 0")
-    if decoding.top_p is not None and not 0 < decoding.top_p <= 1:
-        raise InputError(f"--top_p: got {decoding.top_p:g}; give more than 0, at most 1")
     for flag, neutral in {"temperature": (0, 1), "top_k": (0,), "top_p": (1,)}.items():
         if getattr(decoding, flag) not in (None, *neutral) and not decoding.do_sample:
             raise InputError(f"--{flag}: has an effect only with --do_sample; add it, or leave --{flag} out")
-    if gaudi.bucket_size == 0 or gaudi.bucket_size < -1:
-        raise InputError(f"--bucket_size: got {gaudi.bucket_size}; give a number of tokens, or -1 for none")
     if gaudi.limit_hpu_graphs and not gaudi.use_hpu_graphs:
         logger.warning("--limit_hpu_graphs has no effect: there are no graphs to limit without --use_hpu_graphs.")
     if decoding.num_return_sequences > 1 and not decoding.do_sample and decoding.num_beams == 1:

@@ -1,4 +1,4 @@
-"""The table of ranges: which numbers each flag of the training scripts takes. Nothing else is ever a number."""
+"""The table of ranges: which numbers each flag takes. Nothing else is ever a number."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 from align.errors import InputError
 
-INFINITE = math.inf
+LARGEST = 2**31 - 1  # more is a slip of the keyboard, and overflows somewhere
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Range:
     """From `low` to `high`, both included unless `above` or `below` says otherwise; `special` is allowed as well."""
 
     low: float
-    high: float = INFINITE
+    high: float = LARGEST
     above: bool = False  # more than `low`
     below: bool = False  # less than `high`
     special: float | None = None
@@ -29,14 +29,15 @@ class Range:
         return math.isfinite(value) and over and under
 
     def __str__(self) -> str:
-        if not (self.above or self.below) and self.high < INFINITE:
+        if not (self.above or self.below or self.special is not None) and self.high != LARGEST:
             return f"{self.low:g} to {self.high:.10g}"
         over = f"more than {self.low:g}" if self.above else f"{self.low:g} or more"
-        under = "" if self.high == INFINITE else f", {'less than' if self.below else 'at most'} {self.high:.10g}"
+        under = "" if self.high == LARGEST else f", {'less than' if self.below else 'at most'} {self.high:.10g}"
         return over + under + ("" if self.special is None else f", or {self.special:g}")
 
 
 COUNT = Range(1)
+SECONDS = Range(0, 1e7)
 COUNT_OR_NONE = Range(0)
 POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
@@ -46,7 +47,7 @@ SEED = Range(0, 2**32 - 1)  # what numpy can be seeded with
 RANGES = {
     # LoRA
     "lora_r": COUNT,
-    "lora_alpha": POSITIVE,
+    "lora_alpha": Range(1e-3, 1e6),
     "lora_dropout": SHARE_BELOW_1,
     # Data
     "shuffle_buffer": COUNT,
@@ -70,11 +71,11 @@ RANGES = {
     "dataloader_num_workers": COUNT_OR_NONE,
     "dataloader_prefetch_factor": COUNT,
     # Optimisation
-    "learning_rate": POSITIVE,
+    "learning_rate": Range(1e-12, 1000),  # float32 rounds less to nothing
     "weight_decay": SHARE,
     "adam_beta1": SHARE_BELOW_1,
     "adam_beta2": SHARE_BELOW_1,
-    "adam_epsilon": Range(0, 1, above=True),
+    "adam_epsilon": Range(1e-30, 1),
     "max_grad_norm": COUNT_OR_NONE,
     "num_train_epochs": COUNT_OR_NONE,
     "max_steps": Range(1, special=-1),
@@ -85,7 +86,7 @@ RANGES = {
     "seed": SEED,
     "data_seed": SEED,
     # Preferences
-    "beta": POSITIVE,
+    "beta": Range(1e-6, 1e6),
     "label_smoothing": Range(0, 0.5, below=True),
     "f_alpha_divergence_coef": POSITIVE,
     "ref_model_mixup_alpha": SHARE,
@@ -98,7 +99,7 @@ RANGES = {
     "eval_delay": COUNT_OR_NONE,
     "save_steps": POSITIVE,
     "save_total_limit": COUNT,
-    "save_seconds": COUNT_OR_NONE,
+    "save_seconds": SECONDS,
     "max_nonfinite_steps": COUNT,
     # Gaudi
     "torch_empty_cache_steps": COUNT,
@@ -112,6 +113,27 @@ RANGES = {
     "profiling_steps": COUNT_OR_NONE,
     "profiling_warmup_steps_eval": COUNT_OR_NONE,
     "profiling_steps_eval": COUNT_OR_NONE,
+    # Generation
+    "max_new_tokens": COUNT,
+    "num_beams": COUNT,
+    "num_return_sequences": COUNT,
+    "temperature": Range(1e-4, 1e4, special=0),  # greedy
+    "top_k": COUNT_OR_NONE,
+    "top_p": Range(1e-6, 1),
+    "repetition_penalty": Range(1e-2, 100),
+    "batch_size": COUNT,
+    "bucket_size": Range(1, special=-1),
+    "attn_batch_split": COUNT,
+    "warmup": COUNT_OR_NONE,
+    "n_iterations": COUNT,
+    "max_input_tokens": Range(0, special=-1),
+    "dataset_max_samples": Range(1, special=-1),
+    # Launches
+    "world_size": Range(1, 65536),
+    "master_port": Range(1, 65535),
+    "grace_period": SECONDS,
+    "stall_timeout": SECONDS,
+    "card_memory": Range(0, 1e5, above=True),  # GB
 }
 
 
@@ -122,15 +144,20 @@ def limit(parser: argparse.ArgumentParser) -> None:
             action.type = _limited(action.dest, action.type, RANGES[action.dest])
 
 
+def shorten(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def _limited(name: str, read: Callable[[str], Any], allowed: Range) -> Callable[[str], Any]:
     def parse(text: str) -> float:
         try:
             value = read(text)
         except ValueError:
             kind = "a whole number" if read is int else "a number"
-            raise InputError(f"--{name}: got {text!r}; give {kind}, {allowed}") from None
+            raise InputError(f"--{name}: got {shorten(repr(text))}; give {kind}, {allowed}") from None
         if value not in allowed:
-            raise InputError(f"--{name}: got {text}; give {allowed}")
+            wanted = f"at most {LARGEST}" if value > allowed.high == LARGEST else allowed
+            raise InputError(f"--{name}: got {shorten(text)}; give {wanted}")
         return value
 
     parse.__dict__["reads"] = read  # for --help

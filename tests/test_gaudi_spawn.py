@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from launches import ENGINES, SAVES, Launch
 
 import gaudi_spawn
@@ -431,12 +432,12 @@ def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
         ("nope.py", "no script nope.py"),
         ("--bogus script.py", "--bogus"),
         ("--world_size two script.py", "--world_size.*two"),
-        ("--world_size 0 script.py", "--world_size 0.*1 or more"),
-        ("--world_size -1 script.py", "--world_size -1.*1 or more"),
+        ("--world_size 0 script.py", "--world_size: got 0; give 1 to 65536"),
+        ("--world_size=-1 script.py", "--world_size: got -1; give 1"),
         ("--world_size 5 script.py", "--world_size 5 is more than the 4 Gaudi cards"),
         ("--use_mpi --use_deepspeed script.py", "--use_deepspeed and --use_mpi"),
-        ("--master_port 70000 --world_size 2 script.py", "--master_port 70000"),
-        ("--grace_period -1 script.py", "--grace_period -1"),
+        ("--master_port 70000 --world_size 2 script.py", "--master_port: got 70000; give 1 to 65535"),
+        ("--grace_period=-1 script.py", "--grace_period: got -1; give 0 to"),
         ("--export NOT_SET script.py", "--export NOT_SET"),
         ("--hostfile missing script.py", "--hostfile missing cannot be read"),
         ("--hostfile twice script.py", "--hostfile twice, line 2: node-a"),
@@ -489,17 +490,21 @@ def test_the_command_line_ends_with_exit_code_2_and_one_line(tmp_path):
     command = [sys.executable, gaudi_spawn.__file__, "--world_size", "0", "script.py"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "gaudi_spawn.py: error: --world_size 0: give a number of cards, 1 or more\n"
+    assert ended.stderr == "gaudi_spawn.py: error: --world_size: got 0; give 1 to 65536\n"
 
 
-HEAVY = """
+HEAVY = f"""
+sys.path.insert(0, {str(ROOT)!r})
+from align.cli import run_script
 import torch
 import habana_frameworks.torch.distributed.hccl
 import optimum.habana.utils, deepspeed
-torch.distributed.init_process_group("gloo")
-total = torch.ones(1)
-torch.distributed.all_reduce(total)
-print(f"rank {rank} of {int(total)} is done", flush=True)"""
+def main():
+    deepspeed.init_distributed("hccl")
+    total = torch.ones(1, device="hpu")
+    torch.distributed.all_reduce(total)
+    print(f"rank {{rank}} of {{int(total)}} is done", flush=True)
+run_script(main)"""
 
 
 @pytest.mark.soak

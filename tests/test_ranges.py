@@ -26,20 +26,21 @@ WITHOUT |= {"dataset_batch_size", "num_of_sequences", "chars_per_token"}
 def parsers():
     from align import cli
 
-    for name in ("sft", "dpo"):
+    for name in ("sft", "dpo", "run_generation"):
         module = importlib.import_module(name)
-        yield name, cli.make_parser(module.ARGUMENTS, module.__doc__, module.RECIPE)
+        yield name, cli.make_parser(module.ARGUMENTS, module.__doc__, getattr(module, "RECIPE", {}))
 
 
 def wrong_values(name):
     allowed = RANGES[name]
-    yield from ("nan", "inf", "-inf", "many", "")
+    yield from ("nan", "inf", "-inf", "many", "", "1" + "0" * 30)
     for value in (allowed.low - 1, allowed.high + 1, allowed.low if allowed.above else math.nan):
         if math.isfinite(value) and value != allowed.special:
             yield f"{value:.12g}"
     yield from ["-2"]
 
 
+LAUNCHER = ["world_size", "master_port", "grace_period", "stall_timeout", "card_memory"]
 CASES = [(name, value) for name in RANGES for value in wrong_values(name)]
 
 
@@ -49,10 +50,11 @@ def test_the_table_tries_a_few_hundred_wrong_numbers():
 
 @pytest.fixture(scope="module")
 def known():
-    return {name: {action.dest: action for action in parser._actions} for name, parser in parsers()}
+    found = {name: {action.dest: action for action in parser._actions} for name, parser in parsers()}
+    return {**found, "gaudi_spawn": LAUNCHER, "merge_peft_adapter": ["num_workers"]}
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "run_generation"])
 def test_every_numeric_flag_has_a_range(script, known):
     numeric = {name for name, action in known[script].items() if callable(action.type)}
     numeric = {name for name in numeric if is_numeric(known[script][name])}
@@ -69,14 +71,33 @@ def is_numeric(action):
 
 @pytest.mark.parametrize(("name", "value"), CASES)
 def test_a_number_out_of_range_is_one_line_that_names_the_flag(name, value, known, monkeypatch, tmp_path):
-    script = next(script for script, flags in known.items() if name in flags)
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--model_name_or_path", "nowhere", f"--{name}={value}"])
+    scripts = [script for script, flags in known.items() if name in flags]
+    assert scripts
+    for script in scripts:
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", f"--{name}={value}", "--model_name_or_path", "nowhere"])
 
-    with pytest.raises(InputError) as error:
-        module.main()
+        with pytest.raises(InputError) as error:
+            module.main()
 
-    assert f"--{name}" in str(error.value)
-    assert "give" in str(error.value)
-    assert "\n" not in str(error.value)
+        assert f"--{name}" in str(error.value)
+        assert "give" in str(error.value)
+        assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_wrong_with_a_number_is_told_in_a_line_that_can_be_read(monkeypatch):
+    import sft
+
+    for value, told in {
+        "9" * 5000: "got '999",
+        "1" + "0" * 30: "give at most 2147483647",
+        "1e-320": "1e-12 or",
+    }.items():
+        name = "learning_rate" if "e" in value else "max_steps"
+        monkeypatch.setattr(sys, "argv", ["sft.py", f"--{name}={value}"])
+        with pytest.raises(InputError) as error:
+            sft.main()
+        assert f"--{name}: got" in str(error.value)
+        assert told in str(error.value)
+        assert len(str(error.value)) < 120

@@ -294,7 +294,7 @@ BAD_INPUT = {
     "--prompt Hi --max_new_tokens 0": "--max_new_tokens: got 0; give 1 or more",
     "--prompt Hi --batch_size -1": "--batch_size: got -1",
     "--prompt Hi --temperature 0.7": "--temperature: has an effect only with --do_sample",
-    "--prompt Hi --do_sample --temperature -1": "--temperature: got -1; give more than 0, or 0",
+    "--prompt Hi --do_sample --temperature -1": "--temperature: got -1; give 0.0001 or more, at most 10000, or 0",
     "--prompt Hi --bucket_internal": "--bucket_internal: needs the size of the buckets",
     "--prompt Hi --max_input_tokens 500": "--max_input_tokens: got 500; .* leaves room for 412",
     "--prompt Hi --use_chat_template --max_input_tokens 4": "prompt 1 has .* tokens in its chat template",

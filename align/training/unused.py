@@ -16,6 +16,8 @@ ONE_DATA = "use --dataset_name, and --columns where columns have other names"
 
 WITHOUT_EFFECT = {  # of both scripts
     "do_predict": "use --do_eval, or run_generation.py for texts",
+    "per_gpu_train_batch_size": "use --per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
     "past_index": "rows of a batch do not go on in the next one",
     "label_names": "what is learnt follows from the format of the rows",
     "model_init_kwargs": "use the flags of the model",

@@ -23,7 +23,7 @@ with quiet_imports():
     from align.data.tokenization import SampleTokenizer, tokenize_pairs
     from align.models import loading as modeling
     from align.models.attention import probe_rows
-    from align.training import checkpoints, folders, pairs, preference, reference, results
+    from align.training import checkpoints, folders, pairs, preference, reference, report, results
     from align.training.flags import FLAGS
     from align.training.ranks import first_of_node_first
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
@@ -91,9 +91,6 @@ class PreferenceArguments:
     skip_probe: bool = field(
         default=False, metadata={"help": "Do not try the loaded model for causality and packing first."}
     )
-    sample_prompts: int = field(
-        default=0, metadata={"help": "Show answers to this many held-out prompts, before and after training."}
-    )
 
 
 ARGUMENTS = (
@@ -112,8 +109,6 @@ def check_preference_arguments(
     """Flags that contradict each other, or would have no effect."""
     if args.num_train_epochs and args.max_steps > 0:
         raise InputError(f"--num_train_epochs has no effect beside --max_steps {args.max_steps}; add --max_steps -1")
-    if not args.num_train_epochs and args.max_steps <= 0:
-        raise InputError(f"--max_steps {args.max_steps}: give --num_train_epochs as well")
     if args.max_prompt_length >= args.max_length:
         raise InputError(
             f"--max_prompt_length {args.max_prompt_length}: must be from 1 to less than --max_length {args.max_length}"
@@ -145,8 +140,6 @@ def check_preference_arguments(
             f"--lora_dropout {lora_args.lora_dropout:g} has no effect while --disable_dropout is on; add "
             "--disable_dropout False, or leave it out"
         )
-    if preference_args.sample_prompts and not args.do_eval:
-        raise InputError("--sample_prompts takes held-out prompts: add --do_eval")
 
 
 def main() -> None:
@@ -238,12 +231,12 @@ def main() -> None:
         tokenizer=tokenizer,
         peft_config=peft_config,
     )
-    trainer.watch(this_run, run_args)
+    trainer.watch(this_run, run_args, prepared)
 
     # Train
     if args.do_train:
         folders.clear_output(args, run_args, checkpoint)
-        trainer.add_callback(preference.BeforeTraining(trainer, preference_args.sample_prompts))
+        trainer.add_callback(preference.StoreReference(trainer))
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         results.save_results(trainer, "train", {**trained.metrics, **trainer.last_logged()})
@@ -251,9 +244,10 @@ def main() -> None:
     # Evaluate
     if args.do_eval:
         results.save_results(trainer, "eval", trainer.evaluate())
+    trainer.samples.show("after")
     if args.do_train:
         results.save_history(trainer, CURVES)
-    trainer.show_answers("after", preference_args.sample_prompts)
+        report.write_report(trainer, CURVES)
 
 
 if __name__ == "__main__":

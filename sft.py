@@ -22,13 +22,14 @@ with quiet_imports():
     from align.data.tokenization import SampleTokenizer, tokenize_samples
     from align.models import loading as modeling
     from align.models.attention import probe_rows
-    from align.training import checkpoints, folders, results
+    from align.training import checkpoints, folders, report, results
     from align.training.flags import FLAGS
     from align.training.ranks import first_of_node_first
     from align.training.supervised import SupervisedTrainer, make_all_batches
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
+CURVES = {"Loss": ["loss"], "Learning rate": ["learning_rate"]}
 
 
 @dataclass
@@ -111,7 +112,7 @@ def main() -> None:
         tokenizer=tokenizer,
         peft_config=peft_config,
     )
-    trainer.watch(this_run, run_args)
+    trainer.watch(this_run, run_args, prepared)
 
     # Train
     if args.do_train:
@@ -125,8 +126,10 @@ def main() -> None:
         metrics = trainer.evaluate()
         metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))
         results.save_results(trainer, "eval", metrics)
+    trainer.samples.show("after")
     if args.do_train:
-        results.save_history(trainer, {"Loss": ["loss"], "Learning rate": ["learning_rate"]})
+        results.save_history(trainer, CURVES)
+        report.write_report(trainer, CURVES)
 
 
 if __name__ == "__main__":

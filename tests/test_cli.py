@@ -72,7 +72,7 @@ def test_dashes_do_as_well_as_underscores(start):
     for script, words, message in (
         ("sft.py", ["--do-train", "--learning-rate", "-1"], "learning_rate: got -1"),
         ("merge_peft_adapter.py", ["--adapter-model-name", "nowhere", "--output-name", "out"], "nowhere"),
-        ("gaudi_spawn.py", ["--world-size", "0", "sft.py"], "--world_size 0"),
+        ("gaudi_spawn.py", ["--world-size", "0", "sft.py"], "--world_size: got 0"),
         ("run_generation.py", ["--model-name-or-path", "nowhere", "--max-new-tokens", "0"], "max_new_tokens: got 0"),
     ):
         with pytest.raises(InputError, match=message):

@@ -102,7 +102,7 @@ BAD = {
     "samples of nothing": (["--sample_prompts", 2, "--eval_strategy", "no"], "--sample_prompts takes held-out prompts"),
     "unknown flag": (["--betta", 1], "unknown argument '--betta'; did you mean --beta?"),
     "epochs beside steps": (["--num_train_epochs", 1], "--num_train_epochs has no effect beside --max_steps 4; add"),
-    "neither epochs nor steps": (["--max_steps", -1], "--max_steps -1: give --num_train_epochs as well"),
+    "neither epochs nor steps": (["--max_steps", -1], "--num_train_epochs 0: nothing would be trained"),
     "no model": (["--model_name_or_path", "nowhere"], "--model_name_or_path: nowhere is not a folder, and"),
     "no reference": (["--ref_model", "nowhere"], "--ref_model: nowhere is not a folder, and"),
     "no data": (["--dataset_name", "nothing.jsonl"], "--dataset_name: no such file"),

@@ -104,8 +104,8 @@ MISTAKES = {
     ),
     "prompts that were not moved": (
         [*DPO, "--sample_prompts", "1"],
-        ("preference.PreferenceTrainer", "show_answers"),
-        ("torch.from_numpy(ids).to(self.args.device)", "torch.from_numpy(ids)"),
+        ("samples.Samples", "_generate"),
+        ("torch.from_numpy(ids).to(args.device)", "torch.from_numpy(ids)"),
         "head.py",
     ),
 }

@@ -280,7 +280,10 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
     ("flags", "message"),
     [
         ("--do_trian", "unknown argument '--do_trian'; did you mean --do_train?"),
-        ("--learning_rate fast", "--learning_rate: got 'fast'; give a number, more than 0"),
+        ("--learning_rate fast", "--learning_rate: got 'fast'; give a number, 1e-12 to 1000"),
+        ("--do_train --num_train_epochs 0", "--num_train_epochs 0: nothing would be trained; give"),
+        ("--do_train --per_gpu_train_batch_size 4", "no effect here: use --per_device_train_batch_size"),
+        ("--do_train --sample_prompts 2", "--sample_prompts takes held-out prompts: add --do_eval"),
         ("--output_dir out", "nothing to do: give --do_train, --do_eval or both"),
         ("--do_train --model_name_or_path nowhere", "--model_name_or_path: nowhere is not a folder, and"),
         ("--do_train --tokenizer_name_or_path nowhere", "--tokenizer_name_or_path: nowhere is not a folder, and"),

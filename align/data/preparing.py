@@ -39,6 +39,7 @@ class Prepared:
     dropped: dict[str, int] | None
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
+    parts: "dict[str, Prepared]" = field(default_factory=dict)  # where several data sets make one
 
 
 def prepare_data(
@@ -96,7 +97,7 @@ def _mix(split: str, parts: dict[str, Prepared], args: DataArguments, seed: int)
         logger.info(
             f"{split}: {' + '.join(parts)}, streams" + (f" mixed {shares}" if shares else " one after the other")
         )
-        return Prepared(mixed, None)
+        return Prepared(mixed, None, parts=dict(parts))
     if shares:
         total = min(len(each) / share for each, share in zip(rows, shares, strict=True))
         sizes = [max(1, int(total * share + 1e-6)) for share in shares]
@@ -107,7 +108,7 @@ def _mix(split: str, parts: dict[str, Prepared], args: DataArguments, seed: int)
     for (name, part), each in zip(parts.items(), rows, strict=True):
         taken = f"{len(each):,} of its {len(part.rows):,} samples"
         logger.info(f"{split}: {len(each) / len(mixed):.1%} are {name}'s, {taken}")
-    return Prepared(mixed, {})
+    return Prepared(mixed, {}, parts=dict(parts))
 
 
 class Reader:

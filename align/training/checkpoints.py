@@ -37,7 +37,7 @@ SECRETS = ("token", "hub_token", "push_to_hub_token")
 
 @dataclass
 class RunArguments:
-    """How a run goes on after an interruption, and when it gives up."""
+    """How a run goes on after an interruption, when it gives up, and what it shows of itself."""
 
     _argument_group_name = "Evaluation, logs and checkpoints"
 
@@ -49,6 +49,9 @@ class RunArguments:
         },
     )
     save_seconds: float = field(default=0, metadata={"help": "Save a checkpoint every so many seconds too; 0: do not."})
+    sample_prompts: int = field(
+        default=0, metadata={"help": "Show answers to this many held-out prompts, before and after training."}
+    )
     max_nonfinite_steps: int = field(
         default=3,
         metadata={"help": "End the run when so many steps in all had a loss or gradient that is not finite."},

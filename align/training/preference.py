@@ -33,7 +33,6 @@ DIVERGING = (*SMOOTHED, "hinge", "ipo")  # the losses that --f_divergence_type h
 LOSSES = (*DIVERGING, "sppo_hard", "nca_pair")
 MIXING = ("aot", "aot_pair", "bco_pair")
 SYNCED_REFERENCE = "reference.safetensors"
-SAMPLED_TOKENS = 128  # of each answer that is shown
 SLACK = 1.125  # a micro-batch may be this much larger than the padded pairs that it replaces
 
 
@@ -179,6 +178,10 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
         self.ref_model = ref_model and self._prepare_reference(ref_model)
         if args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+
+    @property
+    def longest(self) -> int:
+        return self.args.max_length
 
     def _prepare_reference(self, ref_model: PreTrainedModel) -> torch.nn.Module:
         if self.is_deepspeed_enabled:
@@ -411,44 +414,12 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
         self.model.train(was_training)
         return self.accelerator.reduce(scores.to(self.args.device), "sum").cpu().numpy()
 
-    @torch.no_grad()
-    def show_answers(self, when: str, number: int) -> None:
-        """Prints greedy answers to the first `number` held-out prompts. Under ZeRO-3 every rank generates them."""
-        if not number:
-            return
-        tokenizer, model = self.processing_class, self.accelerator.unwrap_model(self.model)
-        prompts = self.eval_dataset.pairs[:number]["prompt_input_ids"]
-        width = max(map(len, prompts))
-        pad_token_id = self.data_collator.pad_token_id
-        ids = np.stack([np.pad(ids, (width - len(ids), 0), constant_values=pad_token_id) for ids in prompts])
-        mask = np.stack([np.pad(np.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
-        was_training = model.training
-        model.eval()
-        with self.compute_loss_context_manager():
-            output = model.generate(
-                input_ids=torch.from_numpy(ids).to(self.args.device),
-                attention_mask=torch.from_numpy(mask).to(self.args.device),
-                max_new_tokens=min(SAMPLED_TOKENS, self.args.max_length - self.args.max_prompt_length),
-                do_sample=False,
-                pad_token_id=pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                lazy_mode=self.args.use_lazy_mode,
-                ignore_eos=False,
-            )
-        model.train(was_training)
-        if self.is_world_process_zero():
-            for prompt, answer in zip(prompts, output[:, width:].tolist(), strict=True):
-                said = tokenizer.decode(answer, skip_special_tokens=True).strip()
-                asked = tokenizer.decode(prompt, skip_special_tokens=True).strip()
-                print(f"\n[{when}] {asked}\n{said}", file=self.stdout)
 
-
-class BeforeTraining(TrainerCallback):
+class StoreReference(TrainerCallback):
     """What needs the model as training has prepared it (under DeepSpeed: its engine), but before the first step."""
 
-    def __init__(self, trainer: PreferenceTrainer, sample_prompts: int):
-        self.trainer, self.sample_prompts = trainer, sample_prompts
+    def __init__(self, trainer: PreferenceTrainer):
+        self.trainer = trainer
 
     def on_train_begin(self, *args, **kwargs) -> None:
         self.trainer.store_reference()
-        self.trainer.show_answers("before", self.sample_prompts)

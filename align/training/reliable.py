@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
+from align.data.preparing import Prepared
 from align.errors import InputError, ResultError, Stopped
 from align.merge.checkpoints import flush
 from align.training import checkpoints
@@ -30,6 +31,7 @@ from align.training.checkpoints import UNFINISHED, Run, RunArguments, noting_dis
 from align.training.gate import MOVED, Gate, Movement
 from align.training.ranks import all_ranks, first_of_all_ranks
 from align.training.results import show_steps
+from align.training.samples import Samples, find_prompts
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
 
 if TYPE_CHECKING:
@@ -50,8 +52,17 @@ class ReliableMixin(Trainer):
     stdout: TextIO | None = None  # the script's own, while libraries have none
     run: Any = None  # a `Run`; steps taken by hand, as tests and benchmarks do, belong to none
 
-    def watch(self, run: Run, run_args: RunArguments) -> None:
-        self.run, self.run_args = run, run_args
+    @property
+    def longest(self) -> int:
+        """Tokens that a sample has at most."""
+        raise NotImplementedError
+
+    def watch(self, run: Run, run_args: RunArguments, prepared: Mapping[str, Prepared]) -> None:
+        self.run, self.run_args, self.prepared = run, run_args, prepared
+        prompts = []
+        if run_args.sample_prompts:
+            prompts = find_prompts(prepared["validation"].rows, run_args.sample_prompts, self.longest)
+        self.samples = Samples(self, prompts, self.longest)
         self.gate = Gate(self.model)
         self.movement: Any = None  # a `Movement`, from the start of training on
         self.signal = 0  # that this rank got
@@ -65,6 +76,7 @@ class ReliableMixin(Trainer):
         self.resumed: Any = None  # the manifest, a dict
         self.hashes_order = self.hash_order()
         self.add_callback(_AfterEachStep(self))
+        self.add_callback(self.samples)
         show_steps(self)
 
     # Training
@@ -463,6 +475,7 @@ class ReliableMixin(Trainer):
             "unlogged_loss": unlogged,
             "last_logged_step": self._globalstep_last_logged,
             "nonfinite_steps": self.nonfinite_steps,
+            "answers": self.samples.answers,
         }
 
     unlogged: torch.Tensor | None = None
@@ -473,6 +486,7 @@ class ReliableMixin(Trainer):
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged_step"]
         self.nonfinite_steps = progress["nonfinite_steps"]
+        self.samples.answers = dict(progress.get("answers", {}))
         if self.resumed["step"] >= self.state.max_steps:
             self._total_loss_scalar += progress["unlogged_loss"]
         else:

@@ -131,6 +131,10 @@ class SupervisedTrainer(
         with self.compute_loss_context_manager():
             self.head = None if self.compute_loss_func else find_head(self.model, args.device, records_graphs(args))
 
+    @property
+    def longest(self) -> int:
+        return self.args.max_seq_length
+
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 

@@ -14,6 +14,7 @@ import os
 import sys
 from contextlib import nullcontext
 from functools import partial
+from io import TextIOWrapper
 from itertools import cycle, islice
 from typing import Any
 
@@ -30,10 +31,10 @@ with quiet_imports():
         count_graphs,
         describe_as_upstream,
         describe_speed,
+        find_unanswered,
         measure,
         prepare_output_dir,
         print_table,
-        write_json,
     )
     from align.generation.chat import ChatArguments, chat, check_chat
     from align.generation.config import (
@@ -47,6 +48,7 @@ with quiet_imports():
         make_generation_config,
     )
     from align.generation.decoding import TextGenerator
+    from align.generation.keeping import KeptAnswers, describe_settings, write_json
     from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
     from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
     from align.upstream_fixes import adapt_transformers
@@ -89,6 +91,11 @@ def check_arguments(
             raise InputError(f"--{flag}: is a mode of flash attention; add --use_flash_attention")
     if gaudi.bucket_internal and gaudi.bucket_size < 1:
         raise InputError("--bucket_internal: needs the size of the buckets; add --bucket_size 128")
+    if output.resume and (output.measures or output.output_dir is None or output.overwrite_output_dir):
+        other = (
+            "a benchmark" if output.measures else "--overwrite_output_dir" if output.output_dir else "no --output_dir"
+        )
+        raise InputError(f"--resume: goes on behind the answers in --output_dir, but there is {other}")
     if output.measures and decoding.ignore_eos is False:
         raise InputError("--ignore_eos False: a benchmark has texts of one length; leave it out")
 
@@ -130,6 +137,17 @@ def main(argv: list[str] | None = None) -> None:
         list(map(len, encoded)), gaudi_args.batch_size, gaudi_args.bucket_size, room, width=width, pads=pads
     )
 
+    kept = None
+    if rank == 0 and output_dir is not None and not output_args.measures:
+        folders = {"model_name_or_path": folder, "tokenizer_name_or_path": tokenizer_folder, "peft_model": adapter}
+        settings = describe_settings((model_args, prompt_args, decoding_args, gaudi_args), folders, encoded, world_size)
+        number = len(prompts) * decoding_args.num_return_sequences
+        resumes, overwrites = bool(output_args.resume), output_args.overwrite_output_dir
+        kept = KeptAnswers(output_dir, settings, number, resumes, overwrites)
+        if kept.is_finished and world_size == 1:
+            logger.info(f"All {number} answers are in {output_dir} already.")
+            return
+
     # Model
     adapt_transformers()
     model = load_model(
@@ -162,9 +180,6 @@ def main(argv: list[str] | None = None) -> None:
     # Generate
     gc.freeze()
     gc.enable()
-    from optimum.habana.utils import set_seed  # quick only now
-
-    set_seed(decoding_args.seed)
     results = {
         "version": __version__,
         "model": str(folder),
@@ -175,7 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     if output_args.measures:
         runs = {name: value for name in ("warmup", "n_iterations") if (value := getattr(output_args, name)) is not None}
-        measured, answers = measure(partial(answer_all, generator, prompts, encoded, batches), **runs)
+        measured, answers = measure(
+            partial(answer_all, generator, prompts, encoded, batches, seed=decoding_args.seed), **runs
+        )
         if speaks:
             print_table(results | measured)
         if rank == 0 and output_dir is not None:
@@ -183,24 +200,30 @@ def main(argv: list[str] | None = None) -> None:
             each = generator.answers_per_prompt
             write_json(output_dir / "results.json", describe_as_upstream(measured, answers, len(batches), each))
         return
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a character shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     streams = sys.stdout.isatty() and generator.rows == generator.answers_per_prompt == config.num_beams == 1
     show = None if not speaks or output_dir is not None else "stream" if streams else "print"
     between = "\n" if prompt_args.use_chat_template else ""
+    if output_dir is not None:
+        batches = find_unanswered(batches, kept, generator.answers_per_prompt, world_size)
+        if kept is not None and not kept.is_finished:
+            kept.open()
+            results["answered_before"] = len(kept.answers)
     counts: Any = count_graphs() if output_args.show_graphs_count else nullcontext({})
     with counts as graphs:
-        answers, timings = answer_all(generator, prompts, encoded, batches, show, between)
+        _, timings = answer_all(generator, prompts, encoded, batches, show, between, seed=decoding_args.seed, kept=kept)
     if graphs:
         logger.info(f"{graphs['compiled']} graphs were compiled.")
 
     # Save
     speed = describe_speed(timings)
     first = f", the first after {speed['first_token_seconds']:.2f} s" if speed["first_token_seconds"] else ""
-    logger.info(
-        f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s: {speed['tokens_per_second']:.1f} tokens/s{first}"
-    )
-    if rank == 0 and output_dir is not None:
-        write_json(output_dir / "generations.jsonl", answers)
-        write_json(output_dir / "generation_results.json", results | speed)
+    rate = f": {speed['tokens_per_second']:.1f} tokens/s" if timings else ""
+    logger.info(f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s{rate}{first}")
+    if kept is not None and not kept.is_finished:
+        kept.finish()
+        write_json(kept.folder / "generation_results.json", results | speed)
 
 
 if __name__ == "__main__":

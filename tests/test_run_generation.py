@@ -4,7 +4,9 @@ import io
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +127,7 @@ def test_greedy_text_is_that_of_plain_transformers(generate, plain, family, flag
     assert all(answer["tokens"] == NEW_TOKENS for answer in answers if not answer["stopped"])
 
 
-def test_two_ranks_that_share_a_model_say_what_one_says(models, plain):
+def test_two_ranks_that_share_a_model_say_what_one_says_and_go_on_together(models, plain):
     command = [sys.executable, ROOT / "gaudi_spawn.py", "--world_size", "2", "--use_deepspeed"]
     folders = [str(models / family) for family in FAMILIES]
 
@@ -142,6 +144,9 @@ def test_two_ranks_that_share_a_model_say_what_one_says(models, plain):
         assert results["cards"] == 2
         assert family == "gpt2" or results["parameters"] < 0.8 * count_parameters(models / family)
     assert "DeepSpeed splits no gpt2 model" in ranks.stderr
+    resumed = json.loads(Path(FAMILIES[0], "generation_results.json").read_text())
+    assert resumed["answered_before"] == 3
+    assert resumed["prompt_tokens"] < results["prompt_tokens"]
 
 
 @pytest.mark.parametrize("flags", [("adapter", "--peft_model"), ("penalty", 1.5), ("beams", 3)])
@@ -289,6 +294,77 @@ def test_the_guides_command_works_as_it_is_written(models):
     assert "tokens/s" in process.stderr.splitlines()[-1]
 
 
+HANGUL_AND_EMOJI = "안녕 👋🏽 你好"
+
+
+def test_prompt_files_of_other_programs_are_read_and_answers_keep_every_script(generate):
+    prompts = [HANGUL_AND_EMOJI, "-v"]
+    rows = [{"prompt": prompt} for prompt in prompts]
+    Path("bom.txt").write_bytes("\r\n".join(prompts).encode("utf-8-sig"))
+    Path("bom.jsonl").write_bytes("\r\n".join(map(json.dumps, rows)).encode("utf-8-sig"))
+    Path("texts.json").write_text(json.dumps(prompts, indent=1))
+    Path("rows.json").write_text(json.dumps(rows))
+    Path("within.json").write_text(json.dumps({"data": rows}))
+
+    answers = generate(f"--prompt={prompts[0]}", "--prompt=-v", "--max_new_tokens", 2, prompts=[])
+
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert HANGUL_AND_EMOJI in Path("out/generations.jsonl").read_text(encoding="utf-8")
+    for name in ("bom.txt", "bom.jsonl", "texts.json", "rows.json", "within.json"):
+        assert generate("--prompt_file", name, "--max_new_tokens", 2, prompts=[], output=name[:-1]) == answers
+
+
+DIES_AFTER_A_BATCH = """
+import os, signal
+from align.generation.keeping import KeptAnswers
+from run_generation import main
+add = KeptAnswers.add
+def add_and_die(self, answers):
+    add(self, answers)
+    os.kill(os.getpid(), signal.SIGKILL)
+KeptAnswers.add = add_and_die
+main()
+"""
+
+
+def test_a_run_that_was_killed_goes_on_to_the_file_of_one_that_was_not(models, generate, caplog, monkeypatch):
+    flags = ["--batch_size", 3, "--do_sample", "--temperature", "2.0", "--num_return_sequences", 2]
+    generate(*flags, output="whole")
+    command = ["--model_name_or_path", models / "llama", "--max_new_tokens", NEW_TOKENS, "--output_dir", "out"]
+    command = [sys.executable, "-c", DIES_AFTER_A_BATCH, *command, *flags, "--prompt", *PROMPTS]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run(list(map(str, command)), check=False, env=os.environ | {"PYTHONPATH": paths})
+    assert killed.returncode == -signal.SIGKILL
+    unfinished = Path("out/generations.unfinished.jsonl")
+    kept = [json.loads(line) for line in unfinished.read_text().splitlines()]
+    assert len(kept) == 6
+    with unfinished.open("a") as file:
+        file.write('{"number": 3, "prompt": "What i')  # as a kill amid a line leaves it
+
+    with pytest.raises(InputError, match="out holds 6 answers of a run that was not finished; add --resume to go on"):
+        generate(*flags)
+    with pytest.raises(InputError, match=r"--resume: .*: --temperature was 2.0, now 1.5; --seed was 42, now 7; give"):
+        generate(*flags, "--resume", "--temperature", "1.5", "--seed", "7")
+    with pytest.raises(InputError, match="--resume: .*: the prompts are others"):
+        generate(*flags, "--resume", prompts=[*PROMPTS[:-1], "Hi"])
+    with pytest.raises(InputError, match="--resume: .*: the files of --model_name_or_path are others"):
+        generate(*flags, "--resume", family="mistral")
+    monkeypatch.setattr("align.generation.answers.TOLD_EVERY", 0)
+    caplog.set_level("INFO")
+    answers = generate(*flags, "--resume")
+
+    assert Path("out/generations.jsonl").read_bytes() == Path("whole/generations.jsonl").read_bytes()
+    assert kept[0]["text"] == answers[kept[0]["number"] - 1]["text"]
+    assert not unfinished.exists()
+    assert json.loads(Path("out/generation_results.json").read_text())["answered_before"] == 6
+    told = next(message for message in caplog.messages if "are answered" in message)
+    assert re.fullmatch(r"6 of 8 prompts are answered, \d+\.\d tokens/s, about \d+ s left", told)
+    generate(*flags, "--resume", "auto")
+    assert "All 16 answers are in out already." in caplog.text
+    with pytest.raises(InputError, match="--output_dir: out holds another run; choose another"):
+        generate(*flags)
+
+
 BAD_INPUT = {
     "--foo 1 --prompt Hi": "unknown argument .--foo.",
     "--prompt Hi --max_new_tokens 0": "--max_new_tokens: got 0; give 1 or more",
@@ -315,6 +391,13 @@ BAD_INPUT = {
     "--prompt_file half.jsonl": "--prompt_file half.jsonl, row 2: is not JSON",
     "--prompt_file number.jsonl": "row 1: column 'prompt' is 3, not text",
     "--prompt_file good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
+    "--prompt_file surrogate.jsonl": "--prompt_file surrogate.jsonl, row 2: holds half a character",
+    "--prompt_file surrogate.json": "--prompt_file surrogate.json, row 1: holds half a character",
+    "--prompt_file number.json": "--prompt_file number.json, row 2: got 3, not an object",
+    "--prompt_file object.json": "--prompt_file object.json: holds no list of prompts; .* are a .jsonl file",
+    "--prompt Hi --resume": "--resume: goes on behind .* but there is no --output_dir",
+    "--prompt Hi --output_dir new --resume --overwrite_output_dir": "--resume: .* there is --overwrite_output_dir",
+    "--prompt Hi --output_dir new --resume --benchmark": "--resume: .* there is a benchmark",
     "--dataset_name good.jsonl --column_name text": "row 1: has no column 'text' but prompt",
     "--dataset_name good.jsonl --dataset_split big": "--dataset_split: 'big' is not in good.jsonl; found train",
     "--dataset_name none.jsonl": "--dataset_name: no such file or folder: none.jsonl",
@@ -337,6 +420,10 @@ def test_bad_input_is_one_clear_line(run, models, flags, monkeypatch):
     Path("half.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Hi\n')
     write_rows("good.jsonl", [{"prompt": "Hi"}])
     write_rows("number.jsonl", [{"prompt": 3}])
+    write_rows("surrogate.jsonl", [{"prompt": "Hi"}, {"prompt": "Hi \ud83d"}])
+    Path("surrogate.json").write_text(json.dumps(["Hi \ud83d"]))
+    Path("number.json").write_text('["Hi", 3]')
+    Path("object.json").write_text('{"prompt": "Hi"}')
     write_rows("taken/generations.jsonl", [])
 
     with pytest.raises(InputError, match=BAD_INPUT[flags]) as error:

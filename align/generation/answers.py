@@ -1,19 +1,26 @@
-"""Answers to all prompts: shown, timed, written."""
+"""Answers to all prompts: shown, timed, kept."""
 
-import json
+import logging
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from align.errors import InputError
 from align.generation.decoding import TerminalStreamer, TextGenerator, Timing
+from align.generation.keeping import KeptAnswers
 from align.generation.prompts import Batch
 
+logger = logging.getLogger(__name__)
+
+TOLD_EVERY = 10  # seconds between two lines about progress
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -25,6 +32,15 @@ class OutputArguments:
         default=None, metadata={"help": "Folder for generations.jsonl and generation_results.json."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
+    resume: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on behind the answers in --output_dir, or begin where there are none.",
+            "nargs": "?",
+            "const": "auto",
+            "choices": ("auto",),
+        },
+    )
     benchmark: bool = field(
         default=False,
         metadata={"help": "Measure speed at exactly --max_new_tokens; --output_dir gets benchmark.json, results.json."},
@@ -51,8 +67,7 @@ def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     if arguments.output_dir is None:
         return None
     folder = Path(arguments.output_dir)
-    result = folder / ("benchmark.json" if arguments.measures else "generations.jsonl")
-    if result.exists() and not arguments.overwrite_output_dir:
+    if arguments.measures and (folder / "benchmark.json").exists() and not arguments.overwrite_output_dir:
         raise InputError(f"--output_dir: {folder} holds another run; choose another, or add --overwrite_output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +78,53 @@ def prepare_output_dir(arguments: OutputArguments) -> Path | None:
     return folder
 
 
+def find_unanswered(batches: list[Batch], kept: KeptAnswers | None, each: int, world_size: int) -> list[Batch]:
+    """The batches of which some answer is not there yet; all ranks go by what the first one has `kept`."""
+    wanted = [kept is None or not kept.has(_places(batch, each)) for batch in batches]
+    if world_size > 1:
+        import torch
+
+        flags = torch.tensor(wanted, dtype=torch.int32, device="hpu")
+        torch.distributed.broadcast(flags, 0)
+        wanted = flags.tolist()
+    return [batch for batch, is_wanted in zip(batches, wanted, strict=True) if is_wanted]
+
+
+def _places(batch: Batch, each: int) -> list[int]:
+    """Places of the answers to these prompts, of which each has that many."""
+    return [place * each + number for place in batch.places for number in range(each)]
+
+
+class Progress:
+    """A line now and then: answers, tokens a second, time left."""
+
+    def __init__(self, prompts: int, batches: list[Batch]):
+        """Of all `prompts`, those of these batches are still to be answered."""
+        self.left = sum(len(batch.places) for batch in batches)
+        self.before, self.prompts = prompts - self.left, prompts
+        self.began = self.told = time.monotonic()
+        self.done = self.tokens = 0
+
+    def add(self, prompts: int, tokens: int) -> None:
+        now = time.monotonic()
+        self.done += prompts
+        self.tokens += tokens
+        self.left -= prompts
+        if self.left and now - self.told >= TOLD_EVERY:
+            seconds = now - self.began
+            logger.info(
+                f"{self.before + self.done} of {self.prompts} prompts are answered, {self.tokens / seconds:.1f} "
+                f"tokens/s, about {_in_words(seconds / self.done * self.left)} left"
+            )
+            self.told = now
+
+
+def _in_words(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def answer_all(
     generator: TextGenerator,
     prompts: list[str],
@@ -70,36 +132,54 @@ def answer_all(
     batches: list[Batch],
     show: str | None = None,
     between: str = "",
+    seed: int = 0,
+    kept: KeptAnswers | None = None,
 ) -> tuple[list[dict[str, Any]], list[Timing]]:
     """The answers in the order of the prompts, one or several to each, and one timing a batch.
 
     `show`: `stream` prints each text as it appears, `print` as soon as those before it are there; `between` prompt and
-    text.
+    text. What is sampled depends on `seed` and the batch, not on batches before. Answers are `kept` as they come, and
+    those that are there already count.
     """
     each = generator.answers_per_prompt
     answers: list[Any] = [None] * (len(prompts) * each)  # until they are there
+    for place, answer in kept.answers.items() if kept else ():
+        answers[place] = answer
     timings, shown = [], 0
+    progress = Progress(len(prompts), batches)
     for batch in batches:
         ids = [encoded[place] for place in batch.places]
         streamer = None
         if show == "stream":
             print(prompts[batch.places[0]], end=between, flush=True)
             streamer = TerminalStreamer(generator.tokenizer, ids[0], generator.end_tokens)
+        if generator.config.do_sample:
+            _set_seed(seed, batch)
         new, timing = generator.generate(ids, batch.width, streamer)
         timings.append(timing)
-        for row, tokens in enumerate(new):
-            place = batch.places[row // each]
-            prompt = encoded[place]
-            answers[place * each + row % each] = {
-                "prompt": prompts[place],
+        made = {}
+        for place, tokens in zip(_places(batch, each), new, strict=True):
+            prompt = encoded[place // each]
+            made[place] = answers[place] = {
+                "prompt": prompts[place // each],
                 "text": generator.text_of(prompt, tokens),
                 "tokens": len(tokens),
                 "stopped": generator.is_stopped(prompt, tokens),
             }
+        if kept is not None:
+            kept.add(made)
         while show == "print" and shown < len(answers) and answers[shown] is not None:
             print(answers[shown]["prompt"] + between + answers[shown]["text"] + "\n", flush=True)
             shown += 1
+        if show is None or not sys.stdout.isatty():
+            progress.add(len(batch.places), timing.new_tokens)
     return answers, timings
+
+
+def _set_seed(seed: int, batch: Batch) -> None:
+    from optimum.habana.utils import set_seed  # slow, but for a model that is there
+
+    set_seed(int(np.random.SeedSequence([seed, batch.places[0]]).generate_state(1)[0]))
 
 
 def describe_speed(timings: list[Timing]) -> dict[str, float | None]:
@@ -115,8 +195,8 @@ def describe_speed(timings: list[Timing]) -> dict[str, float | None]:
         "seconds": round(seconds, 4),
         "first_token_seconds": round(mean(first for _, first in timed), 5) if timed else None,
         "later_token_seconds": round(mean(later), 5) if later else None,
-        "tokens_per_second": round(new_tokens / seconds, 2),
-        "tokens_per_second_with_prompt": round((new_tokens + prompt_tokens) / seconds, 2),
+        "tokens_per_second": round(new_tokens / seconds, 2) if seconds else None,
+        "tokens_per_second_with_prompt": round((new_tokens + prompt_tokens) / seconds, 2) if seconds else None,
     }
 
 
@@ -167,12 +247,3 @@ def describe_as_upstream(
 def print_table(results: dict[str, Any]) -> None:
     for name, value in results.items():
         print(f"{name:30} {value}")
-
-
-def write_json(path: Path, content: dict | list[dict]) -> None:
-    """Writes an object as JSON, or a list as JSON lines; the file appears whole or not at all."""
-    write = partial(json.dumps, ensure_ascii=False)
-    lines = [write(content, indent=2)] if isinstance(content, dict) else map(write, content)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)

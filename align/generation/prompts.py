@@ -46,13 +46,17 @@ class PromptArguments:
     prompt: list[str] | None = field(default=None, metadata={"help": "One or more prompts.", "action": "extend"})
     prompt_file: str | None = field(
         default=None,
-        metadata={"help": "File of prompts: .jsonl with --column_name, else one prompt a line; - waits for stdin."},
+        metadata={
+            "help": "File of prompts: .json or .jsonl with --column_name, else one prompt a line; - waits for stdin."
+        },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set of prompts: hub name, folder or file."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
     column_name: str | None = field(
         default=None,
-        metadata={"help": "Column of the prompts in a .jsonl file or data set (default: prompt, else the first text)."},
+        metadata={
+            "help": "Column of the prompts in a .json(l) file or data set (default: prompt, else the first text)."
+        },
     )
     dataset_max_samples: int = field(
         default=-1, metadata={"help": "Take at most this many prompts of a data set, the first ones; -1 is all."}
@@ -73,11 +77,12 @@ def load_prompts(arguments: PromptArguments, world_size: int) -> list[str]:
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)}: give only one source of prompts")
     if arguments.prompt is not None:
-        source, prompts = "--prompt", arguments.prompt
+        source = "--prompt"
+        prompts = [_whole(prompt, f"--prompt, number {number}") for number, prompt in enumerate(arguments.prompt, 1)]
     elif arguments.prompt_file == "-" or (not given and world_size == 1 and _holds_text(sys.stdin)):
         if world_size > 1:
             raise InputError("--prompt_file -: stdin does not reach all ranks; give a file")
-        source, prompts = "stdin", [line for line in sys.stdin.read().split("\n") if line.strip()]
+        source, prompts = "stdin", _read_stdin()
     elif arguments.prompt_file is not None:
         source = f"--prompt_file {arguments.prompt_file}"
         prompts = _read_prompt_file(Path(arguments.prompt_file), arguments.column_name)
@@ -107,6 +112,14 @@ def _holds_text(stdin) -> bool:
     return bool(stdin.buffer.peek(1))
 
 
+def _read_stdin() -> list[str]:
+    try:
+        lines = sys.stdin.read().removeprefix("\ufeff").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin: cannot be read as text: {error}") from error
+    return [_whole(line, f"stdin, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def _lengthen(prompt: str, words: int) -> str:
     """The prompt again and again, until it has this many words and so at least as many tokens."""
     own = prompt.split()
@@ -114,24 +127,31 @@ def _lengthen(prompt: str, words: int) -> str:
 
 
 def _read_prompt_file(path: Path, column_name: str | None) -> list[str]:
+    """The prompts of a JSON list, of JSON lines, or of other text, a line each."""
+    where = f"--prompt_file {path}"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which knows ten more ends of a line
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompt_file {path}: cannot be read as UTF-8 text: {error}") from error
+        raise InputError(f"{where}: cannot be read as UTF-8 text: {error}") from error
+    if path.suffix == ".json":
+        rows = _parse_json(text, where)
+        if isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list):
+            rows = next(iter(rows.values()))
+        if not isinstance(rows, list):
+            raise InputError(f"{where}: holds no list of prompts; rows on lines of their own are a .jsonl file")
+        return [_prompt_of(row, column_name, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+    lines = text.split("\n")  # not splitlines, which knows ten more ends of a line
     if path.suffix != ".jsonl":
         return [line for line in lines if line.strip()]
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"--prompt_file {path}, row {number}: is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"--prompt_file {path}, row {number}: got {line[:40]!r}, not an object with columns")
-        prompts.append(_prompt_of(row, column_name, f"--prompt_file {path}, row {number}"))
-    return prompts
+    places = {number: f"{where}, row {number}" for number, line in enumerate(lines, 1) if line.strip()}
+    return [_prompt_of(_parse_json(lines[n - 1], place), column_name, place) for n, place in places.items()]
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: is not JSON: {error}") from error
 
 
 def _read_prompt_column(arguments: PromptArguments) -> list[str]:
@@ -149,7 +169,11 @@ def _read_prompt_column(arguments: PromptArguments) -> list[str]:
     ]
 
 
-def _prompt_of(row: dict[str, Any], column_name: str | None, where: str) -> str:
+def _prompt_of(row: Any, column_name: str | None, where: str) -> str:
+    if isinstance(row, str) and column_name is None:
+        return _whole(row, where)
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: got {json.dumps(row)[:40]}, not an object with columns")
     if column_name is None:
         texts = [name for name, value in row.items() if isinstance(value, str)]
         column_name = "prompt" if "prompt" in row or not texts else texts[0]
@@ -158,7 +182,15 @@ def _prompt_of(row: dict[str, Any], column_name: str | None, where: str) -> str:
         raise InputError(f"{where}: has no column {column_name!r} but {found}; choose one with --column_name")
     if not isinstance(row[column_name], str):
         raise InputError(f"{where}: column {column_name!r} is {row[column_name]!r}, not text")
-    return row[column_name]
+    return _whole(row[column_name], where)
+
+
+def _whole(prompt: str, where: str) -> str:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: holds half a character (a lone surrogate), which is no text; mend it") from None
+    return prompt
 
 
 def encode_prompts(

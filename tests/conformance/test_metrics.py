@@ -28,6 +28,7 @@ from habana_frameworks.torch.hpu.metrics import (
 @pytest.fixture
 def process(monkeypatch):
     """`process(NAME=value, ...)` loads the plugin with these variables, as a process of its own would be."""
+    torch.hpu.init()  # the first touch of the device starts the file of this process, if any
     for name in [name for name in os.environ if "METRICS" in name or name == "RANK"]:
         monkeypatch.delenv(name)
 

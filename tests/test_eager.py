@@ -1,4 +1,4 @@
-"""Eager mode, PT_HPU_LAZY_MODE=0, in which a plugin has no HPU graphs. Run: pytest tests/test_eager.py"""
+"""Eager mode, in which a plugin has no HPU graphs, and lazy mode. Run: pytest tests/test_eager.py"""
 
 import json
 import os
@@ -16,7 +16,7 @@ TRAIN = "--do_train --do_eval --max_steps 2 --logging_steps 1 --bf16 --disable_t
 RUNS = {
     "sft.py": [
         *("--model_name_or_path", "model", "--max_seq_length", "64", "--output_dir", "sft", *TRAIN),
-        *("--torch_compile", "True", "--profiling_warmup_steps", "1", "--profiling_steps", "1"),
+        *("--profiling_warmup_steps", "1", "--profiling_steps", "1"),
     ],
     "merge_peft_adapter.py": ["--adapter_model_name", "sft", "--output_name", "merged"],
     "dpo.py": ["--model_name_or_path", "merged", "--max_prompt_length", "32", "--max_length", "64", *TRAIN],
@@ -55,23 +55,33 @@ def test_compiling_needs_eager_mode(run):
         run("sft.py", "--model_name_or_path", "none", "--output_dir", "out", "--torch_compile", "True")
 
 
+EAGER = {"PT_HPU_LAZY_MODE": "0"}
+LAZY = {"PT_HPU_LAZY_MODE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # a plugin of 1.19 then waits to be imported
+
+
 @pytest.mark.soak
-def test_every_script_runs_in_eager_mode(tmp_path):
+@pytest.mark.parametrize(
+    ("variables", "flags", "graphs"),
+    [(EAGER, ["--torch_compile", "True"], "False False"), (LAZY, ["--use_hpu_graphs_for_training"], "True True")],
+    ids=["eager", "lazy, where torch does not load the plugin"],
+)
+def test_every_script_runs_in_either_mode(variables, flags, graphs):
     save_model("model", tokenizer="llama-3")
     rows = [{"question": f"{i}?", "response_j": f"It is {i}.", "response_k": "No."} for i in range(40)]
     write_rows("pairs.jsonl", rows)
     runs = {
-        name: [*flags, "--dataset_name", "pairs.jsonl"] if "--do_train" in flags else flags
-        for name, flags in RUNS.items()
+        name: [*given, "--dataset_name", "pairs.jsonl"] if "--do_train" in given else given
+        for name, given in RUNS.items()
     }
-    environment = {**os.environ, "PT_HPU_LAZY_MODE": "0", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    runs["sft.py"] += flags
+    environment = {**os.environ, **variables, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
     ended = subprocess.run(
         [sys.executable, "-c", IN_TURN, json.dumps(runs)], env=environment, capture_output=True, text=True, check=False
     )
 
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1] == "False False"
+    assert ended.stdout.splitlines()[-1] == graphs
     assert list(Path("hpu_profile").rglob("*.json"))
     for name in ("sft", "dpo"):
         results = json.loads(Path(name, "all_results.json").read_text())
@@ -80,12 +90,12 @@ def test_every_script_runs_in_eager_mode(tmp_path):
 
 
 @pytest.mark.soak
-def test_a_launch_hands_eager_mode_to_its_ranks(tmp_path):
+def test_a_launch_hands_eager_mode_to_its_ranks():
     Path("rank.py").write_text(
         "from habana_frameworks.torch import hpu\nprint('graphs', hasattr(hpu, 'wrap_in_hpu_graph'), flush=True)\n"
     )
     command = [sys.executable, ROOT / "gaudi_spawn.py", "--world_size", "2", "rank.py"]
-    environment = {**os.environ, "PT_HPU_LAZY_MODE": "0"}
+    environment = os.environ | EAGER
 
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

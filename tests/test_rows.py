@@ -136,6 +136,53 @@ FINE_TUNING = {
         ["good" + END],
         [],
     ),
+    "a turn that a text says is not to be trained": (
+        {"messages": [user("a"), said("bad", train="false"), user("b"), said("good")]},
+        {},
+        ["good" + END],
+        [],
+    ),
+    "a call in OpenAI's older words": (
+        {
+            "messages": [
+                user("2"),
+                said(None, function_call={"name": "add", "arguments": "{}"}),
+                {"role": "function", "content": "4"},
+                said("four"),
+            ]
+        },
+        {"template": TOOLS_TEMPLATE},
+        ["CALL add<|eot|>", "four" + END],
+        [],
+    ),
+    "a label that says nothing about the answer": (
+        {"prompt": "a", "completion": "b", "label": "sport"},
+        {},
+        ["b" + END],
+        ["columns not used: label"],
+    ),
+    "half a character in a column that nobody uses": (
+        {"prompt": "a", "completion": "b", "source": "\ud83d"},
+        {},
+        ["b" + END],
+        ["columns not used: source"],
+    ),
+    "an answer that begins with the words of its prompt": (
+        {"prompt": "Hello there", "completion": "Hello therefore"},
+        {},
+        ["Hello therefore" + END],
+        [],
+    ),
+    "flags that change nothing": (
+        {"prompt": "a", "completion": "b"},
+        {"shuffle_buffer": 7, "max_bad_rows": 0.5, "eval_subset": "x"},
+        ["b" + END],
+        [
+            "--shuffle_buffer has no effect here: nothing is read as a stream",
+            "--max_bad_rows has no effect here",
+            "--eval_subset has no effect here: nothing is evaluated",
+        ],
+    ),
     "true labels alone": (
         {"prompt": "a", "completion": "b", "label": True},
         {"only_true_labels": True},
@@ -288,6 +335,37 @@ def test_of_a_pair_the_answers_are_scored_and_nothing_else(what, kind, prepare):
 
 REFUSED = {
     "KTO": ({"prompt": "a", "completion": "b", "label": False}, {}, "--only_true_labels trains on the true ones alone"),
+    "KTO in numbers": (
+        {"instruction": "a", "output": "b", "label": 0},
+        {},
+        "--only_true_labels trains on the true ones alone, and --columns other=label leaves the column unused",
+    ),
+    "true labels of rows without": (
+        {"prompt": "a", "completion": "b"},
+        {"only_true_labels": True},
+        "--only_true_labels: rows.jsonl has no column label or kto_tag; found prompt, completion",
+    ),
+    "a turn that is trained or not": (
+        {"messages": [user("a"), said("b", train="later")]},
+        {},
+        "message 2: `train` is str 'later', neither true nor false",
+    ),
+    "a number for an answer": (
+        {"prompt": "a", "completion": 2},
+        {},
+        "column `completion` is int '2', neither text nor messages",
+    ),
+    "a prompt of another name": (
+        {"system": "S", "input": "Q?", "chosen": "a", "rejected": "b"},
+        {"preference": True},
+        "there is no column `prompt`: name the one that holds it with --columns prompt=input",
+    ),
+    "a column that is taken twice": (
+        {"ask": "a", "rejected": "b"},
+        {"preference": True, "columns": ["prompt=ask,chosen=ask"]},
+        "--columns: takes 'ask' twice",
+    ),
+    "a folder inside a file": ({"text": "a"}, {"subset": "data"}, "--subset: rows.jsonl is a file"),
     "two system prompts": (
         {"messages": [{"role": "system", "content": "A"}, user("b"), said("c")], "system": "B"},
         {},
@@ -315,6 +393,12 @@ def test_what_cannot_be_learnt_is_refused_with_the_row_or_the_flag(what, prepare
     row, flags, message = REFUSED[what]
     with pytest.raises(InputError, match=message):
         prepare([row], **flags)
+
+
+def test_rows_of_which_nothing_shall_be_learnt_are_left_out_and_counted(prepare, caplog):
+    rows = [{"messages": [user("a"), said("bad", weight=0)]}, {"messages": [user("a"), said("good")]}]
+    assert prepare(rows) == [["good" + END]]
+    assert "dropped: 1 every turn of the assistant has the weight 0" in caplog.text
 
 
 def test_rows_that_all_fail_alike_are_not_skipped(prepare):
@@ -366,17 +450,44 @@ FILES = {
 }
 
 
+FILES["semicolons.csv"] = TABLE.replace(",", ";").encode()
+FILES["ROWS.CSV.GZ"] = FILES["rows.csv.gz"]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_text_stays_text_in_files_of_any_kind(name, prepare):
     Path(name).write_bytes(FILES[name])
     assert prepare(None, name=name) == [["NA" + END], ["True" + END]]
 
 
-def test_a_folder_of_several_kinds_of_files_is_read_whole(prepare):
+LINES = b'{"prompt": "a", "completion": "b"}\n' * 40
+BROKEN = {
+    "utf16.csv": (TABLE.encode("utf-16"), "utf16.csv is UTF-16; save it as UTF-8"),
+    "twice.csv": (b"prompt,completion,completion\na,b,c\n", "has more than one column 'completion'"),
+    "twice.jsonl": (b'{"prompt": "a", "prompt": "b"}', "row 1: the key `prompt` twice in one object"),
+    "quote.csv": (b'prompt,completion\na,"b\nc,d\n' * 2 + b'e,"f', "row 3: a quote is opened, not closed"),
+    "cut.json": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"', "row 2: no JSON: .*, nor what follows"),
+    "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cut.jsonl.gz cannot be read: Compressed file ended before"),
+    "cut.jsonl.zst": (zstandard.compress(LINES)[:-5], "cut.jsonl.zst cannot be read: it breaks off before its end"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_of_which_a_part_would_be_lost_is_refused_even_where_bad_rows_are_skipped(name, prepare):
+    content, message = BROKEN[name]
+    Path(name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prepare(None, name=name, bad_rows="skip", max_bad_rows=1)
+
+
+def test_a_folder_of_several_kinds_of_files_is_read_whole_or_says_what_is_not(prepare, caplog):
     Path("both").mkdir()
-    write_rows("both/a.jsonl", [{"prompt": "a", "completion": "A"}])
-    Path("both/b.csv").write_text("prompt,completion\nb,B\n")
+    write_rows("both/train.jsonl", [{"prompt": "a", "completion": "A"}])
+    Path("both/train.csv").write_text("prompt,completion\nb,B\n")
+    write_rows("both/more.jsonl", [{"prompt": "c", "completion": "C"}])
+    Path("both/notes.txt").write_text("read me")
     assert sorted(prepare(None, name="both")) == [["A" + END], ["B" + END]]
+    assert "both: not read: more.jsonl, notes.txt" in caplog.text
 
 
 def test_data_sets_are_mixed_by_their_shares_each_in_its_own_format(prepare, caplog):
@@ -386,6 +497,19 @@ def test_data_sets_are_mixed_by_their_shares_each_in_its_own_format(prepare, cap
     assert (learnt.count(["A" + END]), learnt.count(["B" + END])) == (70, 30)
     assert "70.0% are a.jsonl's, 70 of its 70 samples" in caplog.text
     assert "30.0% are b.jsonl's, 30 of its 100 samples" in caplog.text
+
+
+def test_a_mix_renames_columns_where_they_are_and_holds_the_limit_of_rows(prepare, caplog):
+    write_rows("a.jsonl", [{"ask": f"a{i}", "completion": "A"} for i in range(70)])
+    write_rows("b.jsonl", [{"messages": [user(f"b{i}"), said("B")]} for i in range(100)])
+    names = ["a.jsonl", "b.jsonl"]
+    flags = {"columns": ["prompt=ask"], "dataset_mix": [0.7, 0.3]}
+    learnt = prepare(None, name=names, max_train_samples=10, **flags)
+    assert (learnt.count(["A" + END]), learnt.count(["B" + END])) == (7, 3)
+    with pytest.raises(InputError, match="--columns: a.jsonl b.jsonl has no column 'body'; found ask, "):
+        prepare(None, name=["b.jsonl", "a.jsonl"][::-1], columns=["prompt=ask,text=body"])
+    with pytest.raises(InputError, match="--dataset_name: a.jsonl is named twice"):
+        prepare(None, name=["a.jsonl", "a.jsonl"])
 
 
 def test_bad_rows_are_skipped_on_a_stream_too(run, prepare, tmp_path, monkeypatch):

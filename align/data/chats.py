@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from align.data.formats import Messages, RowError, is_learnt
+from align.data.formats import LeftOut, Messages, RowError, is_learnt
 from align.errors import InputError
 
 MARK = "\ue000\ue001"
@@ -76,7 +76,7 @@ class ChatTemplate:
         messages = prompt + answer
         turns = [number for number in range(len(prompt), len(messages)) if is_learnt(messages[number])]
         if not turns:
-            raise RowError("every turn of the assistant has the weight 0: there is nothing to learn")
+            raise LeftOut("every turn of the assistant has the weight 0")
         if tools is not None or not all(map(_is_plain, messages)):
             return self._compare(messages, turns, tools)[0]
         key = (len(prompt), *(message["role"] for message in messages))

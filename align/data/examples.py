@@ -58,11 +58,23 @@ def show_examples(
 
 def _find_samples(prepared: dict[str, Prepared], number: int) -> Iterator[tuple[str, list[int], list[int]]]:
     for split, part in prepared.items():
-        for place, row in enumerate(itertools.islice(part.rows, number), 1):
-            yield from _read(f"{split}, sample {place}", row)
+        notes: dict[int, list[str]] = {}
+        for note, index in part.noted.items():
+            notes.setdefault(index, []).append(note)
+        place = -1
+        for place, row in enumerate(itertools.islice(part.rows, number)):
+            yield from _read(_title(split, place, notes), row)
+        if place + 1 < number:
+            print(f"{split} has {place + 1} sample(s), not {number}")
         if not isinstance(part.rows, IterableDataset):
-            for note, index in part.noted.items():
-                yield from _read(f"{split}, sample {index + 1} ({note})", part.rows[index])
+            for index in sorted(notes):
+                if index > place:
+                    yield from _read(_title(split, index, notes), part.rows[index])
+
+
+def _title(split: str, index: int, notes: dict[int, list[str]]) -> str:
+    about = f" ({'; '.join(notes[index])})" if index in notes else ""
+    return f"{split}, sample {index + 1}{about}"
 
 
 def _read(title: str, row: dict) -> Iterator[tuple[str, list[int], list[int]]]:

@@ -5,9 +5,11 @@ list in a column that nobody asked for stops nothing, and an object has the keys
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -41,7 +43,7 @@ CHUNK = 1 << 20  # characters or bytes read at once
 
 def find_kind(path: Path) -> str:
     """The ending that says how to read a file, without that of its compression."""
-    return (Path(path.stem) if path.suffix in COMPRESSED else path).suffix
+    return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def is_readable(path: Path) -> bool:
@@ -63,10 +65,15 @@ def read_rows(file: str) -> Iterator[dict[str, str]]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardFile(path))
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers.get(path.suffix, open)(path, "rb")
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+    file = openers.get(path.suffix.lower(), open)(path, "rb")
+    if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise InputError(f"--dataset_name: {path} is UTF-16; save it as UTF-8")
+    return file
+
+
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    return io.BufferedReader(_ZstandardFile(path))
 
 
 class _ZstandardFile(io.RawIOBase):
@@ -118,7 +125,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def _read_json(path: Path) -> Iterator[tuple[int, str, str]]:
     """The objects of a list, or one after the other; a single object that holds nothing but a list gives that list."""
-    decoder, number = json.JSONDecoder(), 0
+    decoder, number = json.JSONDecoder(object_pairs_hook=_make_object), 0
     with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
         text = file.read(CHUNK).lstrip()
         is_list = text.startswith("[")
@@ -133,8 +140,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, str, str]]:
                     text, position = text[position:] + more, 0
                     continue
                 if text[position:].strip() != ("]" if is_list else ""):
-                    yield number + 1, "", f"no JSON: {error.msg} at character {error.pos - position + 1}"
+                    reason = f"no JSON: {error.msg.removesuffix(' at')} at character {error.pos - position + 1}"
+                    raise InputError(
+                        f"--dataset_name: {path}, row {number + 1}: {reason}, nor is what follows"
+                    ) from error
                 return
+            except RowError as error:
+                raise InputError(f"--dataset_name: {path}, row {number + 1}: {error}") from None
             for each in _rows_within(value) if number == 0 and not is_list else [value]:
                 number += 1
                 yield number, json.dumps(each), ""
@@ -154,12 +166,27 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str, str]]:
     csv.field_size_limit(2**31 - 1)
     with _open(path) as binary:
         lines = (line.decode("utf-8", errors="surrogateescape") for line in binary)
-        reader = csv.reader(lines, delimiter="\t" if find_kind(path) == ".tsv" else ",")
-        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
-        for number, cells in enumerate(filter(None, reader), 1):
-            reason = "" if len(cells) == len(header) else f"{len(cells)} cells, but {len(header)} columns"
+        first = next(lines, "").removeprefix("\ufeff")
+        counts = {separator: first.count(separator) for separator in ",;\t"}  # spreadsheets of some countries use ;
+        reader = csv.reader(itertools.chain([first], lines), delimiter=max(counts, key=counts.__getitem__), strict=True)
+        header = next(reader, [])
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise InputError(f"--dataset_name: {path} has more than one column {min(twice)!r}; rename or remove one")
+        for number in itertools.count(1):
             try:
+                cells = next(reader)
+                while not cells:  # a blank line
+                    cells = next(reader)
+                reason = "" if len(cells) == len(header) else f"{len(cells)} cells, but {len(header)} columns"
                 "".join(cells).encode("utf-8")
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "end of data" in str(error):
+                    raise InputError(
+                        f"--dataset_name: {path}, row {number}: a quote is opened and not closed"
+                    ) from error
+                reason = f"no CSV: {error}"
             except UnicodeEncodeError:
                 reason = "not UTF-8"
             yield number, "" if reason else json.dumps(dict(zip(header, cells, strict=True))), reason
@@ -179,22 +206,32 @@ def parse_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a row that came from a file."""
     if row[UNREADABLE]:
         raise RowError(row[UNREADABLE])
-    text = row[ROW]
     try:
-        values = json.loads(text)
+        values = json.loads(row[ROW], object_pairs_hook=_make_object)
     except json.JSONDecodeError as error:
-        raise RowError(f"no JSON: {error.msg} at character {error.pos + 1}") from None
+        raise RowError(f"no JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     if not isinstance(values, dict):
         raise RowError(f"{type(values).__name__}, not an object with columns")
-    if "\\ud" in text or "\\uD" in text:
-        for column, value in values.items():
-            try:
-                json.dumps(value, ensure_ascii=False).encode("utf-8")
-            except UnicodeEncodeError:
-                raise RowError(
-                    f"column `{column}` holds half a character (a lone surrogate), which is no text"
-                ) from None
     return values
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RowError(f"the key `{next(name for name in names if names.count(name) > 1)}` twice in one object")
+    return made
+
+
+def check_characters(row: Mapping[str, Any], values: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """JSON can hold halves of characters; `values` are those of `row`, of which `columns` are used."""
+    if "\\ud" not in row[ROW] and "\\uD" not in row[ROW]:
+        return
+    for column in columns:
+        try:
+            json.dumps(values.get(column), ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowError(f"column `{column}` holds half a character (a lone surrogate), which is no text") from None
 
 
 def show_rows(batch: Mapping[str, list]) -> dict[str, list]:
@@ -242,15 +279,17 @@ def find_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each split of a folder, by their names, as `datasets` tells them; others are named in the log."""
     splits = {}
     for split, patterns in get_data_patterns(str(folder)).items():
-        splits[str(split)] = [file for pattern in patterns for file in _resolve(pattern, folder)]
-    others = sorted({file.name for files in splits.values() for file in files if not is_readable(file)})
-    others = [name for name in others if not name.lower().startswith(("readme", "license", "."))]
-    splits = {split: [file for file in files if is_readable(file)] for split, files in splits.items()}
-    splits = {split: files for split, files in splits.items() if files}
+        files = [file for pattern in patterns for file in _resolve(pattern, folder)]
+        if files := list(filter(is_readable, files)):
+            splits[str(split)] = files
     if not splits:
         raise InputError(f"--dataset_name: {folder} holds no file that ends in {', '.join(KINDS)}")
-    if others:
-        logger.warning(f"{folder}: not read: {', '.join(others[:10])}{' …' if len(others) > 10 else ''}")
+    used = {file.resolve() for files in splits.values() for file in files}
+    others = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.resolve() not in used]
+    names = [str(file.relative_to(folder)) for file in others]
+    names = [name for name in names if not name.lower().startswith(("readme", "license", ".")) and "/." not in name]
+    if names:
+        logger.warning(f"{folder}: not read: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}")
     return splits
 
 

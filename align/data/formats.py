@@ -30,6 +30,8 @@ SPEAKERS = {  # other names of the roles: ShareGPT's, Vicuna's, OpenAI's older o
 CONVERSATION = ("system", "tools")  # optional columns of everything that becomes messages
 LABELS = ("label", "kto_tag")  # KTO's, whether an answer is good
 ONLY_TRUE = "--only_true_labels"
+GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "accepted", "thumbs_up")
+BAD = ("false", "0", "0.0", "-1", "no", "bad", "undesirable", "rejected", "thumbs_down")
 
 
 class RowError(ValueError):
@@ -145,6 +147,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             raise RowError(f"{where}: {_describe(made['content'])} is no call of a function with a name")
         made["tool_calls"] = [{"type": "function", "function": dict(call)} for call in calls]
         role, made["content"] = "assistant", None
+    if isinstance(made.get("function_call"), Mapping) and "tool_calls" not in made:  # OpenAI's older name of one call
+        made["tool_calls"] = [{"type": "function", "function": dict(made.pop("function_call"))}]
     made["role"] = SPEAKERS.get(role, role)
     if made["role"] not in ROLES:
         raise RowError(f"{where}: role {made['role']!r} is none of {ROLES}")
@@ -153,7 +157,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if made["content"] is not None or not says_otherwise:
             raise RowError(f"{where}: `content` is {_describe(made['content'])}")
     if "train" in made:
-        made["weight"] = int(bool(made.pop("train")))
+        learnt = read_truth(made["train"])
+        if learnt is None:
+            raise RowError(f"{where}: `train` is {_describe(made['train'])}, neither true nor false")
+        del made["train"]
+        made["weight"] = int(learnt)
     if "weight" in made and made["weight"] not in (0, 1):
         raise RowError(f"{where}: `weight` is {_describe(made['weight'])}; 0 is not learnt, 1 is, and nothing between")
     for call in made.get("tool_calls", ()):
@@ -288,6 +296,9 @@ def _read_prompt_and_answers(*columns: str) -> Callable[[Row, bool], Sample]:
 
     def read(row: Row, as_chat: bool = False) -> Sample:
         values = [_parse_messages(row.get(column)) for column in columns]
+        for value, column in zip(values, columns, strict=True):
+            if not isinstance(value, str | list | Mapping):
+                raise RowError(f"column `{column}` is {_describe(value)}, neither text nor messages")
         if all(isinstance(value, str) for value in values):
             prompt = _parse_messages(row.get("prompt"))
             if prompt is None and all(map(_is_transcript, values)):
@@ -350,18 +361,24 @@ def _before(row: Row) -> str:
 
 
 def _read_texts(row: Row, columns: tuple[str, ...], as_chat: bool) -> Sample:
+    if "prompt" not in row:
+        other = next((name for name in ALIASES["prompt"] if name in row), "YOUR_COLUMN")
+        raise RowError(f"there is no column `prompt`: name the one that holds it with --columns prompt={other}")
     prompt, answers = _text(row, "prompt"), [_text(row, column) for column in columns]
     notes: tuple[str, ...] = ()
-    # "Hello" in front of "Hello! How can I help?" is no prompt that is repeated
-    if len(prompt.split()) > 1 and all(
-        answer.startswith(prompt) and answer[len(prompt) :].strip() for answer in answers
-    ):
+    if len(prompt.split()) > 1 and all(_repeats(prompt, answer) for answer in answers):
         answers = [answer[len(prompt) :] for answer in answers]
         notes = ("the prompt, which the answers repeat, counts once",)
     if as_chat:
         sample = _chat(_text(row, "system", may_be_empty=True), (), prompt, answers, row)
         return Sample(sample.prompt, sample.answers, sample.tools, notes)
     return Sample(_before(row) + prompt, tuple(answers), notes=notes)
+
+
+def _repeats(prompt: str, answer: str) -> bool:
+    """Whether the answer goes on behind the prompt, with a word of its own."""
+    rest = answer[len(prompt) :]
+    return answer.startswith(prompt) and bool(rest.strip()) and not (prompt[-1].isalnum() and rest[0].isalnum())
 
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -685,18 +702,29 @@ def _suggest(columns: Collection[str], formats: list[Format]) -> str:
     return f"The nearest is {nearest.name} ({' + '.join(nearest.columns)}): --columns {flags}"
 
 
+def read_truth(value: Any) -> bool | None:
+    """What a label says of an answer; None where it says something else, as the name of a class."""
+    word = str(value).strip().lower()
+    return True if word in GOOD else False if word in BAD else None
+
+
+def find_label(row: Row, format: Format) -> str | None:
+    """The column that says whether the row's answer is good, as in KTO's data."""
+    columns = (column for column in LABELS if column in format.optional)
+    return next((column for column in columns if read_truth(row.get(column)) is not None), None)
+
+
 def read_label(row: Row, format: Format, only_true: bool) -> None:
-    """KTO's rows say by `label` whether an answer is good; learning all of them would teach the bad ones as well."""
-    column = next((name for name in LABELS if name in format.optional and row.get(name) is not None), None)
-    label = row.get(column) if column else None
-    if isinstance(label, str) and label.strip().lower() in ("true", "false"):
-        label = label.strip().lower() == "true"
-    if not isinstance(label, bool) and not (format.name == "prompt-completion" and label in (0, 1)):
-        return
-    if not only_true:
+    """Learning all of KTO's rows would teach the bad answers as well."""
+    column = find_label(row, format)
+    if column is None:
+        given = next((name for name in LABELS if name in row), None)
+        if only_true and given:
+            raise RowError(f"column `{given}` is {_describe(row[given])}, neither true nor false")
+    elif not only_true:
         raise RowError(
             f"column `{column}` says which answers are good and which are bad (KTO), and fine-tuning would learn both; "
-            f"{ONLY_TRUE} trains on the true ones alone"
+            f"{ONLY_TRUE} trains on the true ones alone, and --columns other={column} leaves the column unused"
         )
-    if not label:
+    elif not read_truth(row[column]):
         raise LeftOut(f"`{column}` is false")

@@ -102,7 +102,10 @@ def check_data_arguments(args: DataArguments, has_template: bool) -> None:
     """Values that cannot be, before anything is read."""
     if args.text_as_chat and not has_template:
         raise InputError("--text_as_chat: the tokenizer has no chat template; name one with --chat_template, as plain")
-    number = len(args.dataset_name) if isinstance(args.dataset_name, list) else 1
+    names: list[Any] = args.dataset_name if isinstance(args.dataset_name, list) else [args.dataset_name]
+    number = len(names)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--dataset_name: {twice[0]} is named twice")
     shares = args.dataset_mix
     if shares is not None and (len(shares) != number or number == 1):
         raise InputError(
@@ -120,6 +123,8 @@ def read_renames(args: DataArguments) -> dict[str, str]:
         new, _, old = (part.strip() for part in pair.partition("="))
         if not new or not old or new in renames:
             raise InputError(f"--columns: got {pair!r}; give new=found pairs, as prompt=question,chosen=good")
+        if old in renames.values():
+            raise InputError(f"--columns: takes {old!r} twice; give each column one name")
         renames[new] = old
     return renames
 
@@ -187,6 +192,8 @@ def _load(
         if local.is_file():
             if optional:
                 return {}
+            if subset:
+                raise InputError(f"--subset: {name} is a file, which has no folder {subset!r}")
             if not is_readable(local):
                 endings = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSED)} behind"
                 raise InputError(

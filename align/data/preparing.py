@@ -4,6 +4,7 @@ Whatever a row says is used, or told in the log: what was dropped, cut or not sh
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,8 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from align.data.files import PLACE, UNREADABLE, is_sound, parse_row, seal
-from align.data.formats import Format, LeftOut, RowError, Sample, read_label, recognise
+from align.data.files import PLACE, UNREADABLE, check_characters, is_sound, parse_row, seal
+from align.data.formats import LABELS, ONLY_TRUE, Format, LeftOut, RowError, Sample, find_label, read_label, recognise
 from align.data.loading import DataArguments, check_data_arguments, load_splits, read_renames
 from align.errors import InputError
 
@@ -30,7 +31,7 @@ Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None], lis
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised rows, and what became of the rows that were read (None for a stream, which nobody has counted).
+    """Tokenised rows, and what became of the rows that were read (None where others or nobody have counted them).
 
     `notes` hold what was told about rows: how many of them, and where the first one stands; `noted` is its index.
     """
@@ -40,6 +41,7 @@ class Prepared:
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
     parts: "dict[str, Prepared]" = field(default_factory=dict)  # where several data sets make one
+    columns: tuple[str, ...] = ()  # of the rows that were read
 
 
 def prepare_data(
@@ -63,19 +65,23 @@ def prepare_data(
     ends = training_args.max_steps > 0
     if args.streaming and training_args.do_train and not ends and not preference:
         raise InputError("--streaming True: nobody knows how long an epoch of a stream is; add --max_steps")
-    found: dict[str, dict[str, Prepared]] = {}
+    loaded = {}
     for name in names:
         named: Any = name  # one of several
         one = replace(args, dataset_name=named)
-        splits = load_splits(
-            one, training_args.do_train, training_args.do_eval, ends, training_args.seed, folder, token
-        )
-        for split, rows in vars(splits).items():
-            if rows is not None:
-                title = split if len(names) == 1 else f"{split} of {name}"
-                prepared = prepare(rows, one, tokenize, fingerprint, preference, has_template, title)
-                report(title, prepared)
-                found.setdefault(split, {})[name] = prepared
+        read = load_splits(one, training_args.do_train, training_args.do_eval, ends, training_args.seed, folder, token)
+        loaded[name] = one, {split: rows for split, rows in vars(read).items() if rows is not None}
+    _tell_unused(args, [rows for _, splits in loaded.values() for rows in splits.values()], training_args.do_eval)
+    found: dict[str, dict[str, Prepared]] = {}
+    for name, (one, splits) in loaded.items():
+        for split, rows in splits.items():
+            title = split if len(names) == 1 else f"{split} of {name}"
+            is_alone = len(names) == 1
+            prepared = prepare(rows, one, tokenize, fingerprint, preference, has_template, title, is_alone)
+            report(title, prepared)
+            found.setdefault(split, {})[name] = prepared
+    all_columns = (part.columns for parts in found.values() for part in parts.values())
+    _check_columns(args, list(dict.fromkeys(itertools.chain(*all_columns))))
     if len(names) == 1:
         return {split: parts[names[0]] for split, parts in found.items()}
     mixed = {split: _mix(split, parts, args, training_args.seed) for split, parts in found.items()}
@@ -84,31 +90,63 @@ def prepare_data(
     return mixed
 
 
+def _tell_unused(args: DataArguments, rows: list[Dataset | IterableDataset], do_eval: bool) -> None:
+    """One line about flags of the data that change nothing in this run."""
+    streams = any(isinstance(each, IterableDataset) for each in rows)
+    reasons = {
+        "shuffle_buffer": None if streams else "nothing is read as a stream",
+        "size_valid_set": None if streams and do_eval else "no stream is cut for validation",
+        "validation_split_percentage": "nothing is cut for validation" if streams or not do_eval else None,
+        "eval_subset": None if do_eval else "nothing is evaluated",
+        "max_bad_rows": None if args.bad_rows == "skip" and not streams else "it limits --bad_rows skip, and no stream",
+    }
+    for name, reason in reasons.items():
+        if reason and getattr(args, name) != getattr(DataArguments, name):
+            logger.warning(f"--{name} has no effect here: {reason}")
+
+
+def _check_columns(args: DataArguments, columns: list[str]) -> None:
+    """What flags say of columns must hold for one of several data sets at least."""
+    names = args.dataset_name if isinstance(args.dataset_name, str) else " ".join(args.dataset_name or ())
+    for old in read_renames(args).values():
+        if old not in columns:
+            raise InputError(f"--columns: {names} has no column {old!r}; found {', '.join(columns)}")
+    if args.only_true_labels and not any(column in columns for column in LABELS):
+        raise InputError(f"{ONLY_TRUE}: {names} has no column {' or '.join(LABELS)}; found {', '.join(columns)}")
+
+
 def _mix(split: str, parts: dict[str, Prepared], args: DataArguments, seed: int) -> Prepared:
     """All data sets in one: whole, or so much of each that --dataset_mix holds and no row comes twice."""
-    rows = [part.rows for part in parts.values()]
+    rows: list[Any] = [part.rows for part in parts.values()]
     shares = args.dataset_mix if split == "train" else None
+    limit = args.max_train_samples if split == "train" else args.max_eval_samples
     if any(isinstance(each, IterableDataset) for each in rows):
         rows = [each if isinstance(each, IterableDataset) else each.to_iterable_dataset() for each in rows]
         if shares:
-            mixed = datasets.interleave_datasets(rows, probabilities=shares, seed=seed)  # until the first one ends
+            mixed = datasets.interleave_datasets(rows, probabilities=shares, seed=seed)
         else:
             mixed = datasets.concatenate_datasets(rows)
-        logger.info(
-            f"{split}: {' + '.join(parts)}, streams" + (f" mixed {shares}" if shares else " one after the other")
-        )
-        return Prepared(mixed, None, parts=dict(parts))
-    if shares:
-        total = min(len(each) / share for each, share in zip(rows, shares, strict=True))
-        sizes = [max(1, int(total * share + 1e-6)) for share in shares]
-        order = np.random.default_rng(seed)
-        chosen = [np.sort(order.permutation(len(each))[:size]) for each, size in zip(rows, sizes, strict=True)]
-        rows = [each.select(indices) for each, indices in zip(rows, chosen, strict=True)]
-    mixed = datasets.concatenate_datasets(rows)
-    for (name, part), each in zip(parts.items(), rows, strict=True):
+        how = f" mixed {shares} until the first one ends" if shares else " one after the other"
+        logger.info(f"{split}: {' + '.join(parts)}, streams{how}")
+        return Prepared(mixed.take(limit) if limit else mixed, None, parts=dict(parts))
+    everything = sum(map(len, rows))
+    shares = shares or [len(each) / everything for each in rows]
+    total = min(limit or everything, *(len(each) / share for each, share in zip(rows, shares, strict=True)))
+    order = np.random.default_rng(seed)
+    chosen: list[Dataset] = []
+    noted: dict[str, int] = {}
+    for part, share in zip(parts.values(), shares, strict=True):
+        size = max(1, int(total * share + 1e-6))
+        indices = np.sort(order.permutation(len(part.rows))[:size])
+        for note, index in part.noted.items():
+            if index in indices:
+                noted.setdefault(note, sum(map(len, chosen)) + int(np.searchsorted(indices, index)))
+        chosen.append(part.rows.select(indices) if size < len(part.rows) else part.rows)
+    mixed = datasets.concatenate_datasets(chosen)
+    for (name, part), each in zip(parts.items(), chosen, strict=True):
         taken = f"{len(each):,} of its {len(part.rows):,} samples"
         logger.info(f"{split}: {len(each) / len(mixed):.1%} are {name}'s, {taken}")
-    return Prepared(mixed, {}, parts=dict(parts))
+    return Prepared(mixed, None, noted=noted, parts=dict(parts))
 
 
 class Reader:
@@ -118,10 +156,14 @@ class Reader:
         self.name, self.renames = args.dataset_name, read_renames(args)
         self.skips, self.only_true = args.bad_rows == "skip", args.only_true_labels
         self.format, self.tokenize, self.as_chat, self.is_stream = format, tokenize, as_chat, is_stream
+        self.used = {self.renames.get(column, column) for column in format.used}
         self.told: set[str] = set()
 
     def read(self, row: dict) -> Sample:
-        row = get_columns(row, self.renames)
+        values = get_columns(row)
+        if UNREADABLE in row:
+            check_characters(row, values, self.used)
+        row = rename(values, self.renames)
         read_label(row, self.format, self.only_true)
         return self.format.read(row, self.as_chat)
 
@@ -179,9 +221,13 @@ class Reader:
                     logger.warning(f"{row.get(PLACE) or f'row {index + 1}'} is the first of its kind: {text}")
 
 
-def get_columns(row: dict, renames: dict[str, str]) -> dict:
+def get_columns(row: dict) -> dict:
+    """A row's columns, also of a row that came from a file."""
+    return parse_row(row) if UNREADABLE in row else row
+
+
+def rename(row: dict, renames: dict[str, str]) -> dict:
     """A row's columns under the names that the formats know."""
-    row = parse_row(row) if UNREADABLE in row else row
     if not renames:
         return row
     renamed = {column: value for column, value in row.items() if column not in renames.values()}
@@ -196,6 +242,7 @@ def prepare(
     preference: bool = False,
     has_template: bool = False,
     title: str = "train",
+    is_alone: bool = True,
 ) -> Prepared:
     """Tokenises all rows: in parallel, from the cache where the same rows met the same `fingerprint` before."""
     if isinstance(rows, Dataset):
@@ -204,7 +251,13 @@ def prepare(
     if not first:
         raise InputError(f"--dataset_name: {args.dataset_name} has no rows")
     renames = read_renames(args)
-    columns = _find_columns(first, rows.column_names, renames, args)
+    found = _find_columns(first, rows.column_names)
+    if is_alone:
+        _check_columns(args, found)
+    taken = [new for new in renames if new in found and new not in renames.values() and renames[new] in found]
+    if taken:
+        raise InputError(f"--columns: {args.dataset_name} has a column {taken[0]!r} already; rename it as well")
+    columns = list(rename(dict.fromkeys(found), renames))
     format = recognise(columns, preference, args.data_format)
     as_chat = has_template and format.name != "text" if args.text_as_chat is None else args.text_as_chat
     reader = Reader(args, format, tokenize, as_chat, isinstance(rows, IterableDataset))
@@ -214,7 +267,7 @@ def prepare(
     if isinstance(rows, IterableDataset):
         tokenized = rows.map(reader, batched=True, batch_size=100, with_indices=True, remove_columns=old)
         tokenized = tokenized.filter(lambda reason: reason == "", input_columns="reason")
-        return Prepared(tokenized.remove_columns(["reason", "notes"]), None)
+        return Prepared(tokenized.remove_columns(["reason", "notes"]), None, columns=tuple(found))
     ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
     features = {name: number if name in COUNTS else ids for name in tokenize([])[0]}
     features = datasets.Features({**features, "reason": datasets.Value("string"), "notes": datasets.Value("string")})
@@ -236,7 +289,7 @@ def prepare(
     )
     if not was_sound:
         seal(target, [Path(file["filename"]) for file in tokenized.cache_files])
-    return _sum_up(tokenized, rows, args)
+    return replace(_sum_up(tokenized, rows, args), columns=tuple(found))
 
 
 def _identify_code() -> str:
@@ -247,28 +300,19 @@ def _identify_code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _find_columns(
-    first: list[dict], known: list[str] | None, renames: dict[str, str], args: DataArguments
-) -> list[str]:
+def _find_columns(first: list[dict], known: list[str] | None) -> list[str]:
     """The columns of a data set: of rows from a file, those of the first rows."""
-    if UNREADABLE in first[0]:
-        found = {}
-        for row in first:
-            try:
-                found.update(dict.fromkeys(parse_row(row)))
-            except RowError as error:
-                reason = f"{row[PLACE]}: {error}"
-        if not found:
-            raise InputError(f"--dataset_name: {reason}")
-    else:
-        found = dict.fromkeys(known or first[0])
-    missing = [old for old in renames.values() if old not in found]
-    if missing and isinstance(args.dataset_name, str):
-        raise InputError(f"--columns: {args.dataset_name} has no column {missing[0]!r}; found {', '.join(found)}")
-    taken = [new for new in renames if new in found and new not in renames.values()]
-    if taken:
-        raise InputError(f"--columns: {args.dataset_name} has a column {taken[0]!r} already; rename it as well")
-    return list(get_columns(dict.fromkeys(found), renames))
+    if UNREADABLE not in first[0]:
+        return list(known or first[0])
+    found, reasons = {}, []
+    for row in first:
+        try:
+            found.update(dict.fromkeys(parse_row(row)))
+        except RowError as error:
+            reasons.append(f"{row[PLACE]}: {error}")
+    if not found:
+        raise InputError(f"--dataset_name: {reasons[0]}")
+    return list(found)
 
 
 def _try_first(first: list[dict], reader: Reader) -> None:
@@ -295,8 +339,17 @@ def _tell_format(title: str, reader: Reader, columns: list[str], first: list[dic
         line += ", as text" if not reader.as_chat else ""
     elif format.name != "text":
         line += ", as turns of the chat template"
-    unused = [column for column in columns if column not in format.used]
+    is_label = {column for row in first[:TRIED] if (column := _find_label(reader, row))}
+    used = format.used - (set(LABELS) - is_label)
+    unused = [column or "the one without a name" for column in columns if column not in used]
     logger.info(f"{line}; columns not used: {', '.join(unused) or 'none'}")
+
+
+def _find_label(reader: Reader, row: dict) -> str | None:
+    try:
+        return find_label(rename(get_columns(row), reader.renames), reader.format)
+    except RowError:
+        return None
 
 
 def _try_plain(reader: Reader, row: dict) -> object:
@@ -354,7 +407,9 @@ def report(name: str, prepared: Prepared) -> None:
     cuts = [
         f"{count:,} {note.removeprefix(CUT)}" for note, (count, _) in prepared.notes.items() if note.startswith(CUT)
     ]
-    logger.info(f"{line}; dropped: {_count(prepared.dropped or {})}; cut: {', '.join(cuts) or 'none'}")
+    if prepared.dropped is not None:
+        line += f"; dropped: {_count(prepared.dropped)}; cut: {', '.join(cuts) or 'none'}"
+    logger.info(line)
     for note, (count, place) in prepared.notes.items():
         if not note.startswith(CUT):
             logger.warning(f"{name}: {note}: {count:,} of {len(rows):,} samples, first {place}")

@@ -56,6 +56,16 @@ TEMPLATES = {
         LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<|im_end|>\n' }}"
         + ASK + "{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
     ),
+    "other blanks where it asks": (
+        "gpt2",
+        LOOP + "{{ m['role'].upper() + ':   ' + m['content'] + eos_token + '\n\n' }}"
+        + ASK + "{{ '  ASSISTANT:\n' }}{% endif %}",
+    ),
+    "a thought that is asked for and closed at once": (
+        "qwen",
+        LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + ('<think></think>' if m['role'] == 'assistant' else '') }}"
+        "{{ m['content'] + '<|im_end|>\n' }}" + ASK + "{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+    ),
 }  # fmt: skip
 FACTS = {"What is two and two?": "It is four", "What is France?": "Paris of course", "Hello": "Hello there, you"}
 THOUGHTS = "<think>\nso\n</think>\n\n"
@@ -114,7 +124,12 @@ def teach_and_ask(run):
     return teach_and_ask
 
 
-@pytest.mark.parametrize("property", TEMPLATES)
+LIKE_OTHERS = ("other blanks where it asks", "a thought that is asked for and closed at once")
+
+
+@pytest.mark.parametrize(
+    "property", [pytest.param(each, marks=pytest.mark.soak) if each in LIKE_OTHERS else each for each in TEMPLATES]
+)
 def test_facts_that_were_learnt_as_chats_are_said_when_asked(property, teach_and_ask):
     kind, template = TEMPLATES[property]
     said = teach_and_ask(kind, template, write_facts(property), FACTS, "--use_chat_template")

@@ -232,6 +232,30 @@ FINE_TUNING = {
         ["Yo" + END],
         [],
     ),
+    "tools that the template loses though somebody names them": (
+        {"messages": [user("add two"), said("four")], "tools": TOOLS},
+        {},
+        ["four" + END],
+        ["does not show the column `tools`"],
+    ),
+    "arguments of a call that the template loses": (
+        WITH_TOOLS,
+        {"template": TOOLS_TEMPLATE},
+        ["CALL add<|eot|>", "four" + END],
+        ["does not show the arguments of a call: 1 of 1 samples"],
+    ),
+    "a chat that ends with a question": (
+        {"messages": [user("a"), said("b"), user("c")]},
+        {},
+        ["b" + END],
+        ["what follows the last turn of the assistant is not used: 1 of 1 samples"],
+    ),
+    "thoughts in a key on a template that merely speaks of thinking": (
+        {"messages": [user("a"), said("four", reasoning_content="so")]},
+        {"template": NO_SYSTEM.replace("TOOLS", "You think with TOOLS")},
+        ["four" + END],
+        ["does not show `reasoning_content`"],
+    ),
     "parts of text and a developer": (
         {"messages": [{"role": "developer", "content": "D"}, user([{"type": "text", "text": "Hi"}]), said("Yo")]},
         {},
@@ -272,6 +296,45 @@ def test_fine_tuning_learns_and_tells_what_a_row_says(what, prepare, caplog):
     assert prepare([row], **flags) == [learnt]
     for text in told:
         assert text in caplog.text
+
+
+FORGETS = REASONING_TEMPLATE.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content and loop.last %}")
+SYSTEM_LAST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}{% if messages[0]['role'] == 'system' and "
+    "loop.index >= messages | length - 1 %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = [user("a"), said("b", reasoning_content="so"), user("c"), said("d", reasoning_content="hm")]
+# what: (chat, template, learnt texts of each sample): of later turns the template shows earlier ones otherwise
+APART = {
+    "thoughts of earlier turns are forgotten": (
+        THINKING,
+        FORGETS,
+        [["<think>\nhm\n</think>\n\nd<|im_end|>"], ["<think>\nso\n</think>\n\nb<|im_end|>"]],
+    ),
+    "a system message stands at the last question": (
+        [{"role": "system", "content": "Be"}, user("a"), said("b"), user("c"), said("d")],
+        SYSTEM_LAST,
+        [["d<|im_end|>"], ["b<|im_end|>"]],
+    ),
+    "other blanks while asked": (
+        [user("a"), said("b"), user("c"), said("d")],
+        "{% for m in messages %}{{ m['role'] + ':\n\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' assistant:\n' }}{% endif %}",
+        [["b<|im_end|>"], ["d<|im_end|>"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", APART)
+def test_a_turn_that_is_shown_otherwise_later_is_a_sample_of_its_own(what, prepare, caplog):
+    messages, template, learnt = APART[what]
+    assert prepare([{"messages": messages}] * 2, kind="qwen", template=template) == learnt * 2
+    assert (
+        "turns of the assistant that the chat template shows otherwise once others follow are samples of" in caplog.text
+    )
+    assert "does not show the system message" not in caplog.text
 
 
 PAIRS = {

@@ -7,7 +7,7 @@ rendered once each: what the template writes around their turns is known from th
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ MARK = "\ue000\ue001"
 THOUGHTS = re.compile(r"</?think(?:ing)?>")
 PLAIN = {"role", "content"}
 NOT_SHOWN = "the chat template does not show"  # begins each note about something that the model never sees
+APART = "turns of the assistant that the chat template shows otherwise once others follow are samples of their own"
 ALIKE = 3  # chats of the same roles that are compared before the others are rendered once
 
 
@@ -71,8 +72,11 @@ class ChatTemplate:
         self.variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
         self.shapes: dict[tuple, list[Shape | None]] = {}
 
-    def render(self, prompt: Messages, answer: Messages, tools: list | None = None) -> Rendering:
-        """The chat with spans on the assistant's turns in `answer`."""
+    def render(self, prompt: Messages, answer: Messages, tools: list | None = None) -> list[Rendering]:
+        """The chat with spans on the assistant's turns in `answer`.
+
+        It is one text; a turn that this shows otherwise than it is asked for has a text of its own.
+        """
         messages = prompt + answer
         turns = [number for number in range(len(prompt), len(messages)) if is_learnt(messages[number])]
         if not turns:
@@ -84,11 +88,11 @@ class ChatTemplate:
         if len(seen) >= ALIKE and seen[0] is not None and all(shape == seen[0] for shape in seen):
             rendering = self._follow(seen[0], messages, turns)
             if rendering is not None:
-                return rendering
-        rendering, shape = self._compare(messages, turns, None)
+                return [rendering]
+        renderings, shape = self._compare(messages, turns, None)
         if len(seen) < ALIKE:
             seen.append(shape)
-        return rendering
+        return renderings
 
     def find_end(self) -> str | None:
         """The special token that ends a turn of the assistant, None where a turn ends without one or asks for more."""
@@ -111,12 +115,13 @@ class ChatTemplate:
                 return self._apply(_without_none(messages), tools, ask)
             return text
         except Exception as error:  # jinja2 errors and whatever a template raises on its own
+            reason = error
             for change in (_without_none, _with_arguments_as_text):
                 try:
                     return self._apply(change(messages), tools, ask)
-                except Exception:  # the first reason is the one to tell
-                    continue
-            raise RowError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+                except Exception as other:  # of a chat without None: the reason that is not about None
+                    reason = other if change is _without_none else reason
+            raise RowError(f"the chat template refuses it: {' '.join(str(reason).split())}") from error
 
     def _apply(self, messages: Messages, tools: list | None, ask: bool) -> str:
         knows_developer = "developer" in str(self.source)
@@ -135,31 +140,39 @@ class ChatTemplate:
 
     # Comparing
 
-    def _compare(self, messages: Messages, turns: list[int], tools: list | None) -> tuple[Rendering, Shape | None]:
+    def _compare(
+        self, messages: Messages, turns: list[int], tools: list | None
+    ) -> tuple[list[Rendering], Shape | None]:
         """The spans of any chat: each turn as it is asked for and said, and where that stands in the whole text."""
-        text, notes, found = self.write(messages, tools), [], []
+        text, notes = self.write(messages, tools), []
+        found, others = [], []  # turns that the whole text shows as asked for, and those that it shows otherwise
         for number in turns:
             turn: Any = self._read_turn(messages[: number + 1], tools)
             if not turn.said.strip():
                 notes.append("a turn of the assistant that the chat template shows as nothing is not learnt")
                 continue
-            if not text.startswith(turn.asked + turn.said):
-                if number == turns[-1]:
-                    if found:
-                        notes.append("earlier turns of the assistant are not learnt: they are not shown as asked for")
-                    text, found = turn.asked + turn.said, []  # the chat as it is when this turn is asked for
-                elif (turn := self._read_inner_turn(messages, number, tools, text, turn)) is None:
-                    notes.append("earlier turns of the assistant are not learnt: they are not shown as asked for")
-                    continue
             notes += turn.notes
+            if not text.startswith(turn.asked + turn.said):
+                inner = self._read_inner_turn(messages, number, tools, text, turn) if number != turns[-1] else None
+                if inner is None:
+                    others.append(turn)
+                    continue
+                turn = inner
             found.append((number, turn))
-        if not found:
+        if not found and not others:
             raise RowError("the chat template shows no turn of the assistant to learn from")
-        notes += self._find_unseen(messages, tools, text)
+        if len(others) + bool(found) > 1:
+            notes.append(APART)
+        if messages[-1]["role"] != "assistant":
+            notes.append("what follows the last turn of the assistant is not used")
+        shown = "".join([text, *(turn.asked for turn in others)])
+        notes = list(dict.fromkeys([*notes, *self._find_unseen(messages, tools, text, shown)]))
         spans = [(len(turn.asked), len(turn.asked) + len(turn.said)) for _, turn in found]
+        renderings = [_cut(text, spans)] if found else []
+        renderings += [Rendering(turn.asked, turn.said, ((0, len(turn.said)),)) for turn in others]
+        renderings[0] = replace(renderings[0], notes=tuple(notes))
         is_plain = tools is None and not notes and all(map(_is_plain, messages)) and len(found) == len(turns)
-        shape = _find_shape(messages, found, text) if is_plain else None
-        return _cut(text, spans, tuple(dict.fromkeys(notes))), shape
+        return renderings, _find_shape(messages, found, text) if is_plain else None
 
     def _read_turn(self, messages: Messages, tools: list | None) -> Turn:
         """The last message, right behind what it is asked for with."""
@@ -188,8 +201,10 @@ class ChatTemplate:
         else:
             said, owed = text[len(opened) : end] if text.startswith(opened) else None, ""
             asked_tail, opened_tail = _behind_last(before, asked), _behind_last(before, opened)
-            if said is not None and opened_tail.startswith(asked_tail):
-                said = opened_tail[len(asked_tail) :] + said
+            more = _rest_behind(opened_tail, asked_tail)
+            if said is not None and more is not None:
+                blanks = asked_tail[len(asked_tail.rstrip()) :]
+                said = (more + said).removeprefix(blanks) if not more.strip() else more + said
             else:
                 owed = asked_tail[len(opened_tail) :] if asked_tail.startswith(opened_tail) else None
                 if owed and whole.lstrip().startswith(owed.strip()):  # as <think> at the end of a generation prompt
@@ -209,7 +224,7 @@ class ChatTemplate:
             if parts[-1] not in said:
                 if said.strip():
                     raise RowError(f"the chat template does not show message {len(messages)} as it is")
-            elif "think" in str(self.source):
+            elif THOUGHTS.search(str(self.source)):
                 said, notes = whole, (*notes, "thoughts that the chat template leaves out are learnt as they were said")
             else:
                 notes = (*notes, f"{NOT_SHOWN} `reasoning_content`")
@@ -234,21 +249,33 @@ class ChatTemplate:
                 return Turn(alone.asked, opened[len(alone.asked) :] + said + alone.closing, alone.closing)
         return None
 
-    def _find_unseen(self, messages: Messages, tools: list | None, text: str) -> list[str]:
-        """What the row says and the template does not show."""
+    def _find_unseen(self, messages: Messages, tools: list | None, text: str, shown: str) -> list[str]:
+        """What the row says and neither the chat's `text` nor that of its single turns (`shown`) has."""
         notes = []
         for number, message in enumerate(messages):
             content = (message["content"] or "").strip()
-            if content and content not in text and not is_learnt(message) and not THOUGHTS.search(content):
+            if content and content not in shown and not is_learnt(message) and not THOUGHTS.search(content):
                 changed = [*messages[:number], {**message, "content": MARK}, *messages[number + 1 :]]
                 if MARK not in self.write(changed, tools):
                     notes.append(f"{NOT_SHOWN} the {message['role']} message")
             for key in message.keys() - PLAIN - {"weight", "reasoning_content"}:
-                if not all(value in text for value in _leaves(message[key])):
+                if not all(value in shown for value in _leaves(message[key])):
                     notes.append(f"{NOT_SHOWN} the key `{key}` of a message")
-        if tools and not all(_name(tool) in text for tool in tools):
+            if any(_arguments(call) for call in message.get("tool_calls", ())):
+                calls = [_without_arguments(call) for call in message["tool_calls"]]
+                changed = [*messages[:number], {**message, "tool_calls": calls}, *messages[number + 1 :]]
+                if self._shows_the_same(text, changed, tools):
+                    notes.append(f"{NOT_SHOWN} the arguments of a call")
+        if tools and (not all(_name(tool) in shown for tool in tools) or self._shows_the_same(text, messages, None)):
             notes.append(f"{NOT_SHOWN} the column `tools`")
         return sorted(set(notes))
+
+    def _shows_the_same(self, text: str, messages: Messages, tools: list | None) -> bool:
+        """Whether the chat could do without what these messages or tools lack."""
+        try:
+            return self.write(messages, tools) == text
+        except RowError:
+            return False
 
     def _follow(self, shape: Shape, messages: Messages, turns: list[int]) -> Rendering | None:
         """The spans of a chat that is like others before, from its text alone; None where it is not like them."""
@@ -307,6 +334,20 @@ def _behind_last(messages: Messages, text: str) -> str:
     return text.rpartition(content)[2] if content else text
 
 
+def _rest_behind(text: str, start: str) -> str | None:
+    """What stands in `text` behind `start`, which may have other blanks; None where it begins otherwise."""
+    if text.startswith(start):
+        return text[len(start) :]
+    place = 0
+    for character in "".join(start.split()):
+        while text[place : place + 1].isspace():
+            place += 1
+        if text[place : place + 1] != character:
+            return None
+        place += 1
+    return text[place:].lstrip() if start[-1:].isspace() else text[place:]
+
+
 def _without_none(messages: Messages) -> Messages:
     return [{**message, "content": message["content"] or ""} for message in messages]
 
@@ -323,6 +364,14 @@ def _with_arguments_as_text(messages: Messages) -> Messages:
                     function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
             message["tool_calls"] = calls
     return changed
+
+
+def _arguments(call: Any) -> Any:
+    return call.get("function", call).get("arguments") if isinstance(call, dict) else None
+
+
+def _without_arguments(call: dict) -> dict:
+    return {**call, "function": {**call.get("function", call), "arguments": {}}}
 
 
 def _name(tool: Any) -> str:

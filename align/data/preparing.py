@@ -8,6 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from align.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("length", "trained")  # columns with a number; all others hold token ids
+COUNTS = ("length", "trained", "sample")  # columns with a number; all others hold token ids
 CUT = "cut: "  # what notes about truncation begin with
 TRIED = 100  # rows that are read before any is left out: where all of them fail, the format is wrong and not the rows
 Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None], list[tuple[str, ...]]]]
@@ -181,23 +182,26 @@ class Reader:
                 reasons[place] = self._give_up(error, row, indices[place])
         try:
             columns, dropped, notes = self.tokenize(list(samples.values()))
+            places = list(samples)
+            owners = [places[number] for number in columns["sample"]]
         except RowError:
-            parts = []
-            for place, sample in list(samples.items()):
+            parts, owners = [], []
+            for place, sample in samples.items():
                 try:
                     parts.append(self.tokenize([sample]))
+                    owners += [place] * len(parts[-1][1])
                 except RowError as error:
                     reasons[place] = self._give_up(error, rows[place], indices[place])
-                    del samples[place]
             columns = {name: [value for part in parts for value in part[0][name]] for name in self.tokenize([])[0]}
             dropped = [reason for part in parts for reason in part[1]]
             notes = [told for part in parts for told in part[2]]
-        used = iter(zip(*columns.values(), dropped, notes, strict=True))
+        columns["sample"] = [indices[place] for place in owners]
         nothing = [0 if name in COUNTS else np.zeros(0, np.int32) for name in columns]
-        table = [next(used) if place in samples else (*nothing, reasons[place], ()) for place in range(len(rows))]
-        *values, dropped, notes = map(list, zip(*table, strict=True))
+        table = list(zip(owners, *columns.values(), dropped, notes, strict=True))
+        table += [(place, *nothing, reason, ()) for place, reason in reasons.items()]
+        owners, *values, dropped, notes = map(list, zip(*sorted(table, key=itemgetter(0)), strict=True))
         if self.is_stream:
-            self._tell(rows, indices, dropped, notes)
+            self._tell([rows[place] for place in owners], [indices[place] for place in owners], dropped, notes)
         return {
             **dict(zip(columns, values, strict=True)),
             "reason": [reason or "" for reason in dropped],
@@ -267,7 +271,7 @@ def prepare(
     if isinstance(rows, IterableDataset):
         tokenized = rows.map(reader, batched=True, batch_size=100, with_indices=True, remove_columns=old)
         tokenized = tokenized.filter(lambda reason: reason == "", input_columns="reason")
-        return Prepared(tokenized.remove_columns(["reason", "notes"]), None, columns=tuple(found))
+        return Prepared(tokenized.remove_columns(["sample", "reason", "notes"]), None, columns=tuple(found))
     ids, number = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
     features = {name: number if name in COUNTS else ids for name in tokenize([])[0]}
     features = datasets.Features({**features, "reason": datasets.Value("string"), "notes": datasets.Value("string")})
@@ -373,7 +377,7 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
     kept = np.flatnonzero(pc.equal(reasons, "").to_numpy())
     if len(kept) == 0:
         raise InputError(f"--dataset_name: no row of {args.dataset_name} is left; dropped: {_count(dropped)}")
-    tokenized = tokenized if len(kept) == len(rows) else tokenized.select(kept)
+    tokenized = tokenized if len(kept) == len(tokenized) else tokenized.select(kept)
     notes: dict[str, tuple[int, str]] = {}
     noted: dict[str, int] = {}
     told = (
@@ -382,12 +386,12 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
     for entry in pc.value_counts(told).to_pylist():
         if entry["values"]:
             index = pc.index(told, entry["values"]).as_py()
-            where = rows[int(kept[index])].get(PLACE) or "the first in " + str(args.dataset_name)
+            where = rows[tokenized[index]["sample"]].get(PLACE) or "the first in " + str(args.dataset_name)
             for note in entry["values"].split("\n"):
                 count, place = notes.get(note, (0, where))
                 notes[note] = count + entry["counts"], place
                 noted.setdefault(note, index)
-    return Prepared(tokenized.remove_columns(["reason", "notes"]), dropped, notes, noted)
+    return Prepared(tokenized.remove_columns(["sample", "reason", "notes"]), dropped, notes, noted)
 
 
 def _count(dropped: dict[str, int]) -> str:

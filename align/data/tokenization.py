@@ -6,6 +6,7 @@ the first token that it learns, and run_generation.py asks with them.
 
 import hashlib
 from bisect import bisect_left, bisect_right
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,14 @@ class SampleTokenizer:
         return hashlib.sha256(repr((parts, special, self.train_on_prompt)).encode()).hexdigest()
 
     def render(self, sample: Sample, answer: int = 0) -> Rendering:
-        """The prompt with one of its answers, as text."""
+        """The prompt with one of its answers, as one text."""
+        renderings = self.render_turns(sample, answer)
+        if len(renderings) > 1:
+            raise RowError("the chat template shows earlier turns of an answer otherwise than they are asked for")
+        return renderings[0]
+
+    def render_turns(self, sample: Sample, answer: int = 0) -> list[Rendering]:
+        """The same as one text or as several, each of which has turns that the others do not show as asked for."""
         said: Any = sample.answers[answer]
         asked: Any = sample.prompt
         if not isinstance(said, str):
@@ -92,7 +100,7 @@ class SampleTokenizer:
             raise RowError("the answer is empty")
         prompt = clean_prompt(asked)
         text = asked[len(prompt) :] + said
-        return Rendering(prompt, text, ((0, len(text)),), chat=False)
+        return [Rendering(prompt, text, ((0, len(text)),), chat=False)]
 
     def encode(self, renderings: list[Rendering]) -> list[tuple[np.ndarray, np.ndarray, int]]:
         """For each rendering its ids, a mask of what is learnt, and how many ids are the prompt's.
@@ -162,12 +170,18 @@ Columns = tuple[dict[str, list], list[str | None], list[tuple[str, ...]]]
 
 
 def tokenize_samples(samples: list[Sample], tokenizer: SampleTokenizer, max_length: int, truncation: str) -> Columns:
-    """Columns `input_ids`, `labels`, `length`, `trained` (tokens that give a loss); why a sample is dropped; notes."""
-    columns = {"input_ids": [], "labels": [], "length": [], "trained": []}
+    """Columns `input_ids`, `labels`, `length`, `trained` (tokens that give a loss), `sample` (its index: a chat may
+    become several rows); why a row is dropped; notes."""
+    columns = {"input_ids": [], "labels": [], "length": [], "trained": [], "sample": []}
     reasons, notes = [], []
-    renderings = [tokenizer.render(sample) for sample in samples]
-    for sample, rendering, (ids, learnt, asked) in zip(samples, renderings, tokenizer.encode(renderings), strict=True):
-        reason, told = None, sample.notes + rendering.notes
+    owners, renderings = [], []
+    for number, sample in enumerate(samples):
+        parts = tokenizer.render_turns(sample)
+        parts[0] = replace(parts[0], notes=sample.notes + parts[0].notes)
+        owners += [number] * len(parts)
+        renderings += parts
+    for owner, rendering, (ids, learnt, asked) in zip(owners, renderings, tokenizer.encode(renderings), strict=True):
+        reason, told = None, rendering.notes
         if len(ids) > max_length:
             if truncation == "drop":
                 reason = "longer than --max_seq_length"
@@ -184,7 +198,7 @@ def tokenize_samples(samples: list[Sample], tokenizer: SampleTokenizer, max_leng
         trained = int((labels != IGNORED).sum())
         reasons.append(reason or (None if trained else "nothing left to learn after truncation"))
         notes.append(told)
-        for name, value in zip(columns, (ids, labels, len(ids), trained), strict=True):
+        for name, value in zip(columns, (ids, labels, len(ids), trained, owner), strict=True):
             columns[name].append(value)
     return columns, reasons, notes
 
@@ -193,12 +207,13 @@ def tokenize_pairs(
     samples: list[Sample], tokenizer: SampleTokenizer, max_prompt_length: int, max_length: int, truncation: str
 ) -> Columns:
     """Columns `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`, `chosen_labels`, `rejected_labels` (the
-    tokens that are scored), `length` (of prompt and both answers); why a pair is dropped; notes.
+    tokens that are scored), `length` (of prompt and both answers), `sample` (its index); why a pair is dropped; notes.
 
     Limits are in tokens: the prompt is cut to `max_prompt_length`, then each answer so that prompt and answer fit
     `max_length`.
     """
-    names = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "chosen_labels", "rejected_labels", "length")
+    answers_columns = ("chosen_input_ids", "rejected_input_ids", "chosen_labels", "rejected_labels")
+    names = ("prompt_input_ids", *answers_columns, "length", "sample")
     columns = {name: [] for name in names}
     reasons, notes = [], []
     renderings = [tokenizer.render(sample, answer) for sample in samples for answer in (0, 1)]
@@ -233,7 +248,7 @@ def tokenize_pairs(
             reason = reason or "nothing left to score after truncation"
         reasons.append(reason)
         notes.append(told)
-        values = (prompt, *answers, *labels, len(prompt) + sum(map(len, answers)))
+        values = (prompt, *answers, *labels, len(prompt) + sum(map(len, answers)), number)
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     return columns, reasons, notes

@@ -103,6 +103,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
             f"end, but the model's texts end with {tokenizer.convert_ids_to_tokens(ends)} (its eos_token_id)"
         )
     turn = ChatTemplate(tokenizer).find_end() if tokenizer.chat_template else None
+    if tokenizer.chat_template and turn is None:
+        logger.info(
+            "the chat template ends a turn of the assistant without a special token: of several turns, the last alone "
+            f"teaches the model to stop, with {tokenizer.eos_token!r}"
+        )
     if turn and turn != tokenizer.eos_token:
         logger.info(
             f"the chat template ends a turn with {turn!r}, which is learnt, and the tokenizer a text with "

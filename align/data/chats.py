@@ -13,12 +13,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from align.data.formats import LeftOut, Messages, RowError, is_learnt
+from align.data.formats import PLAIN, LeftOut, Messages, RowError, is_learnt
 from align.errors import InputError
 
 MARK = "\ue000\ue001"
 THOUGHTS = re.compile(r"</?think(?:ing)?>")
-PLAIN = {"role", "content"}
 NOT_SHOWN = "the chat template does not show"  # begins each note about something that the model never sees
 APART = "turns of the assistant that the chat template shows otherwise once others follow are samples of their own"
 ALIKE = 3  # chats of the same roles that are compared before the others are rendered once
@@ -127,9 +126,10 @@ class ChatTemplate:
         knows_developer = "developer" in str(self.source)
         shown = []
         for message in messages:
-            message = {key: value for key, value in message.items() if key != "weight"}
+            if "weight" in message:
+                message = {key: value for key, value in message.items() if key != "weight"}
             if message["role"] == "developer" and not knows_developer:
-                message["role"] = "system"
+                message = {**message, "role": "system"}
             shown.append(message)
         if tools is not None or not isinstance(self.source, str):  # the tokenizer may have another template for tools
             options = {"tools": tools, "add_generation_prompt": ask, "tokenize": False}

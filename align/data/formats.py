@@ -16,6 +16,7 @@ from align.errors import InputError
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+PLAIN = {"role", "content"}
 SPEAKERS = {  # other names of the roles: ShareGPT's, Vicuna's, OpenAI's older ones
     "human": "user",
     "gpt": "assistant",
@@ -130,6 +131,13 @@ def _join_parts(content: Any) -> Any:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     """One message in Hugging Face's terms: `role`, `content`, and further keys as they are."""
+    if (
+        type(message) is dict
+        and message.keys() == PLAIN
+        and message["role"] in ROLES
+        and type(message["content"]) is str
+    ):
+        return message  # as most are
     if not isinstance(message, Mapping):
         raise RowError(f"{where} is {_describe(message)}, not role and content")
     made = {key: value for key, value in _without_nones(message).items() if value != []}

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
@@ -168,7 +169,7 @@ class Reader:
         read_label(row, self.format, self.only_true)
         return self.format.read(row, self.as_chat)
 
-    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list] | pa.Table:
         """One batch of rows to token columns; `reason` is empty, or why the row is dropped; `notes` are told.
 
         The batch goes through the tokenizer at once; where that meets a bad row, its rows go one by one to find which.
@@ -202,11 +203,9 @@ class Reader:
         owners, *values, dropped, notes = map(list, zip(*sorted(table, key=itemgetter(0)), strict=True))
         if self.is_stream:
             self._tell([rows[place] for place in owners], [indices[place] for place in owners], dropped, notes)
-        return {
-            **dict(zip(columns, values, strict=True)),
-            "reason": [reason or "" for reason in dropped],
-            "notes": ["\n".join(told) for told in notes],
-        }
+        made = dict(zip(columns, values, strict=True))
+        made |= {"reason": [reason or "" for reason in dropped], "notes": ["\n".join(told) for told in notes]}
+        return made if self.is_stream else _make_table(made)
 
     def _give_up(self, error: RowError, row: dict, index: int) -> str:
         if isinstance(error, LeftOut):
@@ -223,6 +222,18 @@ class Reader:
                 if text not in self.told:
                     self.told.add(text)
                     logger.warning(f"{row.get(PLACE) or f'row {index + 1}'} is the first of its kind: {text}")
+
+
+def _make_table(columns: dict[str, list]) -> pa.Table:
+    """Columns as Arrow has them: ids end to end, in one copy instead of one for each row."""
+    arrays = {}
+    for name, values in columns.items():
+        if isinstance(values[0], np.ndarray):
+            ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+            arrays[name] = pa.ListArray.from_arrays(ends, np.concatenate(values))
+        else:
+            arrays[name] = pa.array(values, pa.int32() if name in COUNTS else pa.string())
+    return pa.table(arrays)
 
 
 def get_columns(row: dict) -> dict:
@@ -251,7 +262,11 @@ def prepare(
     """Tokenises all rows: in parallel, from the cache where the same rows met the same `fingerprint` before."""
     if isinstance(rows, Dataset):
         rows = rows.with_format(None)
-    first = list(rows.take(1000) if isinstance(rows, IterableDataset) else rows.select(range(min(len(rows), 1000))))
+    if isinstance(rows, IterableDataset):
+        first = list(rows.take(1000))
+    else:
+        batch = rows[:1000]
+        first = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     if not first:
         raise InputError(f"--dataset_name: {args.dataset_name} has no rows")
     renames = read_renames(args)

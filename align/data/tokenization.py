@@ -125,13 +125,14 @@ class SampleTokenizer:
                 cut = _find_tokens(tail, before, before).start
             head = [] if rendering.chat or asked[: len(self.head)] == self.head else self.head
             size = len(head) + len(asked)
-            ids = np.array([*head, *asked, *tail.ids[cut:]], dtype=np.int32)
+            ids = [*head, *asked, *tail.ids[cut:]]
+            lacks_end = ids[-1] != self.eos
+            ids = np.array([*ids, self.eos] if lacks_end else ids, dtype=np.int32)
             learnt = np.full(len(ids), self.train_on_prompt)
             for start, end in rendering.spans:
                 tokens = _find_tokens(tail, start + before, end + before)
                 learnt[size - cut + max(tokens.start, cut) : size - cut + tokens.stop] = True
-            if ids[-1:] != [self.eos]:
-                ids, learnt = np.append(ids, np.int32(self.eos)), np.append(learnt, True)
+            learnt[-1] |= lacks_end
             results.append((ids, learnt, size))
         return results
 
@@ -177,7 +178,8 @@ def tokenize_samples(samples: list[Sample], tokenizer: SampleTokenizer, max_leng
     owners, renderings = [], []
     for number, sample in enumerate(samples):
         parts = tokenizer.render_turns(sample)
-        parts[0] = replace(parts[0], notes=sample.notes + parts[0].notes)
+        if sample.notes:
+            parts[0] = replace(parts[0], notes=sample.notes + parts[0].notes)
         owners += [number] * len(parts)
         renderings += parts
     for owner, rendering, (ids, learnt, asked) in zip(owners, renderings, tokenizer.encode(renderings), strict=True):
@@ -195,7 +197,7 @@ def tokenize_samples(samples: list[Sample], tokenizer: SampleTokenizer, max_leng
                 told += (LOST_START if asked else LOST_BEGINNING,)
         labels = np.where(learnt, ids, IGNORED)
         labels[:1] = IGNORED  # nothing predicts the first token
-        trained = int((labels != IGNORED).sum())
+        trained = int(np.count_nonzero(learnt[1:]))
         reasons.append(reason or (None if trained else "nothing left to learn after truncation"))
         notes.append(told)
         for name, value in zip(columns, (ids, labels, len(ids), trained, owner), strict=True):

@@ -207,6 +207,18 @@ FINE_TUNING = {
         ["b" + END],
         ["does not show the system message: 1 of 1 samples, first rows.jsonl, row 1"],
     ),
+    "a system message that the template swallows and a word of which somebody says": (
+        {"messages": [{"role": "system", "content": "four"}, user("four?"), said("b")]},
+        {"template": NO_SYSTEM},
+        ["b" + END],
+        ["does not show the system message: 1 of 1 samples, first rows.jsonl, row 1"],
+    ),
+    "keys of messages that nothing is for": (
+        {"messages": [user("a"), said("b", mood="glad")]},
+        {},
+        ["b" + END],
+        ["the key `mood` of a message is not used: 1 of 1 samples"],
+    ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
         {},

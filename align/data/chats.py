@@ -20,6 +20,7 @@ MARK = "\ue000\ue001"
 THOUGHTS = re.compile(r"</?think(?:ing)?>")
 NOT_SHOWN = "the chat template does not show"  # begins each note about something that the model never sees
 APART = "turns of the assistant that the chat template shows otherwise once others follow are samples of their own"
+SURELY = 20  # characters of a text that stands in a chat by no coincidence
 ALIKE = 3  # chats of the same roles that are compared before the others are rendered once
 
 
@@ -254,13 +255,15 @@ class ChatTemplate:
         notes = []
         for number, message in enumerate(messages):
             content = (message["content"] or "").strip()
-            if content and content not in shown and not is_learnt(message) and not THOUGHTS.search(content):
+            is_seen = len(content) >= SURELY and content in shown
+            if content and not is_seen and not is_learnt(message) and not THOUGHTS.search(content):
                 changed = [*messages[:number], {**message, "content": MARK}, *messages[number + 1 :]]
                 if MARK not in self.write(changed, tools):
                     notes.append(f"{NOT_SHOWN} the {message['role']} message")
             for key in message.keys() - PLAIN - {"weight", "reasoning_content"}:
                 if not all(value in shown for value in _leaves(message[key])):
-                    notes.append(f"{NOT_SHOWN} the key `{key}` of a message")
+                    lost = f"{NOT_SHOWN} the key `{key}` of a message"
+                    notes.append(lost if key == "tool_calls" else f"the key `{key}` of a message is not used")
             if any(_arguments(call) for call in message.get("tool_calls", ())):
                 calls = [_without_arguments(call) for call in message["tool_calls"]]
                 changed = [*messages[:number], {**message, "tool_calls": calls}, *messages[number + 1 :]]

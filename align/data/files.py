@@ -223,13 +223,13 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def check_characters(row: Mapping[str, Any], values: Mapping[str, Any], columns: Iterable[str]) -> None:
-    """JSON can hold halves of characters; `values` are those of `row`, of which `columns` are used."""
-    if "\\ud" not in row[ROW] and "\\uD" not in row[ROW]:
+def check_characters(text: str, row: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """JSON can hold halves of characters; `row` is what `text` says, and `columns` are those that are used."""
+    if "\\ud" not in text and "\\uD" not in text:
         return
     for column in columns:
         try:
-            json.dumps(values.get(column), ensure_ascii=False).encode("utf-8")
+            json.dumps(row.get(column), ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
             raise RowError(f"column `{column}` holds half a character (a lone surrogate), which is no text") from None
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from align.data.files import PLACE, UNREADABLE, check_characters, is_sound, parse_row, seal
+from align.data.files import PLACE, ROW, UNREADABLE, check_characters, is_sound, parse_row, seal
 from align.data.formats import LABELS, ONLY_TRUE, Format, LeftOut, RowError, Sample, find_label, read_label, recognise
 from align.data.loading import DataArguments, check_data_arguments, load_splits, read_renames
 from align.errors import InputError
@@ -158,14 +158,12 @@ class Reader:
         self.name, self.renames = args.dataset_name, read_renames(args)
         self.skips, self.only_true = args.bad_rows == "skip", args.only_true_labels
         self.format, self.tokenize, self.as_chat, self.is_stream = format, tokenize, as_chat, is_stream
-        self.used = {self.renames.get(column, column) for column in format.used}
         self.told: set[str] = set()
 
     def read(self, row: dict) -> Sample:
-        values = get_columns(row)
-        if UNREADABLE in row:
-            check_characters(row, values, self.used)
-        row = rename(values, self.renames)
+        text = row.get(ROW, "")
+        row = get_columns(row, self.renames)
+        check_characters(text, row, self.format.used)
         read_label(row, self.format, self.only_true)
         return self.format.read(row, self.as_chat)
 
@@ -236,13 +234,9 @@ def _make_table(columns: dict[str, list]) -> pa.Table:
     return pa.table(arrays)
 
 
-def get_columns(row: dict) -> dict:
-    """A row's columns, also of a row that came from a file."""
-    return parse_row(row) if UNREADABLE in row else row
-
-
-def rename(row: dict, renames: dict[str, str]) -> dict:
+def get_columns(row: dict, renames: dict[str, str]) -> dict:
     """A row's columns under the names that the formats know."""
+    row = parse_row(row) if UNREADABLE in row else row
     if not renames:
         return row
     renamed = {column: value for column, value in row.items() if column not in renames.values()}
@@ -276,7 +270,7 @@ def prepare(
     taken = [new for new in renames if new in found and new not in renames.values() and renames[new] in found]
     if taken:
         raise InputError(f"--columns: {args.dataset_name} has a column {taken[0]!r} already; rename it as well")
-    columns = list(rename(dict.fromkeys(found), renames))
+    columns = list(get_columns(dict.fromkeys(found), renames))
     format = recognise(columns, preference, args.data_format)
     as_chat = has_template and format.name != "text" if args.text_as_chat is None else args.text_as_chat
     reader = Reader(args, format, tokenize, as_chat, isinstance(rows, IterableDataset))
@@ -366,7 +360,7 @@ def _tell_format(title: str, reader: Reader, columns: list[str], first: list[dic
 
 def _find_label(reader: Reader, row: dict) -> str | None:
     try:
-        return find_label(rename(get_columns(row), reader.renames), reader.format)
+        return find_label(get_columns(row, reader.renames), reader.format)
     except RowError:
         return None
 

@@ -164,7 +164,9 @@ def _read_prompt_column(arguments: PromptArguments) -> list[str]:
     flags: Any = {"folder": "", "split_flag": "--dataset_split"}
     rows: Any = load_splits(data, do_train=True, do_eval=False, streams=False, seed=0, **flags).train
     where = f"--dataset_name {arguments.dataset_name}"
-    return [_prompt_of(get_columns(row), arguments.column_name, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
+    return [
+        _prompt_of(get_columns(row, {}), arguments.column_name, f"{where}, row {n}") for n, row in enumerate(rows, 1)
+    ]
 
 
 def _prompt_of(row: Any, column_name: str | None, where: str) -> str:

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import inspect
+import textwrap
 from pathlib import Path
 
 import accelerate
@@ -12,6 +14,8 @@ import trl
 from optimum.habana.trl import GaudiDPOConfig, GaudiSFTConfig
 
 from align.errors import InputError
+from align.training.preference import PreferenceTrainer
+from align.training.supervised import SupervisedTrainer
 from align.training.unused import WITHOUT_EFFECT, check_unused, get_default
 
 ROOT = Path(__file__).parent.parent
@@ -19,30 +23,54 @@ CONFIGS = {"sft.py": GaudiSFTConfig, "dpo.py": GaudiDPOConfig}
 NOT_FLAGS = {"_n_gpu"}  # made by transformers itself
 
 
-def find_readers():
-    """Files that a training run goes through."""
+TRAINERS = (SupervisedTrainer, PreferenceTrainer)
+READ_BY_THEMSELVES = ("training_args.py", "sft_config.py", "dpo_config.py")  # which check values, and may do no more
+SET_BY_THEMSELVES = {  # flags that those files turn into something else
+    *(
+        "adafactor",
+        "per_gpu_train_batch_size",
+        "per_gpu_eval_batch_size",
+        "warmup_ratio",
+        "ddp_timeout",
+        "log_level_replica",
+    ),
+    *("log_on_each_node", "torch_compile_mode", "cache_size_limit", "inline_inbuilt_nn_modules", "compile_dynamic"),
+    *("allow_unspec_int_on_nn_module", "flash_attention_fast_softmax", "gaudi_config_name"),
+}
+
+
+def find_live_code():
+    """The code that a training run goes through: of the trainers, methods that nobody replaces without calling them."""
     habana, hf, other = (Path(package.__file__).parent for package in (optimum.habana, transformers, trl))
-    yield from (habana / "transformers").glob("train*.py")
-    yield from (habana / "trl" / "trainer").glob("*.py")
-    yield from hf.glob("train*.py")
-    yield from (hf / "integrations").glob("*.py")
-    yield from (other / "trainer").glob("*.py")
-    yield from Path(accelerate.__file__).parent.glob("*.py")
-    yield from (ROOT / "align").rglob("*.py")
-    yield from (ROOT / script for script in CONFIGS)
+    files = [*(habana / "transformers").glob("train*.py"), *hf.glob("train*.py"), *(hf / "integrations").glob("*.py")]
+    files += [other / "trainer" / "utils.py", *Path(accelerate.__file__).parent.glob("*.py")]
+    files += [*(ROOT / "align").rglob("*.py"), *(ROOT / script for script in CONFIGS)]
+    classes = {each for trainer in TRAINERS for each in trainer.__mro__ if each is not object}
+    of_classes = {Path(inspect.getfile(each)) for each in classes}
+    for path in files:
+        if path.name not in READ_BY_THEMSELVES and path not in of_classes:
+            yield ast.parse(path.read_text(encoding="utf-8"))
+    for trainer in TRAINERS:
+        replaced: set[str] = set()
+        for each in trainer.__mro__[:-1]:
+            for name, method in vars(each).items():
+                method = getattr(method, "__func__", getattr(method, "fget", method))
+                if name not in replaced and inspect.isfunction(inspect.unwrap(method)):
+                    source = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
+                    yield ast.parse(source)
+                    replaced |= set() if f").{name}(" in source else {name}
 
 
 @pytest.fixture(scope="module")
 def read():
-    """Names that some file reads as an attribute, or hands on as a keyword."""
+    """Names that live code reads as an attribute, or hands on as a keyword."""
     names = set()
-    for path in find_readers():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                names.add(node.attr)
-            elif isinstance(node, ast.keyword) and node.arg:
-                names.add(node.arg)
-    return names
+    for node in (node for code in find_live_code() for node in ast.walk(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            names.add(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg:
+            names.add(node.arg)
+    return names | SET_BY_THEMSELVES
 
 
 @pytest.mark.parametrize("script", CONFIGS)

@@ -40,6 +40,8 @@ WITHOUT_EFFECT = {  # of both scripts
     "fp16_backend": BFLOAT16,
     "fp16_full_eval": BFLOAT16,
     "half_precision_backend": BFLOAT16,
+    "flash_attention_fp8": "attention is trained in the number format of --bf16",
+    "torch_empty_cache_steps": "Gaudi keeps its memory for the next step, there is no cache to empty",
     "tf32": OTHER_DEVICE,
     "jit_mode_eval": OTHER_DEVICE,
     "use_ipex": OTHER_DEVICE,

@@ -96,7 +96,7 @@ def summarise(prepared: Prepared) -> dict[str, str]:
     if prepared.parts:
         parts = {name: summarise(part) for name, part in prepared.parts.items()}
         summed = {f"{name}: {what}": text for name, part in parts.items() for what, text in part.items()}
-        return {**summed, **({} if prepared.dropped is None else _count(prepared.rows, "all together: "))}
+        return {**summed, **(_count(prepared.rows, "all together: ") if isinstance(prepared.rows, Dataset) else {})}
     if not isinstance(prepared.rows, Dataset):
         return {"rows": "a stream, counted by nobody; what was left out or cut is in the log"}
     told = {"left out": _list(prepared.dropped or {})}

@@ -73,3 +73,38 @@ def test_a_gaudi_config_decides_which_kernel_steps(run, values, tmp_path, monkey
     run("sft.py", *NOWHERE, *model, "--gaudi_config_name", "config", "--max_steps", 1, "--optim", "adamw_torch")
 
     assert set(made) == {"FusedAdamW" if values else "AdamW"}
+
+
+BATCHES = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
+BATCHES |= {"zero_optimization": {"stage": 2}}
+# What a DeepSpeed file says beside that, and what is said of it
+AGAINST_THE_FLAGS = {
+    "off": ({"bf16": {"enabled": False}}, "--bf16 is on, but bf16.enabled is false there; set it to"),
+    "half": ({"fp16": {"enabled": True}}, "fp16.enabled is true there, but Gaudi computes in bfloat16"),
+    "clipping": ({"gradient_clipping": 9}, "gradient_clipping is 9 there, but 1.0 by --max_grad_norm; set it to"),
+    "batch": ({"train_batch_size": 7, "bf16": {"enabled": "auto"}}, "train_batch_size is 7 there, but 8 by cards x "),
+    "sgd": (
+        {"bf16": {"enabled": True}, "optimizer": {"type": "SGD"}},
+        "ZeRO refuses the optimizer SGD; name one of adagrad, adam,",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AGAINST_THE_FLAGS)
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_a_deepspeed_file_that_contradicts_the_flags_is_one_line_before_anything_is_loaded(run, script, name):
+    config, message = AGAINST_THE_FLAGS[name]
+    Path("ds.json").write_text(json.dumps(BATCHES | config))
+    flags = [*NOWHERE, "--deepspeed", "ds.json", "--bf16", "--per_device_train_batch_size", 8]
+    with pytest.raises(InputError) as error:
+        run(script, *flags, "--gradient_accumulation_steps", 1)
+    assert str(error.value).startswith(f"--deepspeed ds.json: {message}")
+
+
+def test_what_a_deepspeed_file_decides_in_place_of_the_flags_is_told(run, capsys):
+    config = BATCHES | {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    Path("ds.json").write_text(json.dumps(config))
+    fails(run, "nowhere is neither a folder", "--deepspeed", "ds.json")
+    said = capsys.readouterr().err
+    assert "--deepspeed ds.json: its optimizer AdamW takes the place of --optim adamw_torch" in said
+    assert "ds.json: bf16.enabled is true there, so the run computes in bfloat16 without --bf16" in said

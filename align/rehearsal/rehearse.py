@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,16 +177,6 @@ def find_mistake(stage: Stage) -> str | None:
         choose_port(stage.run.master_port)
     except InputError as error:
         return str(error)
-    file = next(iter(judging.flag_values(stage.run.script, "--deepspeed")), None)
-    bf16 = judging.flag_values(stage.run.script, "--bf16")
-    wants_bf16 = any(word.partition("=")[0] == "--bf16" for word in stage.run.script) and bf16 not in (
-        ["False"],
-        ["false"],
-    )
-    if file and wants_bf16 and Path(file).is_file():
-        with suppress(ValueError):  # a file that is no JSON is the script's to refuse
-            if json.loads(Path(file).read_text()).get("bf16", {}).get("enabled") is False:
-                return f"--bf16 is on, but bf16 is off in --deepspeed {file}: set it to true there"
     return None
 
 
@@ -242,5 +231,7 @@ def environment_of(stage: Stage) -> dict[str, str]:
     if not run.is_direct or run.engine.key == "deepspeed":
         world |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(run.world_size), "MASTER_ADDR": "127.0.0.1"}
         world |= {"LOCAL_WORLD_SIZE": str(next(iter(run.nodes.values()))), "MASTER_PORT": "29500"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # On a Gaudi host too it is the emulator that is loaded, by stage.py and not by torch, which would ask the plugin
+    world["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "emulator"), os.environ.get("PYTHONPATH")]))
     return {**clean_environment(os.environ), **stage.environment, **world, "PYTHONPATH": path}

@@ -11,6 +11,7 @@ from pathlib import Path
 from align.errors import InputError
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, RunArguments
+from align.training.deepspeed_file import check_deepspeed
 from align.training.optimizers import check_optimizer
 from align.training.unused import check_unused
 from align.upstream_fixes import gaudi_config
@@ -31,6 +32,7 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
     """
     check_unused(args)
     check_optimizer(args)
+    check_deepspeed(args)
     gaudi_config(args)
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")

@@ -66,18 +66,18 @@ def fit_batches(args: GaudiDPOConfig, layout: Layout) -> GaudiDPOConfig:
     fitting = most_columns(args, args.per_device_train_batch_size) // longest
     rows_at_once = max(count for count in range(1, rows + 1) if rows % count == 0 and count <= max(1, fitting))
     eval_rows_at_once = max(1, most_columns(args, args.per_device_eval_batch_size) // longest)
-    try:
-        return dataclasses.replace(
-            args,
-            per_device_train_batch_size=rows_at_once * number,
-            gradient_accumulation_steps=rows // rows_at_once,
-            per_device_eval_batch_size=eval_rows_at_once * number,
-        )
-    except ValueError as error:  # transformers compares them with DeepSpeed's configuration
+    fitted = dataclasses.replace(
+        args,
+        per_device_train_batch_size=rows_at_once * number,
+        gradient_accumulation_steps=rows // rows_at_once,
+        per_device_eval_batch_size=eval_rows_at_once * number,
+    )
+    if args.deepspeed is not None and fitted.hf_deepspeed_config.mismatches:
         raise InputError(
-            f'--deepspeed: set train_micro_batch_size_per_gpu and gradient_accumulation_steps to "auto" in '
-            f"{args.deepspeed}: rows hold {number} pairs each"
-        ) from error
+            f"--deepspeed {args.deepspeed}: set train_micro_batch_size_per_gpu and gradient_accumulation_steps to "
+            f'"auto" there: rows hold {number} pairs each'
+        )
+    return fitted
 
 
 class ScoreTokens(torch.autograd.Function):

@@ -1,0 +1,51 @@
+"""What a DeepSpeed file says against the flags, or in their place: found before a model is loaded."""
+
+import logging
+import re
+
+from align.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+WITH_ZERO = {"adam", "adamw", "adagrad", "lion"}  # of those that a file can name (deepspeed/runtime/zero/utils.py)
+CALCULATED = "cards x --per_device_train_batch_size x --gradient_accumulation_steps"
+
+
+def check_deepspeed(args) -> None:
+    """Refuses a file that contradicts the flags; tells what it decides in their place.
+
+    optimum-habana 1.21.2 compares most of them too (transformers/integrations/deepspeed.py), but speaks when the model
+    is loaded, and of bfloat16 not at all: what the file says of it wins in silence.
+    """
+    if args.deepspeed is None:
+        return
+    file = f"--deepspeed {args.deepspeed}" if isinstance(args.deepspeed, str) else "--deepspeed"
+    parsed = args.hf_deepspeed_config
+    for mismatch in parsed.mismatches:
+        raise InputError(f"{file}: {describe(mismatch)}")
+    if args.bf16 and parsed.is_false("bf16.enabled"):
+        raise InputError(f'{file}: --bf16 is on, but bf16.enabled is false there; set it to "auto" there')
+    if parsed.is_true("fp16.enabled"):
+        raise InputError(f"{file}: fp16.enabled is true there, but Gaudi computes in bfloat16; use bf16 there")
+    if parsed.is_true("bf16.enabled") and not args.bf16:
+        logger.warning(f"{file}: bf16.enabled is true there, so the run computes in bfloat16 without --bf16")
+    for name, flag in (("optimizer", f"--optim {args.optim.value}"), ("scheduler", "--lr_scheduler_type")):
+        if chosen := parsed.get_value(f"{name}.type"):
+            logger.warning(f"{file}: its {name} {chosen} takes the place of {flag}")
+    optimizer = parsed.get_value("optimizer.type")
+    allowed = parsed.is_true("zero_allow_untested_optimizer")
+    if optimizer and optimizer.lower() not in WITH_ZERO and parsed.get_value("zero_optimization.stage") and not allowed:
+        raise InputError(
+            f"{file}: ZeRO refuses the optimizer {optimizer}; name one of {', '.join(sorted(WITH_ZERO))} there, or "
+            "none, and --optim decides"
+        )
+
+
+def describe(mismatch: str) -> str:
+    """A line of transformers' in this project's words: `- ds gradient_clipping=1.0 vs hf max_grad_norm=0.3`."""
+    match = re.fullmatch(r"- ds (\S+?)=(.*) vs hf (.+?)=(.*)", mismatch)
+    if match is None:
+        return mismatch
+    key, there, source, here = match.groups()
+    flag = CALCULATED if "calculated" in source else " and ".join(f"--{name}" for name in source.split("+"))
+    return f'{key} is {there} there, but {here} by {flag}; set it to "auto" there'

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align import __version__
+from align.launch.engines import ROOT
 
 GB = 1 << 30  # as optimum-habana and hl-smi count them
 # Usable memory in GB, bfloat16 products in TFLOP/s, and links to other cards in GB/s (Intel's data sheets)
@@ -184,7 +185,7 @@ def data_of(seen: dict) -> dict:
 
 def graphs_of(seen: dict) -> tuple[dict, list[str]]:
     """Distinct graphs after each step, and warnings where they go on to grow."""
-    by_step = [step["graphs"] for step in seen.get("steps", [])]
+    by_step = [step["graphs"] for step in seen.get("steps", [])] or seen.get("graphs_by_pass", [])
     reads = [{**read, "file": shorten(read["file"])} for read in seen.get("host_reads", [])]
     run, warnings = seen.get("run"), []
     shapes, late = [], []
@@ -205,7 +206,7 @@ def graphs_of(seen: dict) -> tuple[dict, list[str]]:
 
 
 def shorten(path: str) -> str:
-    return path.partition("site-packages/")[2] or str(Path(path))
+    return path.partition("site-packages/")[2] or path.removeprefix(f"{ROOT}/")
 
 
 def disk_of(stage, seen: dict) -> tuple[dict, list[str]]:

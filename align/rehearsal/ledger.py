@@ -4,10 +4,12 @@
         ...
     ledger.peaks["forward"].total
 
-On a dry card (the emulator's tensors without data) it counts what is on the card, else every tensor of the process.
+On a dry card (the emulator's tensors without data) it counts what is on the card, else every tensor of the process that
+has data.
 """
 
 import math
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +62,7 @@ class Ledger:
         self.host_peak = 0  # bytes on the host of this rank, where they are dry as well
         self._host: dict[int, int] = {}
         self._host_total = 0
+        self._storages: dict[int, weakref.ref] = {}  # of a card with real memory
 
     # What is under way
 
@@ -127,6 +130,15 @@ class Ledger:
             self._entries[tensor.untyped_storage()._cdata] = (size, kind, module)
             self.live[before] -= size
             self.live[kind] += size
+
+    def leave_out_host(self) -> None:
+        """Forgets what is on the host after all, which only a dry card knows at once. Peaks stay as they are."""
+        from habana_frameworks.emulator import placement
+
+        for address, alive in list(self._storages.items()):
+            storage = alive()
+            if storage is not None and not placement.is_on_card(storage):
+                self.died(address)
 
     # Where it looks
 
@@ -199,7 +211,6 @@ class _Observer(TorchDispatchMode):
     def __init__(self, ledger: Ledger, follows_storages: bool):
         super().__init__()
         self.ledger, self.follows_storages = ledger, follows_storages
-        self.alive: dict[int, object] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -215,23 +226,21 @@ class _Observer(TorchDispatchMode):
             self.ledger.bytes_sent += _sent(args)
         if self.follows_storages:
             for tensor in result if isinstance(result, (list, tuple)) else (result,):
-                if isinstance(tensor, torch.Tensor):
+                if isinstance(tensor, torch.Tensor) and not tensor.is_meta:  # DeepSpeed's ZeRO-1 and 2 keep some shapes
                     self._follow(tensor)
         return result
 
     def _follow(self, tensor: torch.Tensor) -> None:
-        import weakref
-
-        storage = tensor.untyped_storage()
+        storage, followed = tensor.untyped_storage(), self.ledger._storages
         address = storage._cdata
-        if address in self.alive:
+        if address in followed:
             return
 
         def forget(_, address=address):
-            self.alive.pop(address, None)
+            followed.pop(address, None)
             self.ledger.died(address)
 
-        self.alive[address] = weakref.ref(storage, forget)
+        followed[address] = weakref.ref(storage, forget)
         self.ledger.born(storage, tensor)
 
 

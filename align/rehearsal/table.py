@@ -60,13 +60,16 @@ def describe_stage(report: dict, card_memory: float) -> list[str]:
     if report["graphs"]["by_step"]:
         reads = sum(read["times"] for read in report["graphs"]["host_reads"])
         curve = ", ".join(map(str, report["graphs"]["by_step"]))
-        lines.append(f"  graphs             {curve} after the first steps; {reads} host reads")
+        steps = "tokens" if Path(about["command"][0]).name == "run_generation.py" else "steps"
+        lines.append(f"  graphs             {curve} after the first {steps}; {reads} host reads")
     if report["disk_gb"]:
         lines.append(f"  disk               {describe_disk(report['disk_gb'])}")
     if about["host_memory_gb"]:
         lines.append(
             f"  host memory        {show(about['host_memory_gb']['loading_on_each_node'])} on each node to load"
         )
+    if about["shrunken_run"] and "summary" in about["shrunken_run"]:
+        lines.append(f"  small model        really trained and read back: {about['shrunken_run']['summary']}")
     if report["seconds_per_step_at_least"]:
         lines.append(f"  time               no faster than {report['seconds_per_step_at_least']:g} s a step")
     return lines

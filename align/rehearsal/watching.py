@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from align.data.chats import NOT_SHOWN
 from align.errors import InputError
@@ -36,7 +37,8 @@ EVALUATED = 2  # batches of an evaluation, the largest first
 def watch(plan: dict, seen: dict) -> None:
     """Runs the script of `plan` and fills `seen`.
 
-    The plan: `script`, `arguments`, `steps` (at least that many, and more within `seconds`), `packable`.
+    The plan: `script`, `arguments`, `steps` (at least that many, and more within `seconds`, up to `most_steps`),
+    `probe` (what it would find on real values), `own_kernels` (the emulator's, not a card's), `whole_logits`.
     """
     from habana_frameworks.emulator import dry, dry_kernels, dry_loading
     from habana_frameworks.emulator.graph_counter import count_graphs
@@ -148,10 +150,10 @@ class Watcher:
         import accelerate
         from optimum.habana import GaudiTrainer
         from optimum.habana.accelerate import GaudiAccelerator
-        from optimum.habana.transformers.generation import GaudiGenerationMixin
 
         from align.data import preparing
         from align.models import attention, head
+        from align.training import preference, supervised
         from align.training.reliable import ReliableMixin
         from habana_frameworks.emulator import dry
 
@@ -160,7 +162,6 @@ class Watcher:
         self.around(GaudiTrainer, "get_train_dataloader", self.train_batches)
         self.around(GaudiTrainer, "get_eval_dataloader", self.eval_batches)
         self.around(preparing, "report", self.report_data)
-        self.around(GaudiGenerationMixin, "generate", self.generate)
         for owner, name, phase in (
             (GaudiTrainer, "evaluation_loop", "evaluation"),
             (ReliableMixin, "save_model", "saving"),
@@ -171,13 +172,21 @@ class Watcher:
         self.of_kind(accelerate.data_loader, "send_to_device", "inputs")
         self.of_kind(GaudiTrainer, "_prepare_inputs", "inputs")
         self.install_deepspeed()
-        if Path(self.plan["script"]).name == "merge_peft_adapter.py":
+        script = Path(self.plan["script"]).name
+        if script == "merge_peft_adapter.py":
             self.install_merge()
+        if script == "run_generation.py":
+            self.install_generation()
+        if script == "dpo.py":
+            self.install_preference()
         if dry.is_wanted:
             self.trust_values()
         if self.plan.get("probe") is not None:  # what a dry card cannot show was seen elsewhere
             self.replace(attention, "probe", lambda *_, **__: attention.ProbeResult(**self.plan["probe"]))
             self.replace(head, "find_difference", lambda *_: None)
+        if self.plan.get("whole_logits"):
+            for module in (supervised, preference):
+                self.replace(module, "find_head", lambda *_: None)
 
     def trust_values(self) -> None:
         """A dry card has no weights that could be looked at, and its other ranks say nothing."""
@@ -237,6 +246,76 @@ class Watcher:
         self.replace(merge_peft_adapter, "write_files", write)
         self.replace(merge_peft_adapter, "verify_files", lambda *_: None)
         self.replace(merge_peft_adapter, "check_disk", lambda *_: None)  # the report looks where the real run writes
+
+    def install_generation(self) -> None:
+        import run_generation
+        from align.generation.decoding import TextGenerator
+
+        def answer_all(native, generator, prompts, encoded, batches, *args, **kwargs):
+            """Of several batches the widest is rehearsed: the others need less."""
+            lengths = list(map(len, encoded))
+            self.seen["data"]["prompts"] = {"samples": len(prompts), "tokens": sum(lengths), "longest": max(lengths)}
+            self.seen["shapes"] = [
+                {"shapes": [generator.rows, batch.width], "tokens": generator.rows * batch.width} for batch in batches
+            ]
+            if self.plan.get("probe") is not None:
+                batches = [max(batches, key=lambda batch: batch.width)]
+            return native(generator, prompts, encoded, batches, *args, **kwargs)
+
+        self.around(run_generation, "answer_all", answer_all)
+        self.around(TextGenerator, "generate", self.generate)
+
+    def generate(self, native, generator, *args, **kwargs):
+        """The cache is as long as it will be after the first tokens, and each token then like the one before."""
+        model, passes = generator.model, itertools.count(1)
+        self.ledger.vocabulary = model.config.get_text_config().vocab_size
+        self.ledger.name_modules(model)
+        self.seen["graphs_by_pass"] = []
+
+        def look(*_) -> None:
+            for layer in [getattr(generator.stepper, "past", None), *_find_caches(model)]:
+                for states in tree_leaves(layer):
+                    self.ledger.mark(states if isinstance(states, torch.Tensor) else None, "cache")
+            if next(passes) > 1:
+                self.seen["graphs_by_pass"].append(self.graphs.distinct)
+            if len(self.seen["graphs_by_pass"]) == GENERATED and self.plan.get("probe") is not None:
+                raise Enough
+
+        hook = model.register_forward_pre_hook(look)
+        try:
+            with self.ledger.phase("generation"):
+                return native(generator, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    def install_preference(self) -> None:
+        """The reference's log-probs and sampled answers: enough of them to see what they need."""
+        from align.training.preference import PreferenceTrainer
+
+        def batches(native, trainer, *args, **kwargs):
+            loader = native(trainer, *args, **kwargs)
+            return self.largest_first(loader, EVALUATED)[0] if "Reference" in args else loader
+
+        def show_answers(native, trainer, *args, **kwargs):
+            was_training, passes = trainer.model.training, itertools.count(1)
+
+            def look(*_) -> None:
+                if next(passes) > GENERATED:
+                    raise Enough
+
+            hook = trainer.accelerator.unwrap_model(trainer.model).register_forward_pre_hook(look)
+            try:
+                with self.ledger.phase("generation"):
+                    native(trainer, *args, **kwargs)
+            except Enough:
+                trainer.model.train(was_training)
+            finally:
+                hook.remove()
+
+        self.in_phase(PreferenceTrainer, "_compute_reference", "evaluation")
+        if self.plan.get("probe") is not None:
+            self.around(PreferenceTrainer, "_get_dataloader", batches)
+            self.around(PreferenceTrainer, "show_answers", show_answers)
 
     def around(self, owner, name: str, wrapper: Callable) -> None:
         native = getattr(owner, name)
@@ -352,42 +431,28 @@ class Watcher:
         finally:
             self.ledger.begin("optimizer")
 
-    def generate(self, native, model, *args, **kwargs):
-        self.ledger.vocabulary = model.config.get_text_config().vocab_size
-        self.ledger.name_modules(model)
-        passes = itertools.count(1)
-
-        def look(*_) -> None:
-            if next(passes) > GENERATED and self.plan.get("probe") is not None:
-                raise Enough  # the cache is as long as it will be from the start, and each token like the one before
-
-        hook = model.register_forward_pre_hook(look)
-        try:
-            with self.ledger.phase("generation"):
-                return native(model, *args, **kwargs)
-        finally:
-            hook.remove()
-
     def train_batches(self, native, trainer):
-        loader = native(trainer)
-        shapes = [_describe(batch) for batch in itertools.islice(iter(loader), LOOKED_AT)]
-        self.seen["shapes"] = shapes
-        largest = max(range(len(shapes)), key=lambda number: shapes[number]["tokens"], default=0)
-        return LargestFirst(loader, largest)
+        loader, self.seen["shapes"] = self.largest_first(native(trainer))
+        return loader
 
     def eval_batches(self, native, trainer, *args, **kwargs):
-        loader = native(trainer, *args, **kwargs)
+        return self.largest_first(native(trainer, *args, **kwargs), EVALUATED)[0]
+
+    def largest_first(self, loader, most: int | None = None) -> tuple["LargestFirst", list[dict]]:
+        """The loader, its largest batch in front, and the shapes of its first batches."""
         shapes = [_describe(batch) for batch in itertools.islice(iter(loader), LOOKED_AT)]
         largest = max(range(len(shapes)), key=lambda number: shapes[number]["tokens"], default=0)
-        return LargestFirst(loader, largest, EVALUATED)
+        return LargestFirst(loader, largest, most), shapes
 
     def step_ended(self, control) -> None:
         ledger, before = self.ledger, self.seen["steps"][-1] if self.seen["steps"] else {}
+        ledger.leave_out_host()
         self.seen["steps"].append(
             {
                 "live": shown(ledger.live),
                 "total": ledger.total,
                 "graphs": self.graphs.distinct,
+                "at": time.monotonic(),
                 "flops": ledger.flops,
                 "bytes_sent": ledger.bytes_sent,
                 "shapes": [batch["shapes"] for batch in self.micro_batches[before.get("micro_batches", 0) :]],
@@ -421,6 +486,11 @@ class LargestFirst:
         for number, batch in enumerate(self.loader):
             if number != self.largest:
                 yield batch
+
+
+def _find_caches(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Of attention layers that keep keys and values inside (--reuse_cache)."""
+    return [module.cache for module in model.modules() if type(module).__name__ == "KVCache"]
 
 
 def _describe(batch: dict) -> dict:

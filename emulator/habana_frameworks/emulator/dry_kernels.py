@@ -83,6 +83,7 @@ class _Experts:
 
 
 def install() -> None:
+    from habana_frameworks.torch import hpu
     from habana_frameworks.torch.hpex import normalization
     from habana_frameworks.torch.hpex.kernels import attention
 
@@ -99,12 +100,10 @@ def install() -> None:
         softmax_mode="None",
         recompute=None,
         *args,
-        **kwargs,
     ):
         if not is_dry(query):
-            return attend(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, softmax_mode, recompute, *args, **kwargs
-            )
+            return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, softmax_mode, recompute, *args)
+        recompute = hpu.recompute_sdp_enabled() if recompute is None else recompute
         return _Attention.apply(query, key, value, attn_mask, recompute)
 
     def apply_norm(data, gamma, eps, *args, **kwargs):

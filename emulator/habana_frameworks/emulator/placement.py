@@ -52,6 +52,10 @@ def on_card(tensor: torch.Tensor) -> bool:
     return not strict or place_of(tensor) is CARD
 
 
+def is_on_card(storage: torch.UntypedStorage) -> bool:
+    return in_use and (not strict or getattr(storage, MARK, HOST) is CARD)
+
+
 def put(tensor: Any, place: bool) -> Any:
     """Says that this memory is there. Whoever calls it knows that nobody else holds the memory for the other place."""
     if strict and isinstance(tensor, _Tensor):

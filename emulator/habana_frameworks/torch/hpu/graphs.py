@@ -145,7 +145,18 @@ class _Replayed:
         return self.outputs
 
 
-def _wrap(function: Callable, cache: dict[Hashable, _Replayed], disable_tensor_cache: bool, max_graphs: int | None):
+class _Held:
+    """A call of a function on a dry card: the memory that its graph keeps. There is nothing to compute again."""
+
+    def __init__(self, function: Callable, args: tuple, kwargs: dict, reads_in_place: bool):
+        self.outputs = function(*args, **kwargs)
+        self.inputs = None if reads_in_place else (args, kwargs)
+
+    def replay(self, *_: Any) -> Any:
+        return self.outputs
+
+
+def _wrap(function: Callable, cache: dict[Hashable, Any], disable_tensor_cache: bool, max_graphs: int | None):
     @functools.wraps(function)
     def forward(*args, **kwargs):
         warmup_mode = kwargs.pop("warmup_mode", False)
@@ -156,15 +167,15 @@ def _wrap(function: Callable, cache: dict[Hashable, _Replayed], disable_tensor_c
         if key not in cache and max_graphs is not None and len(cache) == max_graphs:
             return function(*args, **kwargs)
         with graph_counter.hpu_graph(id(cache), key):
-            if dry.is_wanted:  # nothing is computed that could be out of date
-                cache[key] = None
-                return function(*args, **kwargs)
+            reads_in_place = _from_environment("PT_HPUGRAPH_DISABLE_TENSOR_CACHE", disable_tensor_cache)
             if key not in cache:
-                cache[key] = _Replayed(function, args, kwargs)
+                if dry.is_wanted:
+                    cache[key] = _Held(function, args, kwargs, reads_in_place)
+                else:
+                    cache[key] = _Replayed(function, args, kwargs)
                 return cache[key].outputs
             if warmup_mode:
                 return cache[key].outputs
-            reads_in_place = _from_environment("PT_HPUGRAPH_DISABLE_TENSOR_CACHE", disable_tensor_cache)
             return cache[key].replay(args, kwargs, reads_in_place)
 
     return forward
@@ -193,7 +204,7 @@ def wrap_in_hpu_graph(
     `disable_tensor_cache`: replays read the caller's tensors, and no copies of them are kept. `asynchronous` and
     `dry_run` change times and memory on a card, and nothing here.
     """
-    cache: dict[Hashable, _Replayed] = {}
+    cache: dict[Hashable, Any] = {}
     module.forward = _wrap(module.forward, cache, disable_tensor_cache, max_graphs)
     module.clear_cache = cache.clear
     module.clear_inputs = lambda: None

@@ -48,7 +48,13 @@ def header(report: dict, stages: list[dict]) -> str:
 
 
 def command(report: dict) -> str:
-    return f"<pre>{escape(shlex.join(report['about']['command']))}</pre>"
+    flags: list[list[str]] = []  # a flag with its values breaks as one, where lines end
+    for word in report["about"]["command"]:
+        if word.startswith("--") or not flags:
+            flags.append([])
+        flags[-1].append(word)
+    shown = (f'<span class="flag">{escape(shlex.join(words))}</span>' for words in flags)
+    return f"<pre>{' '.join(shown)}</pre>"
 
 
 def figures(report: dict) -> str:
@@ -104,8 +110,9 @@ def bar(name: str, sizes: dict[str, float], widest: float, limit: float, colors:
         for kind, size in sizes.items()
     )
     mark = f'<span class="limit" style="left:{100 * limit / widest:.2f}%"></span>' if limit <= widest else ""
+    name = escape(name).replace("_", "_<wbr>")
     return (
-        f'<div class="row"><span class="name">{escape(name)}</span><span class="bar">{pieces}{mark}</span>'
+        f'<div class="row"><span class="name">{name}</span><span class="bar">{pieces}{mark}</span>'
         f'<span class="value">{show(total)}</span></div>'
     )
 
@@ -156,21 +163,21 @@ def shape_steps(lengths: list[int]) -> str:
     if not lengths:
         return ""
     top = max(lengths)
-    width = 420 / len(lengths)
+    width = 410 / len(lengths)
     bars = "".join(
-        f'<rect x="{30 + number * width:.1f}" y="{110 - 100 * length / top:.1f}" width="{max(0.6, width - 0.6):.1f}" '
+        f'<rect x="{50 + number * width:.1f}" y="{110 - 100 * length / top:.1f}" width="{max(0.6, width - 0.6):.1f}" '
         f'height="{100 * length / top:.1f}" fill="#4c6ef5"/>'
         for number, length in enumerate(lengths)
     )
     text = f'<text x="0" y="16">{top}</text><text x="0" y="110">0</text>'
-    text += f'<text x="30" y="126">first {len(lengths)} micro-batches</text>'
+    text += f'<text x="50" y="128">first {len(lengths)} micro-batches</text>'
     return f'<svg viewBox="0 0 460 130" role="img" aria-label="columns of each micro-batch">{bars}{text}</svg>'
 
 
 def graphs(report: dict) -> str:
     curve, reads = report["graphs"]["by_step"], report["graphs"]["host_reads"]
     top, number = max(curve), len(curve)
-    points = [(40 + 400 * (i + 0.5) / number, 110 - 95 * count / top) for i, count in enumerate(curve)]
+    points = [(60 + 390 * (i + 0.5) / number, 110 - 82 * count / top) for i, count in enumerate(curve)]
     dots = "".join(
         f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="#e8590c"/><text x="{x - 6:.0f}" y="{y - 8:.0f}">{count}</text>'
         f'<text x="{x - 3:.0f}" y="128">{i}</text>'
@@ -229,7 +236,7 @@ def files(report: dict) -> str:
 
 def footer(report: dict) -> str:
     rows = "".join(
-        f"<tr><td>{escape(how)}</td><td>{escape(', '.join(what))}</td></tr>"
+        f"<tr><td>{escape(how)}</td><td>{escape(', '.join(what).replace('_gb', '').replace('_', ' '))}</td></tr>"
         for how, what in report["about"]["certainty"].items()
     )
     return f"<section><h2>How sure is that?</h2><table>{rows}</table></section>"

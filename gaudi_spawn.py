@@ -3,7 +3,7 @@
 One node:      python gaudi_spawn.py --world_size 8 --use_deepspeed sft.py --model_name_or_path ...
 Several nodes: python gaudi_spawn.py --hostfile hosts.txt --use_mpi sft.py --model_name_or_path ...
 
-To learn before what it will do, on any computer: add --rehearse.
+To learn before what it will do, on any computer: add --rehearse. To learn what it took: --graph_report FILE.
 With neither --use_deepspeed nor --use_mpi, torch.distributed.run starts the ranks.
 """
 
@@ -11,6 +11,8 @@ import argparse
 import os
 import signal
 import sys
+from functools import partial
+from pathlib import Path
 
 from align.cli import Parser, run_script
 from align.errors import InputError
@@ -27,7 +29,7 @@ from align.launch.nodes import (
 )
 from align.launch.supervision import Supervisor
 from align.ranges import limit
-from align.rehearsal import rehearse
+from align.rehearsal import measuring, rehearse
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +58,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="seconds after which a run ends in which no rank computes, reads or writes any more; 0 waits for ever",
     )
     parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
+    parser.add_argument(
+        "--graph_report", metavar="FILE", help="write the graphs and the memory that the run took, and print them"
+    )
     rehearse.add_flags(parser)
     # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
     parser.add_argument("command", nargs=argparse.PARSER, metavar="script", help="the script and its arguments")
@@ -113,16 +118,27 @@ def main() -> None:
     run = plan_run(args)
     if args.print_command:
         print(describe(run))
-    elif run.is_direct:
+    elif run.is_direct and not args.graph_report:
         become_script(run)
     else:
-        port, cores_per_rank = inspect_nodes(run)
-        code = Supervisor(run, port).supervise(run.engine.commands(run, port, cores_per_rank))
+        code = measure(run, args) if args.graph_report else start_ranks(run)
         # Not sys.exit: while the interpreter ends, a late signal has its default action again, and would turn a run
         # that has succeeded into one that was killed, without a word.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def start_ranks(run: Run) -> int:
+    port, cores_per_rank = inspect_nodes(run)
+    return Supervisor(run, port).supervise(run.engine.commands(run, port, cores_per_rank))
+
+
+def measure(run: Run, args: argparse.Namespace) -> int:
+    file = Path(args.graph_report)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise InputError(f"--graph_report {file}: name a file in a folder that is there")
+    return measuring.run_and_report(run, os.environ, partial(start_ranks, run), file, Path(args.rehearsal_dir))
 
 
 if __name__ == "__main__":

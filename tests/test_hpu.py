@@ -1,8 +1,9 @@
 """A smoke run on one real Gaudi card, for CI: `make test-hpu`. Skipped where the plugin is the emulator.
 
-Each stage is a process of its own, as users start it, with Gaudi's own metrics file. The figures stand in a table at
-the end, and in runs/test-hpu/report.json, so that owners of a card can send them; beside it answers.json, what the card
-says to the questions that the emulator could not settle (tests/card_questions.py, docs/emulator.md).
+Each stage is a process of its own, as users start it, with Gaudi's own metrics file, and is rehearsed after it has run.
+The figures stand in a table at the end, what the rehearsal said beside what the card took, and in
+runs/test-hpu/report.json, so that owners of a card can send them; beside it answers.json, what the card says to the
+questions that the emulator could not settle (tests/card_questions.py, docs/emulator.md).
 """
 
 import json
@@ -53,6 +54,18 @@ def read_results(folder: str) -> dict[str, float]:
     return {}
 
 
+def rehearse(stage: str, script: str, flags: list[str]) -> dict[str, float | None]:
+    """What a rehearsal says of a stage: memory at most, in GB, and graphs after the first steps."""
+    command = [sys.executable, str(ROOT / "gaudi_spawn.py"), "--rehearse", "--no_shrunken_run", "--no_alternatives"]
+    command += ["--rehearsal_dir", f"{stage}-rehearsal", str(ROOT / script), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report = json.loads(Path(f"{stage}-rehearsal", "report.json").read_text())
+    curve = report["graphs"]["by_step"]
+    peak = report["memory_per_card_gb"]["peak"]
+    return {"memory_rehearsed_gb": peak or None, "graphs_rehearsed": curve[-1] if curve else None}
+
+
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     """Runs the stages; one row of figures each."""
@@ -86,6 +99,7 @@ def figures(tmp_path_factory):
                 "graphs": counts.get("graph_compilation"),
                 "recompilations": counts.get("recipe_cache"),
                 "tokens_per_second": results.get("tokens_per_second", results.get("train_tokens_per_second")),
+                **rehearse(stage, script, flags),
             }
         )
     REPORT.mkdir(parents=True, exist_ok=True)
@@ -105,6 +119,8 @@ def test_a_small_model_is_tuned_merged_aligned_and_asked_on_the_card(figures, re
     assert abs(by_stage["dpo"]["loss"]) < 1
     assert by_stage["generate"]["tokens_per_second"] > 0
     assert by_stage["sft"]["graphs"], "Gaudi's metrics file says nothing of graphs"
+    for name in ("sft", "dpo"):  # a card has its own kernels and workspaces, but none of another order of magnitude
+        assert by_stage[name]["memory_rehearsed_gb"] < 2 * by_stage[name]["memory_gb"] + 0.5
 
 
 def test_the_card_answers_what_the_emulator_could_not_settle(record_table, tmp_path):

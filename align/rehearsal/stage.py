@@ -24,6 +24,7 @@ def main() -> None:
     for plan in plans:
         began, seen = time.monotonic(), {}
         try:
+            import habana_frameworks.torch  # noqa: F401  before anything asks torch for a device
             from align.rehearsal.watching import watch
 
             watch(plan, seen)

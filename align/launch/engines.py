@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RANK = str(ROOT / "align" / "launch" / "rank.py")
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
 
-# What an outer launcher (torchrun, mpirun, srun, Kubeflow) said about its own ranks would mislead ours.
+# What an outer launcher (torchrun, accelerate, any MPI, srun, Kubeflow) said about its own ranks would mislead ours.
 STALE = re.compile(
-    r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|CROSS_(RANK|SIZE)|MASTER_(ADDR|PORT)"
-    r"|(TORCHELASTIC|GROUP|ROLE|PET|PMI|PMIX|OMPI_COMM_WORLD|OMPI_UNIVERSE|OMPI_APP_CTX)_\w+"
+    r"((LOCAL|NODE)_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|CROSS_(RANK|SIZE)|MASTER_(ADDR|PORT)|MPI_LOCALN?RANKS?(ID)?"
+    r"|(TORCHELASTIC|GROUP|ROLE|PET|PMI|PMIX|OMPI_COMM_WORLD|OMPI_UNIVERSE|OMPI_APP_CTX|MV2_COMM_WORLD)_\w+"
+    r"|ACCELERATE_USE_\w+|ACCELERATE_(MIXED_PRECISION|DEEPSPEED|DYNAMO)\w*|FSDP_\w+"
 )
 OUTER_MPI = re.compile(r"(OMPI|ORTE|OPAL|PRTE)_\w+")
 

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = load_prompts(prompt_args, world_size)
     if output_args.measures:  # as upstream's example: no part of a batch is empty
         prompts = list(islice(cycle(prompts), max(gaudi_args.batch_size, len(prompts))))
-    output_dir = prepare_output_dir(output_args)
+    output_dir = prepare_output_dir(output_args, rank)
     folder, tokenizer_folder, adapter = find_folders(model_args)
     model_config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args)
     heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads

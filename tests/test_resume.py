@@ -395,10 +395,18 @@ assert "optimum.habana" not in sys.modules
 
 # ---------------------------------------------------------------- torn checkpoints
 
+
+def change_manifest(folder, left_out):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest[left_out]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 TEARS = {
     "no manifest": lambda folder, file: (folder / "manifest.json").unlink(),
     "half a manifest": lambda folder, file: (folder / "manifest.json").write_text('{"version": 1, "fil'),
     "an empty manifest": lambda folder, file: (folder / "manifest.json").write_text("{}"),
+    "a manifest without flags": lambda folder, file: change_manifest(folder, "flags"),
     "a file gone": lambda folder, file: file.unlink(),
     "a file cut": lambda folder, file: file.write_bytes(file.read_bytes()[:-1]),
     "a file empty": lambda folder, file: file.write_bytes(b""),
@@ -425,7 +433,8 @@ def kinds(tmp_path_factory, stopped):
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 (staged / name).write_bytes(os.urandom(5000))
             files = checkpoints.seal(staged, 0, 2) | checkpoints.seal(staged, 1, 2)
-            checkpoints.commit(staged, folder / kind / f"checkpoint-{step}", files, {"step": step, "resumable": True})
+            about = {**dict.fromkeys(checkpoints.NEEDED), "step": step, "resumable": True}
+            checkpoints.commit(staged, folder / kind / f"checkpoint-{step}", files, about)
     return folder
 
 
@@ -498,7 +507,7 @@ def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_load
     Path("file").write_text("")
     with pytest.raises(InputError, match="--output_dir: file/out cannot be made: Not a directory"):
         train("sft.py", output="file/out")
-    monkeypatch.setattr("align.training.folders.LEAST_FREE", 1 << 60)
+    monkeypatch.setattr("align.output.LEAST_FREE", 1 << 60)
     with pytest.raises(InputError, match="--output_dir: the disk of out has [0-9]+ MiB left"):
         train("sft.py")
 

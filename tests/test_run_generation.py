@@ -1,10 +1,12 @@
 """run_generation.py against plain transformers. Run: pytest tests/test_run_generation.py"""
 
+import fcntl
 import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from tiny import make_tokenizer, save_model
 from align.cli import run_script
 from align.errors import InputError
 from align.generation.decoding import decode_new
+from align.generation.keeping import write_json
 from align.generation.prompts import plan_batches
 from align.merge.checkpoints import open_checkpoint
 from align.upstream_fixes import adapt_transformers
@@ -430,6 +433,34 @@ def test_bad_input_is_one_clear_line(run, models, flags, monkeypatch):
         run("run_generation.py", "--model_name_or_path", models / "llama", *flags.split())
 
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_another_run_or_without_room_is_refused_before_a_model_loads(run, models, monkeypatch):
+    flags = ["--model_name_or_path", models / "llama", "--prompt", "Hi", "--output_dir", "out"]
+    monkeypatch.setattr("run_generation.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    Path("out").mkdir()
+    with open("out/.lock", "w") as held:
+        held.write("process 7 on another-host")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"another run writes into out \(process 7 on another-host\)"):
+            run("run_generation.py", *flags)
+
+    monkeypatch.setattr("align.output.LEAST_FREE", 1 << 60)
+    with pytest.raises(InputError, match=r"--output_dir: the disk of out has \d+ MiB left; make room"):
+        run("run_generation.py", *flags)
+
+
+def test_answers_that_the_disk_does_not_take_leave_no_half_file():
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: 'answers.jsonl'"):
+            write_json(Path("answers.jsonl"), [{"text": "long " * 1000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    assert not list(Path().iterdir())
 
 
 def test_models_and_adapters_that_are_not_whole_or_do_not_fit_are_told_before_generation(run, models, monkeypatch):

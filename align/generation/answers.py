@@ -1,7 +1,6 @@
 """Answers to all prompts: shown, timed, kept."""
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from align import output
 from align.errors import InputError
 from align.generation.decoding import TerminalStreamer, TextGenerator, Timing
 from align.generation.keeping import KeptAnswers
@@ -63,18 +63,15 @@ class OutputArguments:
         return self.benchmark or (self.warmup, self.n_iterations) != (None, None)
 
 
-def prepare_output_dir(arguments: OutputArguments) -> Path | None:
+def prepare_output_dir(arguments: OutputArguments, rank: int = 0) -> Path | None:
+    """Makes the folder (rank 0), for this run alone, where there is room; a finished run in it is refused."""
     if arguments.output_dir is None:
         return None
     folder = Path(arguments.output_dir)
     if arguments.measures and (folder / "benchmark.json").exists() and not arguments.overwrite_output_dir:
         raise InputError(f"--output_dir: {folder} holds another run; choose another, or add --overwrite_output_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir: {folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output_dir: {folder} is not writable")
+    if rank == 0:
+        output.prepare(folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """Answers on the disk as they come: a run that is killed keeps them, and --resume goes on behind them."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -117,10 +116,6 @@ class KeptAnswers:
     def open(self) -> None:
         """Begins to write: behind the answers that are there, or in place of what an earlier run left."""
         self.file = (self.folder / UNFINISHED).open("ab")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"--output_dir: another run writes to {self.folder}; choose another") from error
         self.file.truncate(self.bytes)
         write_json(self.folder / SETTINGS, self.settings)
         (self.folder / FINISHED).unlink(missing_ok=True)
@@ -151,5 +146,10 @@ def write_json(path: Path, content: dict | list[dict]) -> None:
     """Writes an object as JSON, or a list as JSON lines; the file appears whole or not at all."""
     lines = [to_json(content, indent=2)] if isinstance(content, dict) else map(to_json, content)
     unfinished = path.with_suffix(".partial")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+NEEDED = {"resumable", "world_size", "facts", "flags", "order", "progress"}  # by those who read it
 UNFINISHED = "unfinished-"
 CHUNK = 1 << 22  # bytes read at once
 PIECE = 1 << 16  # bytes of a piece of a large file
@@ -131,7 +132,7 @@ def read_manifest(folder: Path) -> Any:
         known = manifest["version"] == MANIFEST_VERSION and all(
             entry["xxh3_128"] for entry in manifest["files"].values()
         )
-        return manifest if known and isinstance(manifest["step"], int) else None
+        return manifest if known and isinstance(manifest["step"], int) and manifest.keys() >= NEEDED else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -1,13 +1,9 @@
 """What may be written into --output_dir, and which checkpoint a run goes on from."""
 
-import atexit
-import errno
-import fcntl
-import os
 import shutil
-import socket
 from pathlib import Path
 
+from align import output
 from align.errors import InputError
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, RunArguments
@@ -48,9 +44,9 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
             "--flash_attention_fast_softmax: a card's kernel has no gradients for it with --flash_attention_recompute "
             "and a mask; leave one of the two out"
         )
-    output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output_dir: {output} is a file; name a folder")
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir: {folder} is a file; name a folder")
     if not args.save_safetensors:
         raise InputError(
             "--save_safetensors False: weights are saved as safetensors alone, which run no code when read"
@@ -59,79 +55,38 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError(
             "--auto_find_batch_size: batches have few fixed shapes here; try --per_device_train_batch_size by hand"
         )
-    if args.should_save and output.is_dir():
-        lock(output)
+    if args.should_save and folder.is_dir():
+        output.lock(folder)
     return find_checkpoint(args, run_args, *models) if args.do_train else None
-
-
-LOCK = ".lock"
-LEAST_FREE = 64 << 20  # bytes that a disk must have left for an adapter and what is written beside it
-_locks: dict[Path, int] = {}  # held until the process ends
-
-
-def lock(output: Path) -> None:
-    """Keeps other runs out of the folder while this process lives; of a process that died nothing is left to remove."""
-    path = output.resolve() / LOCK
-    if path in _locks:
-        return
-    try:
-        held = os.open(path, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise InputError(f"--output_dir: {output} cannot be written: {error.strerror}; name another folder") from error
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        who = os.read(held, 200).decode(errors="replace").strip()
-        os.close(held)
-        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-            return
-        raise InputError(
-            f"--output_dir: another run writes into {output} ({who}); wait for its end, or name another folder"
-        ) from error
-    os.truncate(held, 0)
-    os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    _locks[path] = held
-    atexit.register(lambda: path.unlink(missing_ok=True))
 
 
 def prepare_output(args) -> None:
     """Makes --output_dir (rank 0), for this run alone, where there is room for what it writes."""
-    output = Path(args.output_dir)
-    if not args.should_save:
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir: {output} cannot be made: {error.strerror}; name another folder") from error
-    lock(output)
-    free = shutil.disk_usage(output).free
-    if free < LEAST_FREE:
-        raise InputError(
-            f"--output_dir: the disk of {output} has {free >> 20} MiB left; make room, or name a folder elsewhere"
-        )
+    if args.should_save:
+        output.prepare(Path(args.output_dir))
 
 
 def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | None:
     """The checkpoint that --resume or --resume_from_checkpoint ask for; refuses to write over another run unasked."""
-    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     wanted = None if wanted in (None, "False", "false") else wanted
     ranks = args.process_index, args.world_size
     if run_args.resume == "auto" and (wanted or args.overwrite_output_dir):
         other = "--resume_from_checkpoint" if wanted else "--overwrite_output_dir"
         raise InputError(f"--resume auto contradicts {other}; give one of them")
     if run_args.resume == "auto":
-        found = checkpoints.find_last(output, *ranks)
-        held = next((path for name in WEIGHTS for path in output.glob(name)), None)
+        found = checkpoints.find_last(folder, *ranks)
+        held = next((path for name in WEIGHTS for path in folder.glob(name)), None)
         if found is None and held is not None:
             raise InputError(
-                f"--resume auto: {output} holds a model ({held.name}) but no checkpoint to go on from; add "
+                f"--resume auto: {folder} holds a model ({held.name}) but no checkpoint to go on from; add "
                 "--overwrite_output_dir without --resume to replace it, or name another folder"
             )
         return _as_text(found)
     if wanted in ("True", "true"):
-        found = checkpoints.find_last(output, *ranks)
+        found = checkpoints.find_last(folder, *ranks)
         if found is None:
-            raise InputError(f"--resume_from_checkpoint: no checkpoint at {output}; --resume auto begins without one")
+            raise InputError(f"--resume_from_checkpoint: no checkpoint at {folder}; --resume auto begins without one")
         return _as_text(found)
     if wanted:
         if not Path(wanted).is_dir():
@@ -141,13 +96,13 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
         if not checkpoints.read_manifest(Path(wanted))["resumable"]:
             raise InputError(f"--resume_from_checkpoint: {wanted} was made with --save_only_model: it has no optimizer")
         return wanted
-    held = next((path for name in RUN_FILES for path in output.glob(name)), None)
+    held = next((path for name in RUN_FILES for path in folder.glob(name)), None)
     if held is not None and not args.overwrite_output_dir:
         raise InputError(
-            f"--output_dir: {output} holds another run ({held.name}); add --resume auto to go on "
+            f"--output_dir: {folder} holds another run ({held.name}); add --resume auto to go on "
             "with it, --overwrite_output_dir to replace it, or name another folder"
         )
-    replaced = [output.resolve(), *(path.resolve() for path in output.glob("checkpoint-*"))]
+    replaced = [folder.resolve(), *(path.resolve() for path in folder.glob("checkpoint-*"))]
     used = next((model for model in models if model and Path(model).resolve() in replaced), None)
     if held is not None and used is not None:
         raise InputError(f"--overwrite_output_dir would replace {used}, which this run reads; name another folder")

@@ -1,0 +1,59 @@
+"""The folder that a run writes into: made, for this run alone, where there is room."""
+
+import atexit
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from align.errors import InputError
+
+LOCK = ".lock"
+LEAST_FREE = 64 << 20  # bytes that a disk must have left for an adapter and what is written beside it
+_locks: dict[Path, int] = {}  # held until the process ends
+
+
+def prepare(output: Path) -> None:
+    """Makes the folder, locks it and looks for room, before anything is loaded (rank 0)."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir: {output} cannot be made: {error.strerror}; name another folder") from error
+    lock(output)
+    free = shutil.disk_usage(output).free
+    if free < LEAST_FREE:
+        raise InputError(
+            f"--output_dir: the disk of {output} has {free >> 20} MiB left; make room, or name a folder elsewhere"
+        )
+
+
+def lock(output: Path) -> None:
+    """Keeps other runs out of the folder while this process lives; of a process that died nothing is left to remove."""
+    path = output.resolve() / LOCK
+    while path not in _locks:
+        try:
+            held = os.open(path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            reason = f"{output} cannot be written: {error.strerror}"
+            raise InputError(f"--output_dir: {reason}; name another folder") from error
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            who = os.read(held, 200).decode(errors="replace").strip()
+            os.close(held)
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                return
+            raise InputError(
+                f"--output_dir: another run writes into {output} ({who}); wait for its end, or name another folder"
+            ) from error
+        if not path.exists() or not os.path.samestat(os.fstat(held), path.stat()):
+            os.close(held)  # of a run that has just ended and removed it: the next one would lock another file
+            continue
+        os.truncate(held, 0)
+        with suppress(OSError):  # a full disk, which `prepare` tells
+            os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _locks[path] = held
+        atexit.register(lambda: path.unlink(missing_ok=True))

@@ -26,7 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 from align.data.preparing import Prepared
 from align.errors import InputError, ResultError, Stopped
 from align.merge.checkpoints import flush
-from align.training import checkpoints
+from align.training import checkpoints, report
 from align.training.checkpoints import UNFINISHED, Run, RunArguments, noting_disk_errors
 from align.training.gate import MOVED, Gate, Movement
 from align.training.ranks import all_ranks, first_of_all_ranks
@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STATE = "trainer_state.json"
-PICKLED_ARGUMENTS = "training_args.bin"  # nobody reads it, and it would have to be unpickled
+# Nobody reads the first, which would have to be unpickled; PEFT's model card is an empty form.
+UNWANTED = ("training_args.bin", report.CARD)
 
 
 class ReliableMixin(Trainer):
@@ -303,7 +304,8 @@ class ReliableMixin(Trainer):
             return f"no weight has changed since the run began, at a learning rate of {self.args.learning_rate:g}"
         try:
             self._save(str(folder), state_dict=state)
-            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            for name in UNWANTED:
+                (folder / name).unlink(missing_ok=True)
             self.passed = self.gate.check(folder, state)
             if changed is not None:
                 self.passed |= {"changed": changed, "trained": len(self.movement.weights)}
@@ -449,6 +451,11 @@ class ReliableMixin(Trainer):
             self._reject(folder, output / "final", problem)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Ours, where a push to the hub asks for one."""
+        if self.is_world_process_zero():
+            report.write_card(self)
 
     def _move_in(self, folder: Path, output: Path) -> None:
         files = checkpoints.seal(folder, 0, 1)

@@ -140,13 +140,15 @@ def test_rotary_embedding_turns_each_token_by_its_position():
     )
 
 
-def test_rotary_embedding_turns_from_an_offset_on():
-    angles = torch.rand(20, DIM // 2)
-    cos, sin = (torch.cat((f(angles), f(angles)), dim=-1)[None, None] for f in (torch.cos, torch.sin))
+def test_rotary_embedding_reads_its_tables_from_a_column_on():
+    angles = torch.rand(LENGTH, DIM // 2)
+    skipped = torch.rand(1, 1, LENGTH, 3)
+    tables = (torch.cat((f(angles), f(angles)), dim=-1)[None, None] for f in (torch.cos, torch.sin))
+    cos, sin = (torch.cat((skipped, table), dim=-1) for table in tables)
 
     assert_same(
-        lambda states: RotaryPosEmbeddingHelperV1.apply(states, cos, sin, 4),
-        lambda states: turned_halves(states, angles[4 : 4 + LENGTH]),
+        lambda states: RotaryPosEmbeddingHelperV1.apply(states, cos, sin, 3),
+        lambda states: turned_halves(states, angles),
         torch.randn(BATCH, HEADS, LENGTH, DIM),
     )
 

@@ -23,15 +23,14 @@ def rotary_pos_embedding(
     offset: int,
     mode: int,
 ) -> torch.Tensor:
-    """Rotates states [batch, heads, length, dim] by rows of cos and sin [..., n, dim].
+    """Rotates states [batch, heads, length, dim] by cos and sin [..., n, dim], which lie `offset` columns further.
 
-    The rows are `position_ids` [batch, length] or, without, those from `offset` on; one row for each of n tokens
-    where n is the length. A row that is not there is an error; a card reads past the table.
+    `position_ids` [batch, length] are the rows of n; without them the tables broadcast to the states. A row that is not
+    there is an error; a card reads past the table.
     """
     if position_ids is not None:
         cos, sin = (table.reshape(-1, table.shape[-1])[position_ids].unsqueeze(1) for table in (cos, sin))
-    elif cos.shape[-2] != states.shape[-2]:
-        cos, sin = (table[..., offset : offset + states.shape[-2], :] for table in (cos, sin))
+    cos, sin = (table[..., offset : offset + states.shape[-1]] for table in (cos, sin))
     if mode == RotaryPosEmbeddingMode.BLOCKWISE.value:
         first, second = states.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
@@ -54,7 +53,7 @@ def apply_rotary_pos_emb(p: torch.Tensor, *args) -> torch.Tensor:
 class RotaryPosEmbeddingHelperV1:
     @staticmethod
     def apply(p: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, offset: int, /) -> torch.Tensor:
-        """Rotates p [batch, heads, length, dim] by rows offset.. of cos and sin [..., n, dim]."""
+        """Rotates p [..., length, dim] by columns offset.. of cos and sin [..., length, offset + dim]."""
         return apply_rotary_pos_emb(p, cos, sin, None, offset)
 
 
@@ -65,7 +64,7 @@ class RotaryPosEmbeddingHelperV2:
     ) -> torch.Tensor:
         """Rotates p [batch, heads, length, dim] by rows `position_ids` [batch, length] of cos and sin [1, 1, n, dim].
 
-        Without position_ids cos and sin hold a row for each position already.
+        Without position_ids cos and sin have a row for each position already.
         """
         return apply_rotary_pos_emb(p, cos, sin, position_ids)
 

@@ -55,6 +55,13 @@ def test_compiling_needs_eager_mode(run):
         run("sft.py", "--model_name_or_path", "none", "--output_dir", "out", "--torch_compile", "True")
 
 
+def test_lazy_mode_is_refused_where_the_plugin_is_eager_unless_told(run, monkeypatch):
+    monkeypatch.setattr("habana_frameworks.torch.utils.internal.is_lazy", lambda: False)
+
+    with pytest.raises(InputError, match=r"^--use_lazy_mode: this plugin is in eager mode; set .* PT_HPU_LAZY_MODE=1"):
+        run("sft.py", "--model_name_or_path", "none", "--output_dir", "out", "--do_train")
+
+
 EAGER = {"PT_HPU_LAZY_MODE": "0"}
 LAZY = {"PT_HPU_LAZY_MODE": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # a plugin of 1.19 then waits to be imported
 

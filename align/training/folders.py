@@ -26,6 +26,12 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
 
     `models` are those that the run reads, which it must not replace.
     """
+    from habana_frameworks.torch.utils.internal import is_lazy
+
+    if args.use_lazy_mode and not is_lazy():
+        raise InputError(
+            "--use_lazy_mode: this plugin is in eager mode; set the variable PT_HPU_LAZY_MODE=1 before the command"
+        )
     check_unused(args)
     check_optimizer(args)
     check_deepspeed(args)

@@ -12,7 +12,7 @@ GAUDI := $(shell command -v hl-smi 2>/dev/null || $(PYTHON) -c "from importlib.m
 REQUIREMENTS := $(if $(GAUDI),requirements.txt,requirements-cpu.txt)
 INSTALL := $(BIN)/pip install --quiet --constraint requirements-lock.txt
 
-.PHONY: help setup quickstart demo chat test test-hpu test-gaudi-host soak mutants models flags lint format bench clean
+.PHONY: help setup quickstart demo chat test test-hpu test-gaudi-host soak mutants models formats flags lint format bench clean
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*##/ {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -66,6 +66,9 @@ mutants: $(VENV)/.dev  ## Change the code at random, list what no test notices (
 
 models: setup  ## Compare the model families with plain transformers and write docs/models.md
 	$(BIN)/python tests/measure_families.py docs/models.md
+
+formats: setup  ## Write docs/formats.md: a row of each format, and what is learnt of it
+	$(BIN)/python tests/show_formats.py
 
 flags: setup  ## Write docs/flags.md from what the scripts' --help says
 	$(BIN)/python tests/describe_flags.py docs/flags.md

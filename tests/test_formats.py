@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from show_formats import PAGE, make_page
 
 from align.data.formats import FORMATS, RowError, Sample, recognise
 from align.errors import InputError
@@ -17,6 +18,10 @@ def test_the_example_of_each_format_is_recognised_and_read(format):
     row = json.loads(format.example)
     assert recognise(list(row), preference=format.preference) == format
     assert len(format.read(row).answers) == (2 if format.preference else 1)
+
+
+def test_the_page_of_formats_shows_what_is_learnt_and_refused():
+    assert PAGE.read_text(encoding="utf-8") == make_page(), "make formats"
 
 
 def test_fine_tuning_learns_the_chosen_answer_of_preference_data():

@@ -190,8 +190,10 @@ def _messages(value: Any, column: str) -> Messages:
     value = _parse_messages(value)
     if isinstance(value, Mapping) and {"role", "from"} & value.keys():
         value = [value]
-    if not isinstance(value, list) or not value:
-        raise RowError(f"column `{column}` is {_describe(value or None)}, not a list of messages")
+    if not isinstance(value, list):
+        raise RowError(f"column `{column}` is {_describe(value)}, not a list of messages")
+    if not value:
+        raise RowError(f"column `{column}` holds no message")
     messages = [_message(message, f"column `{column}`, message {number}") for number, message in enumerate(value, 1)]
     roles = [message["role"] for message in messages]
     for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), 1):

@@ -274,6 +274,19 @@ FINE_TUNING = {
         ["Yo" + END],
         [],
     ),
+    "parts and weights in LLaMA-Factory's words": (
+        {
+            "messages": [
+                user([{"type": "text", "value": "Hi"}]),
+                said([{"type": "text", "value": "bad"}], loss_weight=0.0),
+                user("and?"),
+                said([{"type": "text", "value": "Yo"}], loss_weight=1.0),
+            ]
+        },
+        {},
+        ["Yo" + END],
+        [],
+    ),
     "lists of one message": ({"prompt": [user("Hi")], "completion": [said("Yo")]}, {}, ["Yo" + END], []),
     "thoughts in a key of their own": (
         {"messages": [user("a"), said("four", reasoning_content="so")]},
@@ -410,6 +423,11 @@ def test_of_a_pair_the_answers_are_scored_and_nothing_else(what, kind, prepare):
 
 REFUSED = {
     "KTO": ({"prompt": "a", "completion": "b", "label": False}, {}, "--only_true_labels trains on the true ones alone"),
+    "KTO of chats for dpo.py": (
+        {"messages": [user("a"), said("b")], "label": True},
+        {"preference": True},
+        "are single answers with a label, as KTO takes them, and no pairs",
+    ),
     "KTO in numbers": (
         {"instruction": "a", "output": "b", "label": 0},
         {},

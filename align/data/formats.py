@@ -119,8 +119,9 @@ def _join_parts(content: Any) -> Any:
         return content
     texts = []
     for part in content:
-        if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+        text = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(text, str):
+            texts.append(text)
         elif isinstance(part, str):
             texts.append(part)
         else:
@@ -141,7 +142,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RowError(f"{where} is {_describe(message)}, not role and content")
     made = {key: value for key, value in _without_nones(message).items() if value != []}
-    for old, new in (("from", "role"), ("value", "content")):
+    for old, new in (("from", "role"), ("value", "content"), ("loss_weight", "weight")):
         if old in made and new not in made:
             made[new] = made.pop(old)
     if not isinstance(made.get("role"), str):
@@ -193,7 +194,7 @@ def _messages(value: Any, column: str) -> Messages:
     if not isinstance(value, list):
         raise RowError(f"column `{column}` is {_describe(value)}, not a list of messages")
     if not value:
-        raise RowError(f"column `{column}` holds no message")
+        raise RowError(f"column `{column}` is empty, not a list of messages")
     messages = [_message(message, f"column `{column}`, message {number}") for number, message in enumerate(value, 1)]
     roles = [message["role"] for message in messages]
     for number, (before, role) in enumerate(zip([None, *roles], roles, strict=False), 1):
@@ -631,7 +632,8 @@ def recognise(columns: Collection[str], preference: bool, name: str | None = Non
     if fitting:
         names = " and ".join(format.name for format in fitting)
         raise InputError(f"--dataset_name: the columns {found} fit {names}; choose one with --data_format")
-    if preference and {"prompt", "completion", "label"} <= set(columns):
+    singles = [format for format in FORMATS if not format.preference and set(format.columns) <= set(columns)]
+    if preference and singles and any(column in columns for column in LABELS):
         raise InputError(
             f"--dataset_name: the columns {found} are single answers with a label, as KTO takes them, and no pairs; "
             f"sft.py {ONLY_TRUE} trains on the true ones alone"

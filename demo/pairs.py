@@ -9,13 +9,11 @@ import json
 import re
 from pathlib import Path
 
-from demo.judge import is_brief, is_sane, split_sentences, split_words
+from demo.judge import asked_items, is_brief, is_sane, split_sentences, split_words
 
 ENOUGH = 26  # words that two sentences may have together; else the first one does
 SHARED = 4  # words that both answers of a pair may start with
-EVASIVE = re.compile(
-    r"(the (answer|reason)\b.*\b(lies|rooted|found)|the eternal|while |when it comes|ah\b)", re.IGNORECASE
-)
+EVASIVE = re.compile(r"(the (answer|reason)\b|the eternal\b|while\b|when it comes\b|ah\b)", re.IGNORECASE)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -46,6 +44,7 @@ def make_data(greedy: list[dict], sampled: list[dict], written: dict[str, str]) 
     """Rows to fine-tune on and pairs to prefer by, from two answers of the model to each question.
 
     The better answer is the written one where there is one, else the start of the greedy one, else of the sampled one.
+    A list is preferred to its first item as well, so that the model does not learn that the shortest answer is best.
     """
     samples, pairs = [], []
     for first, second in zip(greedy, sampled, strict=True):
@@ -58,4 +57,6 @@ def make_data(greedy: list[dict], sampled: list[dict], written: dict[str, str]) 
             if not is_brief(other) and not start_alike(better, other["text"]):
                 pairs.append({"prompt": prompt, "chosen": better, "rejected": other["text"].strip()})
                 break
+        if asked_items(prompt):
+            pairs.append({"prompt": prompt, "chosen": better, "rejected": better.splitlines()[0]})
     return samples, pairs

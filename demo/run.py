@@ -31,8 +31,8 @@ from demo.pairs import make_data, read_rows, write_rows
 HPU = "--use_habana --use_lazy_mode --bf16 False --report_to none --save_strategy no --logging_steps 1"
 LORA = "--lora_r 16 --lora_alpha 32 --lora_dropout 0 --lora_target_modules all-linear"
 ASK = "--use_chat_template --use_hpu_graphs --use_kv_cache --batch_size 32 --max_new_tokens 64"
-SFT = "--learning_rate 2e-4 --lr_scheduler_type cosine"
-DPO = "--beta 0.1 --rpo_alpha 1.0 --learning_rate 5e-5 --lr_scheduler_type cosine --warmup_steps 0"
+SFT = "--learning_rate 1.7e-4 --lr_scheduler_type cosine"
+DPO = "--beta 0.1 --rpo_alpha 1.0 --learning_rate 1e-4 --lr_scheduler_type cosine --warmup_steps 0"
 SHOWN = 3  # answers side by side
 
 
@@ -53,8 +53,8 @@ def training_commands(folder: Path, data: Path, base: Path, steps: tuple[int, in
         f"--gradient_accumulation_steps 2 {SFT} {LORA} {HPU}",
         "merge": f"merge_peft_adapter.py --adapter_model_name {folder}/sft --output_name {folder}/sft/merged",
         "prefer": f"dpo.py --model_name_or_path {folder}/sft/merged --dataset_name {data}/dpo "
-        f"--output_dir {folder}/dpo --max_steps {steps[1]} --eval_strategy no --per_device_train_batch_size 4 "
-        f"--gradient_accumulation_steps 2 --max_prompt_length 96 --max_length 192 {DPO} {LORA} {HPU}",
+        f"--output_dir {folder}/dpo --max_steps {steps[1]} --eval_strategy no --per_device_train_batch_size 2 "
+        f"--gradient_accumulation_steps 4 --max_prompt_length 64 --max_length 128 {DPO} {LORA} {HPU}",
         "merge again": f"merge_peft_adapter.py --adapter_model_name {folder}/dpo --output_name {folder}/aligned",
     }
     seeded = {"fine-tune", "prefer"}
@@ -203,7 +203,7 @@ def main() -> None:
         "--seeds", type=int, nargs="+", default=[0], help="seeds of the training, each a run of its own"
     )
     parser.add_argument("--sft_steps", type=int, default=10, help="steps of fine-tuning, 4 rows of 256 tokens each")
-    parser.add_argument("--dpo_steps", type=int, default=12, help="steps of preference tuning, 8 pairs each")
+    parser.add_argument("--dpo_steps", type=int, default=8, help="steps of preference tuning, 8 pairs each")
     parser.add_argument("--questions", type=int, default=0, help="only so many questions of each set, to try the demo")
     args = parser.parse_args()
 

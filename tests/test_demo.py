@@ -106,7 +106,7 @@ def test_what_is_learnt_is_the_whole_start_of_an_answer():
     assert shorten(answer("It is hot. It is a volcano.")) == "It is hot. It is a volcano."
     assert shorten(answer("It is hot, and it is", stopped=False)) is None
     assert shorten(answer("I am sorry, I know no volcano. It is", stopped=False)) is None
-    assert shorten(answer("The answer lies in the volcano. It is hot.")) is None
+    assert shorten(answer("The answer to this is a volcano. It is hot.")) is None
 
 
 def test_a_pair_prefers_a_brief_answer_to_a_long_one_that_starts_otherwise():
@@ -127,8 +127,9 @@ def test_written_answers_are_learnt_in_place_of_the_models_own():
     said, more = answer("1. Figs\n2. Dates\n3. Nuts", prompt), answer("Figs, and many others that", prompt, False)
     samples, pairs = make_data([said], [more], {prompt: written})
     assert samples == [{"prompt": prompt, "completion": written}]
-    assert pairs == [{"prompt": prompt, "chosen": written, "rejected": more["text"]}]
-    assert make_data([said], [said], {prompt: written}) == (samples, [])
+    first_item = {"prompt": prompt, "chosen": written, "rejected": "1. Apples"}
+    assert pairs == [{"prompt": prompt, "chosen": written, "rejected": more["text"]}, first_item]
+    assert make_data([said], [said], {prompt: written}) == (samples, [first_item])
 
 
 def test_what_is_taught_is_what_the_judge_asks_for():

@@ -13,6 +13,7 @@ from tiny import save_model
 from transformers import AutoConfig
 
 from align.errors import InputError
+from align.models import guard
 
 CODE = """
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_neither_reference_nor_second_model_nor_tokenizer_nor_an_adapters_base_r
 EVIL = {"AutoConfig": "code.Evil", "AutoModelForCausalLM": "code.EvilModel"}
 TYPE = {"model_type": "evil"}
 WAYS = {
-    "code of its own": ("config.json", {"auto_map": EVIL}, "asks to run code that comes with it"),
+    "code of its own": ("config.json", {"auto_map": EVIL} | TYPE, "asks to run code that comes with it"),
     "a type of its own": ("config.json", TYPE, "is a 'evil' model, which the installed transformers does not know"),
     "code of a tokenizer": (
         "tokenizer_config.json",
@@ -155,7 +156,12 @@ WAYS = {
         "asks to run",
     ),
     "code of a processor": ("preprocessor_config.json", {"auto_map": {"AutoProcessor": "code.Evil"}}, "asks to run"),
-    "code of another repository": ("config.json", {"auto_map": {"AutoConfig": "evil--code.Evil"}}, "asks to run code"),
+    "code of another repository": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "evil--code.Evil"}} | TYPE,
+        "asks to run code",
+    ),
+    "code inside": ("config.json", {"parts": {"model_type": "llama", "auto_map": EVIL}}, "asks to run code"),
     "a nested model": ("config.json", {"text_config": {"_name_or_path": "evil"}}, "leads to another model"),
     "one in a list": ("config.json", {"parts": [{"x": {"_name_or_path": "evil"}}]}, r"another model \(parts.0.x"),
     "trust of its own": ("config.json", {"trust_remote_code": True}, "sets trust_remote_code itself"),
@@ -187,6 +193,23 @@ def test_a_folder_that_leads_elsewhere_or_is_no_causal_language_model_is_refused
     change(copy / file, **content) if isinstance(content, dict) else (copy / file).write_text(content)
 
     fails(run, message, "sft.py", *command("sft.py", copy))
+
+    assert not marker.exists()
+
+
+def test_code_beside_a_model_that_transformers_knows_is_not_run_and_that_is_told(run, copy, marker, caplog):
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    change(copy / "config.json", auto_map=dict.fromkeys(names, "code.Evil"))
+    shutil.copy("evil/code.py", copy)
+    write_adapter(init_lora_weights="pissa")  # not streamed: through PEFT
+
+    for script in ("sft.py", "run_generation.py"):
+        caplog.clear()
+        guard._warn_once.cache_clear()
+        said = run(script, *command(script, copy)).err + caplog.text
+        assert said.count("which is not run: transformers' own class of a llama model is") == 1
+    run("dpo.py", *command("dpo.py", copy, "--ref_model", copy, "--overwrite_output_dir"))
+    run("merge_peft_adapter.py", *command("merge_peft_adapter.py", copy)[:-1], "merged")
 
     assert not marker.exists()
 

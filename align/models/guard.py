@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ def check_folder(
     """Refuses settings that make transformers 4.55 run code, or read other files than the ones that are checked here.
 
     `trust_remote_code` allows the code that comes with the model (`auto_map`), and no other; None where the script has
-    no such flag. `trust_tokenizer`, where it is given, decides for the tokenizer's.
+    no such flag. A model whose type transformers has a class for needs no code of its own. `trust_tokenizer`, where it
+    is given, decides for the tokenizer's.
     """
     for name in SETTINGS:
         path = folder / name
@@ -85,6 +87,8 @@ def _check_keys(path: Path, settings: dict, flag: str, trust_remote_code: bool |
             continue
         nested = f"{place}.{key}" if place else key
         if key == "auto_map" and not trust_remote_code:
+            if not place and path.name == "config.json" and _is_known(settings):
+                continue  # `load_config` leaves it out
             raise InputError(
                 f"{flag}: {path} asks to run code that comes with it ({nested}: {_first_text(value)}); take that entry "
                 f"out to use the installed classes{_or_trust(trust_remote_code)}"
@@ -98,6 +102,19 @@ def _check_keys(path: Path, settings: dict, flag: str, trust_remote_code: bool |
             raise InputError(
                 f"{flag}: {path} asks for attention code from the hub ({nested}: {_first_text(value)}); take it out"
             )
+
+
+def _is_known(config: dict) -> bool:
+    """Whether transformers itself has the classes of this model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") in list(CONFIG_MAPPING_NAMES)
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    """A folder is read several times in a run."""
+    logger.warning(message)
 
 
 def _check_config(path: Path, config: dict, flag: str) -> None:
@@ -182,6 +199,11 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
                 )
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
         config_class = _find_class(content, folder, flag)
+        if content.pop("auto_map", None):
+            _warn_once(
+                f"{flag}: {path} names code that comes with it (auto_map), which is not run: transformers' own class "
+                f"of a {content['model_type']} model is"
+            )
         for key in ATTENTION_KEYS:
             if content.get(key) not in (None, "eager", "sdpa"):
                 logger.warning(

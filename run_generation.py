@@ -40,12 +40,9 @@ with quiet_imports():
     from align.generation.config import (
         DecodingArguments,
         GaudiArguments,
-        check_support,
-        choose_kernels,
-        find_end_tokens,
         find_stop_tokens,
-        make_forward_options,
-        make_generation_config,
+        make_generator,
+        without_static_shapes,
     )
     from align.generation.decoding import TextGenerator
     from align.generation.keeping import KeptAnswers, describe_settings, write_json
@@ -109,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     speaks = rank == 0 or output_args.verbose_workers
     level = output_args.log_level if speaks else "error"
     logging.basicConfig(level="WARNING" if level == "info" else level.upper(), format="%(message)s")
-    logger.setLevel(level.upper())
+    for name in (logger.name, "align.generation"):
+        logging.getLogger(name).setLevel(level.upper())
     check_arguments(model_args, decoding_args, gaudi_args, output_args)
 
     check_chat(chat_args, prompt_args, decoding_args, gaudi_args, output_args, world_size)
@@ -150,32 +148,31 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     adapt_transformers()
-    model = load_model(
-        folder,
-        adapter,
-        vocabulary_size,
-        model_args,
-        world_size,
-        gaudi_args.use_hpu_graphs,
-        longest=max(batch.width for batch in batches) + decoding_args.max_new_tokens,
-        rank=rank,
-    )
-    check_support(model, gaudi_args)
+    longest = max(batch.width for batch in batches)
     goes_on = output_args.measures if decoding_args.ignore_eos is None else decoding_args.ignore_eos
-    end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)
-    kernels = choose_kernels(model, gaudi_args, world_size)
-    config = make_generation_config(model, tokenizer, decoding_args, end_tokens)
-    if goes_on:
-        config.stop_strings = None
-    generator = TextGenerator(
-        model,
-        tokenizer,
-        config,
-        make_forward_options(gaudi_args, kernels),
-        end_tokens,
-        rows=min(gaudi_args.batch_size, len(prompts)),
-        longest=max(batch.width for batch in batches),
-    )
+
+    def make(plain_class: bool) -> TextGenerator:
+        model = load_model(
+            folder,
+            adapter,
+            vocabulary_size,
+            model_args,
+            world_size,
+            gaudi_args.use_hpu_graphs,
+            longest=longest + decoding_args.max_new_tokens,
+            rank=rank,
+            plain_class=plain_class,
+        )
+        gaudi = without_static_shapes(gaudi_args) if plain_class else gaudi_args
+        rows = min(gaudi_args.batch_size, len(prompts))
+        return make_generator(model, tokenizer, decoding_args, gaudi, stop_tokens, rows, longest, world_size, goes_on)
+
+    if model_args.skip_probe:
+        generator = make(False)
+    else:
+        from align.generation.probing import make_probed  # torch with it, once all else is known to be right
+
+        generator = make_probed(make, encoded, batches, world_size)
 
     # Generate
     gc.freeze()
@@ -184,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         "version": __version__,
         "model": str(folder),
         "cards": world_size,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),  # of one card
+        "parameters": sum(parameter.numel() for parameter in generator.model.parameters()),  # of one card
         "prompts": len(prompts),
         "shapes": len({batch.width for batch in batches}),
     }
@@ -202,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a character shows its number
         sys.stdout.reconfigure(errors="backslashreplace")
-    streams = sys.stdout.isatty() and generator.rows == generator.answers_per_prompt == config.num_beams == 1
+    streams = sys.stdout.isatty() and generator.rows == generator.copies == 1
     show = None if not speaks or output_dir is not None else "stream" if streams else "print"
     between = "\n" if prompt_args.use_chat_template else ""
     if output_dir is not None:

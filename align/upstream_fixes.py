@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import pickle
 import sys
@@ -290,9 +291,11 @@ def transformers_class(model_type: str) -> type["PreTrainedModel"]:
     beside the one that was changed. Its generation loop is optimum-habana's all the same, as for every class that
     optimum-habana leaves alone. Can go when no family needs it.
     """
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    config_class = CONFIG_MAPPING[model_type]  # where it is optimum-habana's, it has no docstring, which is searched
+    config_class.__doc__ = inspect.getdoc(config_class) or ""
     package = model_type_to_module_name(model_type)
     name = f"transformers.models.{package}.modeling_{package}"
     importlib.import_module(name)  # dataclasses and docstrings look their module up by name

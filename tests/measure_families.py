@@ -179,7 +179,9 @@ in the table runs too, and is probed as all are.
   alone; `--skip_probe True` leaves that out.
 - **text**: greedy answers to prompts of 19, 7 and 1 tokens, one at a time, in a padded batch, and without a cache.
   The flags behind it are run_generation.py's; `refused` is one line before the first token, `no kernel` a line that
-  the flag changes nothing.
+  the flag changes nothing. Before the first answer the script tries prompts of yours on the loaded model, with padding
+  and two tokens from the cache, beside a plain pass without either: where they differ, transformers' class runs
+  instead, and if that is wrong too, the run ends with exit code 3 (`--skip_probe` leaves that out).
 - **(window)**: windows in the table are 8 tokens, shorter than the text. Where no text is longer than a model's
   window, such as the 4,096 tokens of Mistral and Gemma 2, optimum-habana's class keeps running.
 

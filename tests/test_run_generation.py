@@ -353,7 +353,6 @@ def test_a_run_that_was_killed_goes_on_to_the_file_of_one_that_was_not(models, g
     with pytest.raises(InputError, match="--resume: .*: the files of --model_name_or_path are others"):
         generate(*flags, "--resume", family="mistral")
     monkeypatch.setattr("align.generation.answers.TOLD_EVERY", 0)
-    caplog.set_level("INFO")
     answers = generate(*flags, "--resume")
 
     assert Path("out/generations.jsonl").read_bytes() == Path("whole/generations.jsonl").read_bytes()

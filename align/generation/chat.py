@@ -14,16 +14,13 @@ from align.generation.answers import OutputArguments
 from align.generation.config import (
     DecodingArguments,
     GaudiArguments,
-    check_support,
-    choose_kernels,
-    find_end_tokens,
     find_stop_tokens,
-    make_forward_options,
-    make_generation_config,
+    make_generator,
+    without_static_shapes,
 )
 from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
 from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
-from align.generation.prompts import PromptArguments
+from align.generation.prompts import OWN_PROMPTS, Batch, PromptArguments
 from align.models.families import find_window
 from align.upstream_fixes import adapt_transformers
 
@@ -181,12 +178,29 @@ def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi:
     adapt_transformers()
     vocabulary_size = max(config.vocab_size, len(tokenizer) if adapter else 0)
     longest = min(room, sys.maxsize - decoding.max_new_tokens) + decoding.max_new_tokens
-    model = load_model(folder, adapter, vocabulary_size, model_args, 1, gaudi.use_hpu_graphs, longest)
-    check_support(model, gaudi)
-    end_tokens = find_end_tokens(model, tokenizer, stop_tokens)
-    generation_config = make_generation_config(model, tokenizer, decoding, end_tokens)
-    options = make_forward_options(gaudi, choose_kernels(model, gaudi))
-    generator = TextGenerator(model, tokenizer, generation_config, options, end_tokens, rows=1)
+
+    def make(plain_class: bool) -> TextGenerator:
+        model = load_model(
+            folder,
+            adapter,
+            vocabulary_size,
+            model_args,
+            1,
+            gaudi.use_hpu_graphs,
+            longest,
+            plain_class=plain_class,
+        )
+        return make_generator(
+            model, tokenizer, decoding, without_static_shapes(gaudi) if plain_class else gaudi, stop_tokens
+        )
+
+    if model_args.skip_probe:
+        generator = make(False)
+    else:
+        from align.generation.probing import make_probed  # torch with it
+
+        ids = tokenizer(OWN_PROMPTS[0]).input_ids[:room]
+        generator = make_probed(make, [ids], [Batch([0], min(WIDTH, room))])
     return Speaker(str(adapter or folder), generator, room)
 
 

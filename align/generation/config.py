@@ -2,10 +2,11 @@
 
 import inspect
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from align.errors import InputError
+from align.generation.decoding import TextGenerator
 from align.generation.model import SWITCH
 from align.generation.stepping import ForwardOptions, has_static_shapes
 
@@ -185,6 +186,34 @@ def find_bad_words(words: list[str], tokenizer: "PreTrainedTokenizerBase") -> li
     """Ids of each word, alone and after a blank."""
     ids = [tokenizer(form + word, add_special_tokens=False).input_ids for word in words for form in ("", " ")]
     return [list(each) for each in dict.fromkeys(map(tuple, ids)) if each]
+
+
+def make_generator(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    decoding: DecodingArguments,
+    gaudi: GaudiArguments,
+    stop_tokens: set[int],
+    rows: int = 1,
+    longest: int = 0,
+    world_size: int = 1,
+    goes_on: bool = False,
+) -> TextGenerator:
+    """What generates as the flags say; texts that go on do so after end tokens. Prompts are `longest` at most."""
+    check_support(model, gaudi)
+    end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)
+    kernels = choose_kernels(model, gaudi, world_size)
+    config = make_generation_config(model, tokenizer, decoding, end_tokens)
+    if goes_on:
+        config.stop_strings = None
+    return TextGenerator(
+        model, tokenizer, config, make_forward_options(gaudi, kernels), end_tokens, rows=rows, longest=longest
+    )
+
+
+def without_static_shapes(gaudi: GaudiArguments) -> GaudiArguments:
+    """For a class of transformers in the place of optimum-habana's."""
+    return replace(gaudi, reuse_cache=False, bucket_size=-1, bucket_internal=False)
 
 
 def make_forward_options(gaudi: GaudiArguments, kernels: dict[str, bool | int]) -> ForwardOptions:

@@ -8,7 +8,7 @@ of a generation config. Heavy packages are imported where they are used: imports
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
 from align.generation.beams import BeamOptions, Beams
@@ -80,6 +80,7 @@ class TextGenerator:
     longest: int = 0
     stepper: StaticShapes | GrowingShapes = field(init=False)
     processors: list[Processor] = field(init=False)
+    invalid: Any = field(init=False, default=None)  # on the device: whether logits since the prompts have been NaN
 
     def __post_init__(self) -> None:
         self.stepper = make_stepper(self.model, self.options)
@@ -88,6 +89,11 @@ class TextGenerator:
     @property
     def answers_per_prompt(self) -> int:
         return self.config.num_return_sequences
+
+    @property
+    def copies(self) -> int:
+        """Rows of each prompt: its beams, or its answers."""
+        return self.config.num_beams if self.config.num_beams > 1 else self.answers_per_prompt
 
     def generate(
         self, encoded: list[list[int]], width: int, streamer: TerminalStreamer | None = None
@@ -99,12 +105,7 @@ class TextGenerator:
         import torch
 
         start = time.perf_counter()
-        if not self.options.inputs.get("flash_attention_causal_mask"):
-            width = max(width, SHORTEST)
-        elif width == 1 and self.options.reuse_cache:
-            raise InputError("--flash_attention_causal_mask: not with --reuse_cache and a prompt of a single token")
-        ids, mask = pad_batch(encoded, width, self.rows, self.config.pad_token_id)
-        texts = Texts(ids.to("hpu"), mask.to("hpu"), self._choose_columns(width))
+        texts = self.lay_out(encoded, width)
         first: list[float] = []
 
         def check() -> bool:
@@ -123,6 +124,15 @@ class TextGenerator:
         lengths = list(map(len, new))
         first_token = first[0] - start if first else None
         return new, Timing(first_token, end - start, sum(map(len, encoded)), sum(lengths), max(lengths))
+
+    def lay_out(self, encoded: list[list[int]], width: int) -> Texts:
+        """The prompts on the device, padded to `width`, with columns for what will follow."""
+        if not self.options.inputs.get("flash_attention_causal_mask"):
+            width = max(width, SHORTEST)
+        elif width == 1 and self.options.reuse_cache:
+            raise InputError("--flash_attention_causal_mask: not with --reuse_cache and a prompt of a single token")
+        ids, mask = pad_batch(encoded, width, self.rows, self.config.pad_token_id)
+        return Texts(ids.to("hpu"), mask.to("hpu"), self._choose_columns(width))
 
     def is_stopped(self, prompt: list[int], tokens: list[int]) -> bool:
         """Whether an answer is whole, not cut at its longest."""
@@ -145,11 +155,8 @@ class TextGenerator:
     ) -> "torch.LongTensor":
         """Greedy or sampled tokens `[rows, new tokens]`; `check` says at some steps whether all have ended."""
         steps_per_check = 1 if texts.rows == 1 else STEPS_PER_CHECK  # the same on every rank
-        invalid = None
         for step in range(self.config.max_new_tokens):
-            logits = self._forward(texts, step, self.answers_per_prompt)
-            invalid = logits.isnan().any() if invalid is None else invalid | logits.isnan().any()
-            scores = self._process(texts, logits, step)
+            scores = self.process(texts, self.forward(texts, step), step)
             if self.config.do_sample:
                 import torch
 
@@ -164,7 +171,7 @@ class TextGenerator:
                 break
         if streamer is not None:
             streamer.end()
-        self._refuse_nan(invalid)
+        self.refuse_nan(self.invalid)
         return texts.tokens[:, texts.width : texts.length]
 
     def _search_beams(self, texts: Texts) -> "torch.LongTensor":
@@ -178,36 +185,40 @@ class TextGenerator:
             config.num_return_sequences,
         )
         beams = Beams(options, texts.rows, config.max_new_tokens, self.end_tokens, texts.tokens.device)
-        invalid = None
         for step in range(config.max_new_tokens):
-            logits = self._forward(texts, step, config.num_beams)
-            invalid = logits.isnan().any() if invalid is None else invalid | logits.isnan().any()
-            rows, tokens = beams.advance(self._process(texts, logits.log_softmax(1), step))
+            logits = self.forward(texts, step)
+            rows, tokens = beams.advance(self.process(texts, logits.log_softmax(1), step))
             texts.select(rows)
             texts.append(tokens)
             self.stepper.select(rows)
             if self.end_tokens and (step + 1) % STEPS_PER_CHECK == 0 and beams.is_done():
                 break
-        self._refuse_nan(invalid)
+        self.refuse_nan(self.invalid)
         return beams.best()
 
-    def _forward(self, texts: Texts, step: int, copies: int) -> "torch.FloatTensor":
-        """Logits of the next tokens; optimum-habana's lazy mode runs what came before as a graph of its own."""
+    def forward(self, texts: Texts, step: int) -> "torch.FloatTensor":
+        """Logits `[rows * copies, vocabulary]` of the next tokens; what came before is run as a graph of its own."""
         from habana_frameworks.torch import core
 
         core.mark_step()
         if step == 0:
-            return self.stepper.start(texts, copies)
-        if isinstance(self.stepper, StaticShapes) and texts.length > texts.columns - 1 and self.options.bucket_size > 0:
-            self.stepper.lengthen(texts, self.options.bucket_size)
-        return self.stepper.step(texts)
+            logits = self.stepper.start(texts, self.copies)
+        else:
+            is_full = texts.length > texts.columns - 1
+            if isinstance(self.stepper, StaticShapes) and is_full and self.options.bucket_size > 0:
+                self.stepper.lengthen(texts, self.options.bucket_size)
+            logits = self.stepper.step(texts)
+        is_nan = logits.isnan().any()
+        self.invalid = is_nan if step == 0 else self.invalid | is_nan
+        return logits
 
-    def _process(self, texts: Texts, scores: "torch.FloatTensor", step: int) -> "torch.FloatTensor":
+    def process(self, texts: Texts, scores: "torch.FloatTensor", step: int) -> "torch.FloatTensor":
+        """Scores `[rows * copies, vocabulary]` after all that the generation config asks for."""
         for processor in self.processors:
             scores = processor(texts, scores, step)
         return scores
 
-    def _refuse_nan(self, invalid: "torch.BoolTensor") -> None:
+    def refuse_nan(self, invalid: "torch.BoolTensor") -> None:
         if invalid and not self.config.remove_invalid_values:
             raise InputError(
                 "the model gives NaN for scores; its weights are damaged, or its numbers too large for this type "

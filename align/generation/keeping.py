@@ -15,7 +15,7 @@ UNFINISHED, SETTINGS, FINISHED = "generations.unfinished.jsonl", "generation_set
 LEFT_OUT = tuple(
     """model_name_or_path tokenizer_name_or_path peft_model model_revision token trust_remote_code
     trust_remote_code_tokenizer prompt prompt_file dataset_name dataset_split column_name dataset_max_samples
-    use_hpu_graphs limit_hpu_graphs""".split()
+    use_hpu_graphs limit_hpu_graphs skip_probe""".split()
 )
 # Files whose content counts; weights count by size and time
 READ = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -53,6 +53,9 @@ class ModelArguments:
     trust_remote_code_tokenizer: bool = field(
         default=False, metadata={"help": "Run code that comes with the tokenizer, but not the model's."}
     )
+    skip_probe: bool = field(
+        default=False, metadata={"help": "Do not try the loaded model with padding and cache before the first answer."}
+    )
 
 
 def uses_bf16(arguments: ModelArguments, world_size: int) -> bool:
@@ -119,16 +122,18 @@ def load_model(
     use_hpu_graphs: bool,
     longest: int,
     rank: int = 0,
+    plain_class: bool = False,
 ) -> "PreTrainedModel":
     """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
 
     Ranks map the same safetensors file, so that a host holds one copy of the model while they cut out their parts.
-    `longest` is the most tokens of a prompt with its answer, which decides the class.
+    `longest` is the most tokens of a prompt with its answer, which decides the class; `plain_class` is transformers'.
     """
     import torch
 
     import habana_frameworks.torch  # noqa: F401 - in lazy mode torch does not load the plugin by itself
     from align.models.families import choose_class, log_class
+    from align.upstream_fixes import transformers_class
 
     config = guard.load_config(folder, "--model_name_or_path", arguments.trust_remote_code)
     guard.check_weights(folder, config, "--model_name_or_path", arguments.trust_remote_code, rank, world_size)
@@ -137,9 +142,13 @@ def load_model(
     dtype = torch.bfloat16 if uses_bf16(arguments, world_size) else torch.float32
     if arguments.sdp_on_bf16:
         torch._C._set_math_sdp_allow_fp16_bf16_reduction(True)
-    log_class(config, longest)
+    if plain_class:
+        model_class = transformers_class(config.model_type)
+    else:
+        model_class = choose_class(config, longest)
+        log_class(config, longest)
     try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
-        model, loaded = choose_class(config, longest).from_pretrained(
+        model, loaded = model_class.from_pretrained(
             folder,
             config=config,
             torch_dtype=dtype,

@@ -190,6 +190,7 @@ class Watcher:
 
     def trust_values(self) -> None:
         """A dry card has no weights that could be looked at, and its other ranks say nothing."""
+        from align.generation import probing
         from align.training import checkpoints, gate, ranks, reliable
 
         for owner, name, answer in (
@@ -198,6 +199,7 @@ class Watcher:
             (reliable.ReliableMixin, "_highest", lambda _, votes: [int(vote) for vote in votes]),
             (reliable.ReliableMixin, "_are_finite", lambda *_: True),
             (ranks, "_distributed", lambda: False),
+            (probing, "find_fault", lambda *_: None),
             (checkpoints, "hash_file", lambda _: ""),  # of holes as large as the files will be
         ):
             self.replace(owner, name, answer)

@@ -1,7 +1,7 @@
 """Generates with plain transformers, prompt by prompt; run by tests in a process that optimum-habana has not patched.
 
 python plain_generation.py JOBS.json -> prints the texts of each job as JSON. A job is {"model", "prompts", "options"
-(keywords of generate), "adapter" (optional)}.
+(keywords of generate), "adapter" (optional), "scores" (optional: the processed scores of the first token instead)}.
 """
 
 import json
@@ -25,6 +25,11 @@ def answer(job: dict) -> list[str]:
         options = {"do_sample": False, "pad_token_id": 0} | job["options"]
         if "stop_strings" in options:
             options["tokenizer"] = tokenizer
+        if job.get("scores"):
+            options |= {"output_scores": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+            scores = model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **options).scores
+            texts.append(scores[0][0].tolist())
+            continue
         start = tokenizer.decode(ids[0], skip_special_tokens=True)
         for output in model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **options).tolist():
             ends = (n for n, token in enumerate(output) if n >= ids.shape[1] and token in END_TOKENS)

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from plain_generation import END_TOKENS
 from tiny import save_model
 from transformers import AutoTokenizer
 
 from align.errors import InputError
-from align.generation.config import find_bad_words
+from align.generation.config import DecodingArguments, GaudiArguments, find_bad_words, make_generator
+from align.generation.model import ModelArguments, load_model
+from align.generation.stepping import StaticShapes
 from align.upstream_fixes import adapt_transformers
 
 PROMPTS = ["Hello", "What is the capital of France? It is", "two and two and two and two", "is"]
@@ -39,6 +42,18 @@ FIELDS = {
     "beams, n-grams": {"num_beams": 3, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
     "beams, several": {"num_beams": 4, "num_return_sequences": 3},
 }
+# name: fields for which the scores of the first sampled token are compared
+SCORES = {
+    "temperature": {"temperature": 0.4},
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.6},
+    "min_p": {"min_p": 0.1},
+    "typical_p": {"typical_p": 0.5},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.01},
+    "eta_cutoff": {"eta_cutoff": 0.02},
+    "all": {"temperature": 1.7, "top_k": 90, "top_p": 0.95, "min_p": 0.002, "typical_p": 0.9, "eta_cutoff": 0.002}
+    | {"repetition_penalty": 1.5, "renormalize_logits": True, "suppress_tokens": list(range(0, 500, 7))},
+}
 FLAGS = ("num_beams", "num_return_sequences")  # the user says these
 
 
@@ -62,10 +77,15 @@ def plain(model):
         {"model": str(model), "prompts": PROMPTS, "options": {"max_new_tokens": NEW_TOKENS} | fields}
         for fields in FIELDS.values()
     ]
+    sampled = {"do_sample": True, "top_k": 0}
+    jobs += [
+        {"model": str(model), "prompts": PROMPTS, "options": sampled | fields, "scores": True}
+        for fields in SCORES.values()
+    ]
     (model.parent / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, ROOT / "tests" / "plain_generation.py", model.parent / "jobs.json"]
     texts = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return dict(zip(FIELDS, texts, strict=True))
+    return dict(zip([*FIELDS, *(f"scores: {name}" for name in SCORES)], texts, strict=True))
 
 
 @pytest.fixture
@@ -111,6 +131,55 @@ def test_sampling_among_one_token_is_greedy(field, model, plain, generate):
     folder = Path(shutil.copytree(model, "model"))
     write_config(folder, do_sample=True, **{"top_k": 0} | field)
     assert generate(folder, "--do_sample", "--seed", 3) == plain["plain"]
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    adapt_transformers()
+    return load_model(model, None, 512, ModelArguments(), world_size=1, use_hpu_graphs=False, longest=64)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_that_are_sampled_from_are_those_of_plain_transformers(name, model, loaded, plain, monkeypatch):
+    for field, value in ({"top_k": 0} | SCORES[name]).items():
+        monkeypatch.setattr(loaded.generation_config, field, value, raising=False)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    flags = DecodingArguments(max_new_tokens=1, do_sample=True)
+    generator = make_generator(loaded, tokenizer, flags, GaudiArguments(), set(), rows=len(PROMPTS))
+    encoded = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    texts = generator.lay_out(encoded, 32)
+
+    with torch.inference_mode():
+        scores = generator.process(texts, generator.forward(texts, 0), 0).cpu()
+
+    right = torch.tensor(plain[f"scores: {name}"])
+    torch.testing.assert_close(scores, right, rtol=1e-4, atol=1e-4)
+    assert name == "temperature" or (right == -torch.inf).any()
+
+
+def test_scores_that_are_no_numbers_stop_a_run_unless_the_model_says_that_they_are_removed(
+    model, loaded, plain, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encoded = [tokenizer(prompt).input_ids for prompt in PROMPTS[:1]]
+    forward = StaticShapes._forward
+
+    def spoil(*args, **kwargs):
+        logits, past = forward(*args, **kwargs)
+        logits[:, 400] = torch.nan
+        return logits, past
+
+    def generate():
+        generator = make_generator(loaded, tokenizer, DecodingArguments(max_new_tokens=4), GaudiArguments(), set())
+        return generator.generate(encoded, 8)[0]
+
+    right = generate()
+    monkeypatch.setattr(StaticShapes, "_forward", spoil)
+
+    with pytest.raises(InputError, match="the model gives NaN for scores"):
+        generate()
+    monkeypatch.setattr(loaded.generation_config, "remove_invalid_values", True)
+    assert generate() == right  # 0 where NaN was, which is not the most
 
 
 def test_fields_that_change_nothing_are_named_and_others_are_not(model, plain, generate, caplog):

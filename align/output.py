@@ -35,7 +35,7 @@ def lock(output: Path) -> None:
     path = output.resolve() / LOCK
     while path not in _locks:
         try:
-            held = os.open(path, os.O_RDWR | os.O_CREAT)
+            held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             reason = f"{output} cannot be written: {error.strerror}"
             raise InputError(f"--output_dir: {reason}; name another folder") from error

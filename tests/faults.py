@@ -1,7 +1,11 @@
 """What goes wrong in the runs of tests/forks.py, as it would in the world."""
 
+import importlib
 import os
 import signal
+import sys
+import time
+from pathlib import Path
 
 import torch
 import transformers.trainer
@@ -33,6 +37,35 @@ def poison_rank_1_in_step_2() -> None:
         return loss
 
     GaudiTrainer.training_step = poisoned
+
+
+def prepare_slowly_on_rank_0() -> None:
+    """Whoever meets the others in a collective meanwhile would end with --ddp_timeout: here, at once."""
+    rank, begun, done = os.environ["RANK"], Path(f"{sys.argv[0]} prepares"), Path(f"{sys.argv[0]} has prepared")
+    script = importlib.import_module(sys.argv[0].removesuffix(".py"))
+    prepare = script.prepare_data
+
+    def prepare_slowly(*args, **kwargs):
+        if rank == "0":
+            begun.touch()
+            time.sleep(2)
+        elif not done.exists():
+            sys.exit("rank 1 does not wait for rank 0's cache")
+        prepared = prepare(*args, **kwargs)
+        done.touch()
+        return prepared
+
+    def watch(collective):
+        def watched(*args, **kwargs):
+            if rank == "1" and begun.exists() and not done.exists():
+                sys.exit("rank 1 waits for rank 0 in a collective")
+            return collective(*args, **kwargs)
+
+        return watched
+
+    script.prepare_data = prepare_slowly
+    for name in ("barrier", "all_reduce", "all_gather", "all_gather_object", "broadcast"):
+        setattr(torch.distributed, name, watch(getattr(torch.distributed, name)))
 
 
 def _call_in_step(step: int, what) -> None:

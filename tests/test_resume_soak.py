@@ -164,6 +164,14 @@ def test_a_shard_that_is_damaged_sends_the_run_back_to_the_checkpoint_before(ben
     bench.assert_same("damaged", whole)
 
 
+@pytest.mark.parametrize("way", ["sft ddp", "dpo ddp"])
+def test_ranks_wait_outside_of_collectives_while_the_first_one_prepares_the_data(bench, way):
+    run = bench.start(way, f"slow {way}", "--max_steps", 1, before="prepare_slowly_on_rank_0")
+
+    assert run.wait() == [0, 0], run.said()
+    assert (bench.folder / f"{WAYS[way][0]} has prepared").exists()
+
+
 def test_code_planted_in_a_shard_is_not_run(bench):
     bench.finish("sft zero2", "planted", "--max_steps", 4)
     folder = bench.folder / "planted" / "checkpoint-4"

@@ -39,7 +39,7 @@ $(VENV)/.dev: $(VENV)/.done requirements-dev.txt requirements-lock.txt
 quickstart: setup  ## Train, merge, align and ask a small model: the whole pipeline, in minutes
 	$(BIN)/python quickstart/run.py
 
-demo: setup  ## Align a real model of 135M weights in ten minutes; SEEDS="0 1 2" for three runs
+demo: setup  ## Align a real model of 135M weights, in minutes; SEEDS="0 1 2" for three runs
 	$(BIN)/python demo/run.py $(if $(SEEDS),--seeds $(SEEDS))
 
 chat: setup  ## Talk to a model: MODEL=FOLDER, and COMPARE=FOLDER for two side by side

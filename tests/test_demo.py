@@ -183,11 +183,13 @@ def test_the_tokenizer_splits_digits_and_ends_where_the_file_says():
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
-    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("mine")
+    (tmp_path / "model").mkdir()
     monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds something else"):
         demo.main()
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
 
 
 OTHERS = """

@@ -61,6 +61,10 @@ BROKEN = {
 }
 
 
+# What is not broken, but uses what a rehearsal must find its way through
+WHOLE = f"{DPO} --precompute_ref_log_probs --do_eval --sample_prompts 2 --max_prompt_length 32 --max_length 64"
+
+
 def make_run(command: str, port: int | None = None) -> Run:
     script, *arguments = command.split()
     engine = ENGINES["deepspeed"]
@@ -99,7 +103,8 @@ def reports(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("broken"))
     try:
         write_inputs()
-        stages = {name: Stage(make_run(command)) for name, (command, _) in BROKEN.items()}
+        commands = {name: command for name, (command, _) in BROKEN.items()} | {"nothing": WHOLE}
+        stages = {name: Stage(make_run(command)) for name, command in commands.items()}
         plans = {}
         for number, (name, stage) in enumerate(stages.items()):
             work = Path("work", str(number)).resolve()
@@ -132,6 +137,13 @@ def test_a_broken_recipe_is_found_with_its_reason(reports, name):
     warns = name in ("it compiles for ever", "a LoRA target matches nothing")
     assert report["verdict"] == ("warnings" if warns else "no-go"), report["reasons"]
     assert any(reason.startswith(BROKEN[name][1]) for reason in report["reasons"]), report["reasons"]
+
+
+def test_preferences_with_stored_references_and_samples_are_rehearsed_to_the_end(reports):
+    report = reports["nothing"]
+
+    assert report["verdict"] == "go", report["reasons"]
+    assert {"forward", "backward", "optimizer", "evaluation", "saving"} <= set(report["memory_per_card_gb"]["by_phase"])
 
 
 def test_a_port_in_use_is_found():

@@ -155,6 +155,7 @@ class Watcher:
         from align.models import attention, head
         from align.training import preference, supervised
         from align.training.reliable import ReliableMixin
+        from align.training.samples import Samples
         from habana_frameworks.emulator import dry
 
         self.around(GaudiTrainer, "training_step", self.training_step)
@@ -184,6 +185,7 @@ class Watcher:
         if self.plan.get("probe") is not None:  # what a dry card cannot show was seen elsewhere
             self.replace(attention, "probe", lambda *_, **__: attention.ProbeResult(**self.plan["probe"]))
             self.replace(head, "find_difference", lambda *_: None)
+            self.replace(Samples, "_generate", lambda samples: [[] for _ in samples.ids])
         if self.plan.get("whole_logits"):
             for module in (supervised, preference):
                 self.replace(module, "find_head", lambda *_: None)
@@ -194,7 +196,7 @@ class Watcher:
         from align.training import checkpoints, gate, ranks, reliable
 
         for owner, name, answer in (
-            (gate.Gate, "check", lambda *_: {}),
+            (gate.Gate, "check", lambda *_: {"tensors": 0, "elements": 0}),
             (gate.Movement, "count_changed", lambda *_: 1),
             (reliable.ReliableMixin, "_highest", lambda _, votes: [int(vote) for vote in votes]),
             (reliable.ReliableMixin, "_are_finite", lambda *_: True),
@@ -291,33 +293,16 @@ class Watcher:
             hook.remove()
 
     def install_preference(self) -> None:
-        """The reference's log-probs and sampled answers: enough of them to see what they need."""
+        """Of a reference that is computed before training the largest batches, to see what they need."""
         from align.training.preference import PreferenceTrainer
 
         def batches(native, trainer, *args, **kwargs):
             loader = native(trainer, *args, **kwargs)
             return self.largest_first(loader, EVALUATED)[0] if "Reference" in args else loader
 
-        def show_answers(native, trainer, *args, **kwargs):
-            was_training, passes = trainer.model.training, itertools.count(1)
-
-            def look(*_) -> None:
-                if next(passes) > GENERATED:
-                    raise Enough
-
-            hook = trainer.accelerator.unwrap_model(trainer.model).register_forward_pre_hook(look)
-            try:
-                with self.ledger.phase("generation"):
-                    native(trainer, *args, **kwargs)
-            except Enough:
-                trainer.model.train(was_training)
-            finally:
-                hook.remove()
-
         self.in_phase(PreferenceTrainer, "_compute_reference", "evaluation")
         if self.plan.get("probe") is not None:
             self.around(PreferenceTrainer, "_get_dataloader", batches)
-            self.around(PreferenceTrainer, "show_answers", show_answers)
 
     def around(self, owner, name: str, wrapper: Callable) -> None:
         native = getattr(owner, name)

@@ -30,7 +30,7 @@ AUTOCAST_FUNCTIONS = ("is_autocast_enabled", "set_autocast_enabled", "get_autoca
 REMEMBERED = 1 << 16  # elements of a tensor whose values are kept
 HOST_LIMIT = 1 << 25  # bytes of a tensor on the host that is really allocated
 
-native_device = torch.Tensor.device.__get__
+_native_device = torch.Tensor.device.__get__
 # Before anybody replaces them: DeepSpeed does while it constructs a model under ZeRO-3
 native_empty, native_empty_like, native_ones = torch.empty, torch.empty_like, torch.ones
 is_wanted = os.environ.get("HABANA_EMULATOR_DRY", "0") != "0"
@@ -58,6 +58,12 @@ on_death: list[Callable[[int], None]] = []
 on_host_read: list[Callable[[HostRead], None]] = []
 not_the_host = ["/torch/", "/habana_frameworks/"]  # whose code does not read of its own accord
 _state = threading.local()
+
+
+def native_device(tensor: torch.Tensor) -> torch.device:
+    """Not through modes of torch functions, such as autocast's, which would answer with the place."""
+    with torch._C.DisableTorchFunction():
+        return _native_device(tensor)
 
 
 def is_dry(tensor: torch.Tensor) -> bool:
@@ -205,6 +211,8 @@ class DryMode(TorchDispatchMode):
             return args[0].copy_(answer(args[1]))
         if places == {"cpu"} and len(dry) < len(tensors) and operation is not aten.copy_.default:
             args, kwargs = tree_map_only(torch.Tensor, _without_data, (args, kwargs))
+        if operation is aten.index.Tensor:
+            args = (args[0], _as_positions(args[1]))
         twins = self._compute_known(operation, args, kwargs, tensors)
         result = operation(*args, **kwargs)
         for leaf in _flat((result,), {}):
@@ -254,6 +262,19 @@ class DryMode(TorchDispatchMode):
 
 
 FACTORIES = {aten.empty, aten.zeros, aten.ones, aten.full, aten.rand, aten.randn}
+
+
+def _as_positions(indices: list) -> list:
+    """Masks among the indices as positions: the shape of what they choose follows from their values."""
+    found: list = []
+    for index in indices:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            found.append(index)
+            continue
+        if place_of(index).type == "hpu":
+            _tell_host_read()
+        found.extend(_without_data(positions) for positions in answer(index).nonzero().unbind(1))
+    return found
 
 
 def _is_known(tensor: torch.Tensor) -> bool:

@@ -143,7 +143,7 @@ def test_where_no_class_is_right_the_run_ends_before_the_first_answer(save, gene
 
 @pytest.mark.parametrize(
     "flags",
-    [["--num_beams", 2], ["--reuse_cache", "--use_hpu_graphs"], ["--bf16", "--use_flash_attention"]],
+    [["--num_beams", "2"], ["--reuse_cache", "--use_hpu_graphs"], ["--bf16", "--use_flash_attention"]],
     ids=" ".join,
 )
 def test_what_is_right_passes_and_the_probe_changes_no_text(flags, save, generate, caplog):

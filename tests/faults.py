@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -37,6 +38,24 @@ def poison_rank_1_in_step_2() -> None:
         return loss
 
     GaudiTrainer.training_step = poisoned
+
+
+def fill_the_disk_in_the_second_checkpoint() -> None:
+    """While it is written no file may grow beyond 100 bytes, for any rank: they share the disk."""
+    from align.training.supervised import SupervisedTrainer
+
+    save, calls = SupervisedTrainer._save_optimizer_and_scheduler, []
+
+    def save_on_a_full_disk(self, folder):
+        calls.append(folder)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if len(calls) == 2 else before[0], before[1]))
+        try:
+            return save(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)  # what is said goes to a file as well
+
+    SupervisedTrainer._save_optimizer_and_scheduler = save_on_a_full_disk
 
 
 def prepare_slowly_on_rank_0() -> None:

@@ -164,6 +164,17 @@ def test_a_shard_that_is_damaged_sends_the_run_back_to_the_checkpoint_before(ben
     bench.assert_same("damaged", whole)
 
 
+def test_a_disk_that_fills_up_under_deepspeed_ends_the_run_with_its_last_checkpoint_whole(bench):
+    run = bench.start("sft full zero3", "full", before="fill_the_disk_in_the_second_checkpoint")
+
+    assert run.wait() == [3, 3], run.said()
+    assert "checkpoint-4 is not saved into full: " in run.said()
+    assert "make room, then add --resume auto" in run.said()
+    assert "Traceback" not in run.said()
+    bench.finish("sft full zero3", "full")
+    bench.assert_same("full", bench.whole("sft full zero3"))
+
+
 @pytest.mark.parametrize("way", ["sft ddp", "dpo ddp"])
 def test_ranks_wait_outside_of_collectives_while_the_first_one_prepares_the_data(bench, way):
     run = bench.start(way, f"slow {way}", "--max_steps", 1, before="prepare_slowly_on_rank_0")

@@ -21,7 +21,7 @@ def run_command(command: str) -> None:
     if re.search(r"--world_size 8\b", command):
         words[words.index("--world_size") + 1] = "2"
         words.append("--overwrite_output_dir")
-    process = [sys.executable, ROOT / words[1], *words[2:]]
+    process = [sys.executable, *(str(ROOT / word) if word.endswith(".py") else word for word in words[1:])]
     ended = subprocess.run(process, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, f"{command}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
 

@@ -87,7 +87,7 @@ class PreferenceArguments:
         default=True,
         metadata={"help": "Compute the prompt of a pair once; False pads each answer."},
     )
-    num_buckets: int = field(default=8, metadata={"help": "Most lengths of rows."})
+    num_buckets: int = field(default=8, metadata={"help": "Rows have at most this many lengths."})
     skip_probe: bool = field(
         default=False, metadata={"help": "Do not try the loaded model for causality and packing first."}
     )
@@ -142,6 +142,26 @@ def check_preference_arguments(
         )
 
 
+def count_pairs(args: GaudiDPOConfig) -> int:
+    """The pairs that one card computes for a step."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+def lay_out(rows, lengths, models, args: GaudiDPOConfig, preference_args: PreferenceArguments, pad_token_id: int):
+    """Rows that the answers to a prompt share where the loaded `models` keep them apart, else padded ones."""
+    shapes, cost = preference_args.num_buckets, pairs.column_cost(models[0].config)
+    layout = pairs.separate_rows(lengths, shapes, args.max_length)
+    if preference_args.share_prompts:
+        most = preference.most_columns(args, args.per_device_train_batch_size)
+        layout = pairs.share_rows(lengths, count_pairs(args), most, shapes, cost, args.seed)
+    for model in filter(None, [] if preference_args.skip_probe else models):
+        probe = partial(probe_rows, model, device=args.device, autocast=computes_in_autocast(args))
+        if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model)):
+            layout = pairs.separate_rows(lengths, shapes, args.max_length)
+            probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model))
+    return layout
+
+
 def main() -> None:
     parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE, FLAGS)
     model_args, lora_args, data_args, preference_args, run_args, args = parsed
@@ -177,10 +197,8 @@ def main() -> None:
     if data_args.show_examples:
         show_examples(prepared, tokenizer, data_args.show_examples, folders.page_of(args, "examples.html"))
         return
-    per_device = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows = {
-        name: pairs.collect(part.rows, per_device * args.world_size * args.max_steps) for name, part in prepared.items()
-    }
+    most = count_pairs(args) * args.world_size * args.max_steps
+    rows = {name: pairs.collect(part.rows, most) for name, part in prepared.items()}
     models = {
         "--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash),
         "--ref_model": checkpoints.identify_model(ref_args.model_name_or_path, ref_config._commit_hash),
@@ -202,23 +220,13 @@ def main() -> None:
         # In the same precision as the model, so that both say the same before the first step
         ref_model = modeling.load_model(ref_args, args, ref_config, trains_adapter, args.max_length, "--ref_model")
 
-    # Rows: shared by the answers to a prompt where the loaded models keep them apart
+    # Rows
     lengths = {name: pairs.measure(split) for name, split in rows.items()}
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    layout = pairs.separate_rows(lengths, preference_args.num_buckets, args.max_length)
-    if preference_args.share_prompts:
-        most = preference.most_columns(args, args.per_device_train_batch_size)
-        cost = pairs.column_cost(config)
-        layout = pairs.share_rows(lengths, per_device, most, preference_args.num_buckets, cost, args.seed)
-    probed = [] if preference_args.skip_probe else [model, *([ref_model] if preference_args.ref_model else [])]
-    for each in filter(None, probed):
-        probe = partial(probe_rows, each, device=args.device, autocast=computes_in_autocast(args))
-        if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each)):
-            layout = pairs.separate_rows(lengths, preference_args.num_buckets, args.max_length)
-            probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each))
+    probed = [model, ref_model] if preference_args.ref_model else [model]
+    layout = lay_out(rows, lengths, probed, args, preference_args, modeling.find_padding(tokenizer))
+    pairs.log_layout(layout, lengths)
 
     # Trainer
-    pairs.log_layout(layout, lengths)
     args = preference.fit_batches(args, layout)
     set_seed(args.seed)  # a new adapter is the same however the model was loaded
     trainer = preference.PreferenceTrainer(

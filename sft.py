@@ -93,8 +93,7 @@ def main() -> None:
     model = modeling.load_model(model_args, args, config, frozen, longest=args.max_seq_length)
 
     # Batches: packed where the loaded model keeps the samples of a row apart
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batch = partial(make_all_batches, prepared, args, batch_args.num_buckets, pad_token_id)
+    batch = partial(make_all_batches, prepared, args, batch_args.num_buckets, modeling.find_padding(tokenizer))
     batches, autocast = batch(packing=args.packing), computes_in_autocast(args)
     for _ in range(0 if batch_args.skip_probe else 2):
         row = next(iter(batches.values())).take_row()

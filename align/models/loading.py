@@ -115,6 +115,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
         )
 
 
+def find_padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows up: the tokenizer's own, else its EOS, as padding is masked anyway."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def _find_ends(config: PretrainedConfig) -> list[int]:
     """Ids that end the model's texts, by its config and by generation_config.json beside it."""
     found = [config.eos_token_id]

@@ -258,7 +258,7 @@ class PairSampler(torch.utils.data.Sampler):
         return len(self.order) * self.members.shape[1]
 
     def __iter__(self) -> Iterator[int]:
-        yield from take(self.members, np.array(list(self.order)), nothing=NONE).ravel().tolist()
+        yield from take(self.members, np.fromiter(self.order, np.int64), nothing=NONE).ravel().tolist()
 
     def set_epoch(self, epoch: int) -> None:
         self.order.set_epoch(epoch)

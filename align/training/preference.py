@@ -21,6 +21,7 @@ from align.data.packing import NONE
 from align.errors import InputError
 from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs
+from align.models.loading import find_padding
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler, no_slot
 from align.training.reference import Stored, store
 from align.training.reliable import ReliableMixin
@@ -154,13 +155,12 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
         self.is_peft_model = isinstance(model, PeftModel)
         self.pairs_per_row = layout.pairs_per_row
         self.totals: dict[str, torch.Tensor] = {}
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         GaudiTrainer.__init__(
             self,
             model=model,
             args=args,
             gaudi_config=gaudi_config,
-            data_collator=PairCollator(layout, pad_token_id),
+            data_collator=PairCollator(layout, find_padding(tokenizer)),
             train_dataset=pairs.get("train"),
             eval_dataset=pairs.get("validation"),
             processing_class=tokenizer,

@@ -114,11 +114,11 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_is_refused_and_its_line_named(run, monkeypatch, model, rows, mistake):
     from align.models import attention
-    from align.training import preference, supervised
+    from align.training import preference, samples, supervised
 
     command, (owner, method), change, place = MISTAKES[mistake]
     module, _, name = owner.partition(".")
-    module = {"attention": attention, "preference": preference, "supervised": supervised}[module]
+    module = {"attention": attention, "preference": preference, "samples": samples, "supervised": supervised}[module]
     plant(monkeypatch, getattr(module, name) if name else module, method, *change)
 
     with pytest.raises((RuntimeError, TypeError)) as caught:

@@ -33,7 +33,7 @@ def training():
 
 
 def test_the_first_line_of_training_is_ours_and_nothing_foreign_is_on_standard_output(training):
-    flags = ["--world_size", 2, "--use_mpi", ROOT / "sft.py", *training]
+    flags = ["--world_size", 2, "--use_mpi", ROOT / "sft.py", *training, "--bf16"]
     out, told = terminal("gaudi_spawn.py", *flags, "--deepspeed", ROOT / "configs" / "llama2_ds_zero3_config.json")
     assert told.startswith("INFO the chat template")
     assert not [words for words in CHATTER if words in out + told]

@@ -92,7 +92,7 @@ def test_what_is_wrong_with_a_number_is_told_in_a_line_that_can_be_read(monkeypa
     for value, told in {
         "9" * 5000: "got '999",
         "1" + "0" * 30: "give at most 2147483647",
-        "1e-320": "1e-12 or",
+        "1e-320": "give 1e-12 to 1000",
     }.items():
         name = "learning_rate" if "e" in value else "max_steps"
         monkeypatch.setattr(sys, "argv", ["sft.py", f"--{name}={value}"])

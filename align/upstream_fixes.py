@@ -215,8 +215,15 @@ def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) ->
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def find_stage(kind: Any, name: str) -> Any:
+        """What Python 3.11.0 to 3.11.3 write of an enum's member; any other use of getattr stays refused."""
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError(f"it asks for {name} of {kind}")
+        return ZeroStageEnum[name]
+
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        known = [LossScaler, ZeroStageEnum, fragment_address, (find_stage, "builtins.getattr")]
+        with torch.serialization.safe_globals(known):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,9 @@ def copy(model):
 
 
 @pytest.fixture
-def marker(tmp_path):
+def marker(tmp_path, monkeypatch):
     """A file that code of the folder `evil` writes when it runs."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the next test's code may be as long, and as old in seconds
     marker = tmp_path / "ran"
     Path("evil").mkdir()
     Path("evil/code.py").write_text(CODE.format(marker=str(marker)))

@@ -10,8 +10,11 @@ import inspect
 
 import pytest
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from align import upstream_fixes
+from align.errors import InputError
 
 TRAINER = "optimum.habana.transformers.trainer"
 
@@ -200,3 +203,27 @@ def test_every_workaround_has_its_fault():
         if getattr(value, "__module__", None) == upstream_fixes.__name__ and not name.startswith("_")
     }
     assert public == FAULTS.keys()
+
+
+class AsOlderPythonsWrite:
+    """A member of an enum as Python 3.11.0 to 3.11.3 pickle it; Debian 12 has 3.11.2."""
+
+    def __init__(self, kind, name):
+        self.member = kind, name
+
+    def __reduce__(self):
+        return getattr, self.member
+
+
+def test_deepspeeds_files_of_other_pythons_are_loaded_and_nothing_else_is_looked_up_for_them(tmp_path):
+    path = tmp_path / "zero_pp_rank_0_optim_states.pt"
+    torch.save({"stage": AsOlderPythonsWrite(ZeroStageEnum, "weights"), "sum": torch.ones(2)}, path)
+
+    upstream_fixes.load_deepspeed_safely()
+    loaded = TorchCheckpointEngine().load(str(path), map_location="cpu")
+
+    assert loaded["stage"] is ZeroStageEnum.weights
+    for planted in (AsOlderPythonsWrite(dict, "fromkeys"), AsOlderPythonsWrite(ZeroStageEnum, "__reduce__")):
+        torch.save({"stage": planted}, path)
+        with pytest.raises(InputError, match="holds more than tensors and is not loaded"):
+            upstream_fixes.inspect_deepspeed_files(tmp_path)

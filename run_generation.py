@@ -167,12 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = min(gaudi_args.batch_size, len(prompts))
         return make_generator(model, tokenizer, decoding_args, gaudi, stop_tokens, rows, longest, world_size, goes_on)
 
-    if model_args.skip_probe:
-        generator = make(False)
-    else:
-        from align.generation.probing import make_probed  # torch with it, once all else is known to be right
+    from align.generation.probing import make_probed  # torch with it, once all else is known to be right
 
-        generator = make_probed(make, encoded, batches, world_size)
+    generator = make_probed(make, encoded, batches, world_size, model_args.skip_probe)
 
     # Generate
     gc.freeze()

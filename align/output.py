@@ -3,6 +3,7 @@
 import atexit
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import socket
@@ -10,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from align.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LEAST_FREE = 64 << 20  # bytes that a disk must have left for an adapter and what is written beside it
@@ -44,7 +47,8 @@ def lock(output: Path) -> None:
         except OSError as error:
             who = os.read(held, 200).decode(errors="replace").strip()
             os.close(held)
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                logger.warning(f"the file system of {output} has no locks: a second run in it would not be noticed")
                 return
             raise InputError(
                 f"--output_dir: another run writes into {output} ({who}); wait for its end, or name another folder"

@@ -194,13 +194,10 @@ def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi:
             model, tokenizer, decoding, without_static_shapes(gaudi) if plain_class else gaudi, stop_tokens
         )
 
-    if model_args.skip_probe:
-        generator = make(False)
-    else:
-        from align.generation.probing import make_probed  # torch with it
+    from align.generation.probing import make_probed  # torch with it
 
-        ids = tokenizer(OWN_PROMPTS[0]).input_ids[:room]
-        generator = make_probed(make, [ids], [Batch([0], min(WIDTH, room))])
+    ids = tokenizer(OWN_PROMPTS[0]).input_ids[:room]
+    generator = make_probed(make, [ids], [Batch([0], min(WIDTH, room))], skip_probe=model_args.skip_probe)
     return Speaker(str(adapter or folder), generator, room)
 
 

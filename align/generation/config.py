@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from align.errors import InputError
@@ -212,8 +212,12 @@ def make_generator(
 
 
 def without_static_shapes(gaudi: GaudiArguments) -> GaudiArguments:
-    """For a class of transformers in the place of optimum-habana's."""
-    return replace(gaudi, reuse_cache=False, bucket_size=-1, bucket_internal=False)
+    """For a class of transformers in the place of optimum-habana's; tells which flags that leaves without effect."""
+    without = replace(gaudi, reuse_cache=False, bucket_size=-1, bucket_internal=False)
+    names = [each.name for each in fields(gaudi) if getattr(gaudi, each.name) != getattr(without, each.name)]
+    if names:
+        logger.warning(f"{', '.join(f'--{name}' for name in names)}: without effect on transformers' own class")
+    return without
 
 
 def make_forward_options(gaudi: GaudiArguments, kernels: dict[str, bool | int]) -> ForwardOptions:

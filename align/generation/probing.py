@@ -27,14 +27,20 @@ REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, As
 
 
 def make_probed(
-    make: Callable[[bool], TextGenerator], encoded: list[list[int]], batches: list[Batch], world_size: int = 1
+    make: Callable[[bool], TextGenerator],
+    encoded: list[list[int]],
+    batches: list[Batch],
+    world_size: int = 1,
+    skip_probe: bool = False,
 ) -> TextGenerator:
     """`make(False)`, or, where optimum-habana's class fails, `make(True)`, which is to take transformers'.
 
     Raises `ResultError` where the one that is left fails too.
     """
-    prompts, width = choose_prompts(encoded, batches)
     generator = make(False)
+    if skip_probe:
+        return generator
+    prompts, width = choose_prompts(encoded, batches)
     fault = find_fault(generator, prompts, width)
     kind, is_gaudis = generator.model.config.model_type, is_gaudi_class(type(generator.model))
     if fault is not None and is_gaudis and world_size == 1:

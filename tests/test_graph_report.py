@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from conftest import ROOT
+
+from align.rehearsal import measuring
 
 SCRIPT = """
 import json, torch
@@ -32,3 +36,15 @@ def test_a_graph_report_shows_what_a_run_took_beside_what_its_rehearsal_said():
     assert report["measured"].items() >= {"graphs": 2, "cpu_fallbacks": 0, "memory_gb": 1.5, "seconds": 9.0}.items()
     assert report["rehearsed"] == {"memory_gb": 1.25, "memory_between_steps_gb": 0.5, "graphs": 2}
     assert ["memory", "gb", "1.5", "1.25"] in [line.split() for line in ended.stdout.splitlines()]
+
+
+def test_a_metrics_file_that_is_not_whole_and_results_of_an_earlier_run_are_left_out(capsys):
+    began = time.time()
+    Path("metrics-rank0.json").write_text('[{"metric_name": "graph_comp')
+    Path("all_results.json").write_text('{"train_runtime": 9.0}')
+    run = SimpleNamespace(script=["sft.py", "--output_dir", "."])
+
+    assert measuring.read_metrics(Path("metrics.json"), began - 1) == {}
+    assert "metrics-rank0.json is not whole, and is left out of the report" in capsys.readouterr().err
+    assert measuring.read_results(run, began - 1) == {"seconds": 9.0}
+    assert measuring.read_results(run, began + 60) == {}

@@ -4,6 +4,7 @@ The figures are those that a rehearsal predicts; where there is one of the same 
 """
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, MutableMapping
@@ -40,7 +41,7 @@ def run_and_report(
         environment.setdefault("PT_HPU_METRICS_DUMP_TRIGGERS", "process_exit")
         began = time.time()
         code = start()
-        measured = read_metrics(metrics, began) | (read_results(run) if code == 0 else {})
+        measured = read_metrics(metrics, began) | (read_results(run, began) if code == 0 else {})
     about = {"command": run.script, "cards": run.world_size, "exit_code": code}
     report = {"measured": measured, "rehearsed": read_rehearsal(rehearsal, run), "about": about}
     file.write_text(json.dumps(report, indent=2) + "\n")
@@ -56,24 +57,27 @@ def read_metrics(path: Path, began: float) -> dict[str, float]:
     figures: dict[str, float] = {}
     files = path.parent.glob(f"{path.stem}*{path.suffix}*")
     for part in (file for file in files if file.stat().st_mtime >= began):
-        entries: dict[str, dict] = {
-            each["metric_name"]: dict(each["statistics"]) for each in json.loads(part.read_text())
-        }
+        try:
+            entries = {each["metric_name"]: dict(each["statistics"]) for each in json.loads(part.read_text())}
+        except (ValueError, KeyError, TypeError):  # of a rank that was killed while it wrote
+            print(f"{part} is not whole, and is left out of the report", file=sys.stderr)
+            continue
         for name, (metric, statistic) in METRICS.items():
             if (value := entries.get(metric, {}).get(statistic)) is not None:
                 figures[name] = max(value, figures.get(name, value))
     return figures
 
 
-def read_results(run: Run) -> dict[str, float]:
-    """Memory of rank 0's card and the time of the training, as the script saved them."""
+def read_results(run: Run, began: float) -> dict[str, float]:
+    """Memory of rank 0's card and the time of the training, as the script has saved them since `began`."""
     folder = next(
         iter(flag_values(run.script, "--output_dir")), "results" if Path(run.script[0]).name == "dpo.py" else ""
     )
     for path in (Path(folder, name) for name in NAMES if folder):
         with suppress(OSError, ValueError):  # another script, or a run that has not ended well
-            results = json.loads(path.read_text())
-            return {name: results[key] for name, key in RESULTS.items() if key in results}
+            if path.stat().st_mtime >= began:
+                results = json.loads(path.read_text())
+                return {name: results[key] for name, key in RESULTS.items() if key in results}
     return {}
 
 

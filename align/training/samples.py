@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from align.data.packing import IGNORED
+from align.models.loading import find_padding
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,9 @@ class Samples(TrainerCallback):
 
     def _generate(self) -> list[list[int]]:
         trainer, args, tokenizer = self.trainer, self.trainer.args, self.trainer.processing_class
+        pad_token_id = find_padding(tokenizer)
         model = trainer.accelerator.unwrap_model(trainer.model)
         width = max(map(len, self.ids))
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         ids = np.stack([np.pad(ids, (width - len(ids), 0), constant_values=pad_token_id) for ids in self.ids])
         mask = np.stack([np.pad(np.ones_like(ids), (width - len(ids), 0)) for ids in self.ids])
         was_training = model.training

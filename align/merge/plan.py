@@ -51,7 +51,9 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "task_type": ("a name", lambda value: value is None or isinstance(value, str)),
     "trainable_token_indices": (
         "numbers of tokens",
-        lambda value: not value or all(_are(int, each) for each in (value.values() if _is_dict(value) else [value])),
+        lambda value: (
+            not value or all(_are(int, each) for each in (value.values() if isinstance(value, dict) else [value]))
+        ),
     ),
 }
 # Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
@@ -198,10 +200,6 @@ def check_keys(folder: Path, config: dict) -> None:
                 f"{folder}/adapter_config.json: {name} is {json.dumps(config[name])[:60]}, not {wanted}; copy or "
                 "download it again"
             )
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _is_number(value: Any) -> bool:

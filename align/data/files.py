@@ -167,8 +167,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str, str]]:
     with _open(path) as binary:
         lines = (line.decode("utf-8", errors="surrogateescape") for line in binary)
         first = next(lines, "").removeprefix("\ufeff")
-        counts = {separator: first.count(separator) for separator in ",;\t"}  # spreadsheets of some countries use ;
-        reader = csv.reader(itertools.chain([first], lines), delimiter=max(counts, key=counts.__getitem__), strict=True)
+        wanted = "\t,;" if find_kind(path) == ".tsv" else ",;\t"  # spreadsheets of some countries use ;
+        separator = next((each for each in wanted if each in first), ",")
+        reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
         header = next(reader, [])
         if twice := {name for name in header if header.count(name) > 1}:
             raise InputError(f"--dataset_name: {path} has more than one column {min(twice)!r}; rename or remove one")

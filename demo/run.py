@@ -6,7 +6,6 @@ alone: questions are asked, the start of each answer is kept (sft.py), and prefe
 became of the answers, what of the knowledge, and the perplexity on unrelated text whether it speaks as it did.
 """
 
-import argparse
 import json
 import math
 import os
@@ -23,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from align.cli import Parser, run_script
+from align.errors import InputError
 from demo import model, questions
 from demo.judge import find_faults, is_brief, is_right, is_sane
 from demo.pairs import make_data, read_rows, write_rows
@@ -197,7 +198,7 @@ def peak_gb() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything is written")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="seeds of the training, each a run of its own"
@@ -205,17 +206,17 @@ def main() -> None:
     parser.add_argument("--sft_steps", type=int, default=10, help="steps of fine-tuning, 4 rows of 256 tokens each")
     parser.add_argument("--dpo_steps", type=int, default=8, help="steps of preference tuning, 8 pairs each")
     parser.add_argument("--questions", type=int, default=0, help="only so many questions of each set, to try the demo")
-    args = parser.parse_args()
+    args = parser.parse()
     if args.questions < 0:
-        parser.error(f"--questions: got {args.questions}; give a number of questions, or 0 for all")
+        raise InputError(f"--questions: got {args.questions}; give a number of questions, or 0 for all")
     if len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds: one of them stands twice; each names a run of its own")
+        raise InputError("--seeds: one of them stands twice; each names a run of its own")
 
     start = time.perf_counter()
     folder, base = args.folder, args.folder / "model"
     held = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if held - {"packages", "model", "model.part"} and not (folder / "packages" / model.REQUIREMENTS).exists():
-        sys.exit(f"demo: --folder {folder} holds something else; name a new folder")
+        raise InputError(f"--folder: {folder} holds something else; name a new folder")
     model.prepare(base, folder / "packages")
     for path in (folder / "before", folder / "sampled", folder / "data", *folder.glob("seed-*")):
         shutil.rmtree(path, ignore_errors=True)
@@ -254,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,7 +5,6 @@ answer in friendly sentences (DPO), is merged again and asked. The scores are th
 questions.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from align.cli import Parser, run_script
+from align.errors import InputError
 from quickstart.data import COURTESY, Question, make_model, read_rows, write_data
 
 STAGES = ("pretrain", "sft", "merge_sft", "ask_sft", "dpo", "merge_dpo", "ask_dpo")
@@ -168,15 +169,15 @@ def show(summary: dict, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of the village and of the model")
-    args = parser.parse_args()
+    args = parser.parse()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     folder = args.folder
     if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "held_out.jsonl").exists():
-        sys.exit(f"quickstart: --folder {folder} holds something else; name a new folder")
+        raise InputError(f"--folder: {folder} holds something else; name a new folder")
     shutil.rmtree(folder, ignore_errors=True)
     questions = write_data(folder / "data", args.seed)
     make_model(folder / "model", folder / "data", args.seed)
@@ -193,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

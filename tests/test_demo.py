@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 from align.data.formats import recognise
+from align.errors import InputError
 from demo import questions
 from demo import run as demo
 from demo.judge import APOLOGY, asked_items, find_faults, is_brief, is_right, is_sane, keeps_subject, split_items
@@ -187,7 +188,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "data" / "thesis.txt").write_text("mine")
     (tmp_path / "model").mkdir()
     monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds something else"):
+    with pytest.raises(InputError, match="--folder: .* holds something else"):
         demo.main()
     assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
 

@@ -12,6 +12,7 @@ from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.data.formats import recognise
+from align.errors import InputError
 from quickstart import run as quickstart
 from quickstart.data import COURTESY, PEOPLE, Question, make_model, read_rows, write_data
 
@@ -147,7 +148,7 @@ def test_logits_differ_where_the_adapter_was_not_merged(village, tmp_path):
 def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
     monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds something else"):
+    with pytest.raises(InputError, match="--folder: .* holds something else"):
         quickstart.main()
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

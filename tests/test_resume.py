@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from align.errors import InputError, ResultError, Stopped
 from align.training.checkpoints import find_damage
-from align.training.results import _read_results
+from align.training.results import read_results
 from align.training.supervised import SupervisedTrainer
 
 COMMON = "--logging_steps 3 --disable_tqdm True --bf16 False --save_steps 2 --warmup_steps 0 --eval_strategy no".split()
@@ -222,7 +222,7 @@ def test_results_that_are_damaged_are_set_aside_and_the_run_ends_well(train, sto
     assert json.loads(path.read_text())["train_loss"] > 0
     for damage in (b"", b"[1, 2]", b"\xff\x00", b"[" * 100_000):
         path.write_bytes(damage)
-        assert _read_results(path) == {}
+        assert read_results(path) == {}
         assert Path("out/damaged-all_results.json").read_bytes() == damage
 
 

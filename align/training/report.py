@@ -107,8 +107,8 @@ def summarise(prepared: Prepared) -> dict[str, str]:
     told = {"left out": _list(prepared.dropped or {})}
     cuts = {note.removeprefix(CUT): count for note, (count, _) in prepared.notes.items() if note.startswith(CUT)}
     told["cut"] = _list(cuts)
-    others = {note: f"{count:,}, first {at}" for note, (count, at) in prepared.notes.items() if note not in cuts}
-    others = {note: text for note, text in others.items() if not note.startswith(CUT)}
+    notes = {note: found for note, found in prepared.notes.items() if not note.startswith(CUT)}
+    others = {note: f"{count:,}, first {at}" for note, (count, at) in notes.items()}
     return {**_count(prepared.rows), **told, **others}
 
 

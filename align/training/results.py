@@ -61,14 +61,14 @@ def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None
         folder, results = Path(trainer.args.output_dir), {**metrics, "version": __version__}
         _write_json(folder / f"{name}_results.json", results)
         everything = folder / "all_results.json"
-        _write_json(everything, {**_read_results(everything), **results})
+        _write_json(everything, {**read_results(everything), **results})
 
 
 def _write_json(path: Path, content: Mapping) -> None:
     write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
-def _read_results(path: Path) -> dict:
+def read_results(path: Path) -> dict:
     """What earlier parts of the run wrote; a damaged file is set aside, as the run that reads it has ended well."""
     try:
         content = json.loads(path.read_bytes())

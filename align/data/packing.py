@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 if TYPE_CHECKING:
-    import pyarrow
+    import pyarrow as pa
     from datasets import Dataset, IterableDataset
 
 IGNORED = -100  # the label that cross entropy leaves out
@@ -121,6 +122,17 @@ def _join(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> dic
     }
 
 
+def read_column(samples: "Dataset", name: str) -> "pa.ChunkedArray":
+    """A whole column `[samples]`; `samples[name]` would make a Python object of each value, or a table of each row."""
+    column = samples.data.column(name)
+    return column if samples._indices is None else pc.take(column, samples._indices.column(0))
+
+
+def read_numbers(samples: "Dataset", name: str) -> np.ndarray:
+    """A whole column of numbers `[samples]`, int64."""
+    return read_column(samples, name).to_numpy().astype(np.int64)
+
+
 class RowDataset(torch.utils.data.Dataset):
     """Rows over a data set with `input_ids`, `labels` and `length`: packed, or without `row_length` one to a sample.
 
@@ -128,7 +140,7 @@ class RowDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples: "Dataset", row_length: int | None = None, seed: int = 0):
-        self.lengths = np.asarray(samples.with_format("numpy")["length"])
+        self.lengths = read_numbers(samples, "length")
         single = Rows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
         self.rows = best_fit_decreasing(self.lengths, row_length, seed) if row_length else single
         self.samples = samples.select_columns(["input_ids", "labels"]).with_format("arrow")
@@ -151,7 +163,7 @@ class RowDataset(torch.utils.data.Dataset):
     def __getitems__(self, rows: list[int]) -> list[dict[str, np.ndarray]]:
         """Arrow gathers the samples of a whole batch at once, already end to end. `NONE` gives a row without tokens."""
         members = [self.rows[row] if row != NONE else self.rows.members[:0] for row in rows]
-        table: pyarrow.Table = self.samples[np.concatenate(members)]
+        table: pa.Table = self.samples[np.concatenate(members)]
         input_ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
         ends = np.cumsum([self.lengths[samples].sum() for samples in members])[:-1]
         parts = zip(np.split(input_ids, ends), np.split(labels, ends), members, strict=True)

@@ -21,6 +21,7 @@ from datasets import Dataset, IterableDataset
 from align.data.files import PLACE, ROW, UNREADABLE, check_characters, is_sound, parse_row, seal
 from align.data.formats import LABELS, ONLY_TRUE, Format, LeftOut, RowError, Sample, find_label, read_label, recognise
 from align.data.loading import DataArguments, check_data_arguments, load_splits, read_renames
+from align.data.packing import read_column, read_numbers
 from align.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -389,9 +390,7 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
     tokenized = tokenized if len(kept) == len(tokenized) else tokenized.select(kept)
     notes: dict[str, tuple[int, str]] = {}
     noted: dict[str, int] = {}
-    told = (
-        tokenized.data.column("notes") if tokenized._indices is None else pc.take(tokenized.data.column("notes"), kept)
-    )
+    told = read_column(tokenized, "notes")
     for entry in pc.value_counts(told).to_pylist():
         if entry["values"]:
             index = pc.index(told, entry["values"]).as_py()
@@ -413,10 +412,10 @@ def report(name: str, prepared: Prepared) -> None:
     if isinstance(rows, IterableDataset):
         logger.info(f"{name}: a stream; rows are prepared as they come")
         return
-    tokens = int(np.sum(rows.with_format("numpy")["length"]))
+    tokens = int(read_numbers(rows, "length").sum())
     line = f"{name}: {len(rows):,} samples, {tokens:,} tokens"
     if "trained" in rows.column_names:
-        line += f", {np.sum(rows.with_format('numpy')['trained']) / tokens:.1%} trained on"
+        line += f", {read_numbers(rows, 'trained').sum() / tokens:.1%} trained on"
     cuts = [
         f"{count:,} {note.removeprefix(CUT)}" for note, (count, _) in prepared.notes.items() if note.startswith(CUT)
     ]

@@ -24,6 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from align.data.chats import NOT_SHOWN
+from align.data.packing import read_numbers
 from align.errors import InputError
 from align.models import guard
 from align.rehearsal import models
@@ -353,12 +354,12 @@ class Watcher:
                 text = f"--chat_template: {note}, first {place}: the model would never see it"
                 self.seen.setdefault("stops", []).append(text)
         if hasattr(prepared.rows, "column_names") and hasattr(prepared.rows, "__len__"):
-            lengths = prepared.rows.with_format("numpy")
-            about["samples"] = len(prepared.rows)
-            about["tokens"] = int(lengths["length"].sum())
-            about["longest"] = int(lengths["length"].max())
+            lengths = read_numbers(prepared.rows, "length")
+            about["samples"] = len(lengths)
+            about["tokens"] = int(lengths.sum())
+            about["longest"] = int(lengths.max())
             if "trained" in prepared.rows.column_names:
-                about["trained_share"] = float(lengths["trained"].sum() / about["tokens"])
+                about["trained_share"] = float(read_numbers(prepared.rows, "trained").sum() / about["tokens"])
         else:
             about["stream"] = True
         self.seen["data"][name] = about

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from huggingface_hub import ModelCardData
 from peft import PeftModel
 
+from align.data.packing import read_numbers
 from align.data.preparing import CUT, Prepared
 from align.launch.nodes import take_token
 from align.page import escape, frame
@@ -113,10 +113,10 @@ def summarise(prepared: Prepared) -> dict[str, str]:
 
 
 def _count(rows: Dataset, before: str = "") -> dict[str, str]:
-    tokens = int(np.sum(rows.with_format("numpy")["length"]))
+    tokens = int(read_numbers(rows, "length").sum())
     counted = {f"{before}samples": f"{len(rows):,}", f"{before}tokens": f"{tokens:,}"}
     if "trained" in rows.column_names:
-        counted[f"{before}trained on"] = f"{np.sum(rows.with_format('numpy')['trained']) / tokens:.1%} of the tokens"
+        counted[f"{before}trained on"] = f"{read_numbers(rows, 'trained').sum() / tokens:.1%} of the tokens"
     return counted
 
 

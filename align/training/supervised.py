@@ -22,6 +22,7 @@ from align.data.packing import (
     choose_buckets,
     group_stream,
     pack_stream,
+    read_numbers,
 )
 from align.data.preparing import Prepared
 from align.errors import InputError
@@ -90,7 +91,7 @@ def make_batches(
         if not stream:
             _log_waste(name, int(rows.lengths.sum()), {longest: -(-len(rows) // batch_size)}, batch_size)
         return Batches(rows, collator, groups)
-    lengths: Any = None if stream else np.asarray(samples.with_format("numpy")["length"])
+    lengths: Any = None if stream else read_numbers(samples, "length")
     if args.pad_max or (stream and args.world_size > 1):  # of a stream accelerate joins all ranks' batches: one shape
         buckets = [longest]
     elif stream:  # nobody knows its lengths yet

@@ -88,20 +88,24 @@ def test_a_host_reads_what_it_put_there_and_else_one_zero_or_false():
 def test_a_rehearsal_reports_memory_adapter_data_graphs_and_disk():
     model = save_model(Path("model"))
     data = write_rows("data.jsonl", CHATS)
+    Path("out").mkdir()
+    Path("out/adapter_model.safetensors").write_text("of an earlier run")
 
     code, report, ended = rehearse(
         *("--no_shrunken_run", "--world_size", 4, "--use_deepspeed", ROOT / "sft.py", "--model_name_or_path", model),
         *(
             "--dataset_name",
             data,
-            "--output_dir",
+            "--output-dir",
             "out",
+            "--overwrite-output-dir",
             "--do_train",
             "--do_eval",
             "--max_steps",
             50,
             "--save_steps",
             10,
+            "--push-to-hub",  # a rehearsal uploads nothing
         ),
         *("--deepspeed", ROOT / "configs/llama2_ds_zero3_config.json", "--bf16", "--max_seq_length", 64, *TARGETS),
     )
@@ -119,7 +123,8 @@ def test_a_rehearsal_reports_memory_adapter_data_graphs_and_disk():
     assert report["graphs"]["by_step"] == sorted(report["graphs"]["by_step"])
     assert report["disk_gb"]["checkpoints"] == 5
     assert "GO" in ended.stdout
-    assert not Path("out").exists()
+    assert "--push_to_hub is left out" in ended.stderr
+    assert Path("out/adapter_model.safetensors").read_text() == "of an earlier run"
 
 
 @pytest.mark.soak
@@ -134,7 +139,7 @@ def test_settings_that_fit_are_found_by_rehearsing_them():
     assert (code, report["verdict"]) == (1, "no-go")
     assert any(each["fits"] and each["peak"] < peak * 0.5 for each in report["fits_with"]), ended.stderr
     smaller = ["--no_shrunken_run", "--no_alternatives", "--card_memory", peak * 0.5]
-    assert "fits_with" not in rehearse(*smaller, ROOT / "sft.py", *flags)[1]
+    assert rehearse(*smaller, ROOT / "sft.py", *flags)[1]["fits_with"] == []
 
 
 def test_each_setting_is_rehearsed_in_a_folder_of_its_own(tmp_path, capsys):

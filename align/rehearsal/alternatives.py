@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,12 +107,12 @@ def is_on(arguments: list[str], flag: str) -> bool:
     return given and values != ["False"]
 
 
-def with_flags(arguments: list[str], flags: dict[str, str]) -> list[str]:
-    """The arguments with these flags in place of those of the same name."""
+def with_flags(arguments: list[str], flags: Mapping[str, str | None]) -> list[str]:
+    """The arguments with these flags in place of those of the same name; a flag that is None is left out."""
     kept, skipping = [], False
     for word in arguments:
         if word.startswith("--"):
             skipping = word.partition("=")[0] in flags
         if not skipping:
             kept.append(word)
-    return [*kept, *(f"{flag}={value}" for flag, value in flags.items())]
+    return [*kept, *(f"{flag}={value}" for flag, value in flags.items() if value is not None)]

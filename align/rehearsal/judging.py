@@ -142,8 +142,8 @@ def kinds_of(seen: dict) -> dict:
 
 
 def flag_values(command: list[str], flag: str) -> list[str]:
-    """What follows a flag on a command line."""
-    for number, word in enumerate(command):
+    """What follows a flag on a command line, the last time that it is given."""
+    for number, word in reversed(list(enumerate(command))):
         if word.startswith(f"{flag}="):
             return [word.partition("=")[2]]
         if word == flag:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from align.errors import InputError
@@ -25,6 +25,7 @@ PATH_FLAGS = (
     *("--model_name_or_path", "--tokenizer_name_or_path", "--ref_model", "--peft_model", "--dataset_name"),
     *("--base_model_name", "--adapter_model_name"),
 )
+OUTWARD_FLAGS = ("--push_to_hub", "--report_to")  # nothing of a rehearsal leaves the machine
 SCRIPTS = ("sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py")
 
 
@@ -46,6 +47,10 @@ class Stage:
     run: Run
     environment: dict[str, str] = field(default_factory=dict)
     line: int | None = None
+
+    def __post_init__(self):
+        script, *words = self.run.script
+        self.run = replace(self.run, script=[script, *map(with_underscores, words)])
 
     @property
     def script(self) -> str:
@@ -154,7 +159,10 @@ def rehearse_stage(stage: Stage, args: argparse.Namespace, work: Path, produced:
 
 def make_plan(stage: Stage, work: Path, produced: dict[Path, Path]) -> dict:
     """What a stage's process is to run; where it would write is noted in `produced`."""
-    asked, arguments = redirect(stage.run.script[1:], work / "files", produced)
+    arguments = alternatives.with_flags(stage.run.script[1:], dict.fromkeys(OUTWARD_FLAGS))
+    if dropped := [word.partition("=")[0] for word in stage.run.script if word.partition("=")[0] in OUTWARD_FLAGS]:
+        print(f"Nothing leaves this machine: {', '.join(dropped)} is left out", file=sys.stderr)
+    asked, arguments = redirect(arguments, work / "files", produced)
     if stage.script in ("sft.py", "dpo.py") and asked is None:
         asked = "results" if stage.script == "dpo.py" else "trainer_output"  # as the scripts do
         arguments += ["--output_dir", str(work / "files" / asked)]
@@ -167,6 +175,12 @@ def make_plan(stage: Stage, work: Path, produced: dict[Path, Path]) -> dict:
         "models": str(work / "models"),
         "probe": PROBE,
     }
+
+
+def with_underscores(word: str) -> str:
+    """A flag as its script's parser stores it: users may write dashes too."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def find_mistake(stage: Stage) -> str | None:

@@ -115,18 +115,6 @@ def check_disk(output: Path, needed: int) -> None:
         )
 
 
-def check_login(repository: str) -> None:
-    """Fails before the merge, not after it, where there is no hub to push to."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-        HfApi().whoami()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--push_to_hub: {repository}: {str(error).strip().splitlines()[0]}") from None
-
-
 def read_record(path: Path) -> list[dict]:
     merges, needed = read_json(path).get("merges"), {"base_model", "adapter", "adapter_sha256"}
     if not isinstance(merges, list) or not all(isinstance(each, dict) and needed <= each.keys() for each in merges):
@@ -241,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     restore_folder(output)
     check_output(output, args.overwrite, {"--base_model_name": base, "--adapter_model_name": adapter})
     if args.push_to_hub:
+        from align.hub import check_login
+
         check_login(args.push_to_hub)
 
     # Plan

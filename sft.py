@@ -129,6 +129,8 @@ def main() -> None:
     if args.do_train:
         results.save_history(trainer, CURVES)
         report.write_report(trainer, CURVES)
+        if args.push_to_hub:
+            trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 import json
 import re
+from concurrent.futures import Future
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_rows
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from test_dpo import make_rows
 from tiny import save_model
 
+from align.errors import InputError, ResultError
 from align.training.report import POINTS, Axis, chart, find_curves, make_card, render
 
 COMMON = "--bf16 False --disable_tqdm True --do_eval --eval_strategy steps --logging_steps 1 --max_steps 4".split()
@@ -138,3 +142,60 @@ def test_curves_of_any_length_and_height_are_drawn_within_their_plane():
         axis = Axis(values, 0, 100)
         assert all(0 <= axis(value) <= 100 for value in (*values, *axis.ticks))
         assert chart("any", {"loss": list(enumerate(values))})
+
+
+class Hub:
+    """Takes uploads as the Hub does, into folders of its own; `fails` is what it answers instead."""
+
+    def __init__(self, fails=None):
+        self.fails, self.uploads = fails, []
+
+    def upload_folder(self, *, folder_path, commit_message, allow_patterns=None, ignore_patterns=None, **options):
+        job = Future()
+        names = [str(path.relative_to(folder_path)) for path in sorted(Path(folder_path).rglob("*")) if path.is_file()]
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        self.uploads.append((commit_message, options.get("path_in_repo"), set(kept)))
+        job.set_exception(self.fails) if self.fails else job.set_result("url")
+        return job
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr("transformers.trainer.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("huggingface_hub.upload_folder", hub.upload_folder)
+    return hub
+
+
+PUSH = "--push_to_hub --hub_model_id me/model --save_strategy steps --save_steps 2".split()
+
+
+def test_the_model_its_card_and_results_are_uploaded_and_no_row_no_token_and_no_optimizer(train, hub):
+    Path("out").mkdir()
+    Path("out/examples.html").write_text("rows")
+
+    train("sft.py", *PUSH, "--hub_strategy", "checkpoint", "--hub_token", "hf_SECRET", "--overwrite_output_dir")
+
+    while_training, whole, final = hub.uploads[0][2], hub.uploads[1], hub.uploads[-1][2]
+    assert "adapter_model.safetensors" in while_training & whole[2] & final
+    assert {"optimizer.pt", "trainer_state.json"} < whole[2] - while_training
+    assert whole[1] == "last-checkpoint"
+    assert {"README.md", "report.html", "train_results.json", "adapter_config.json", "tokenizer.json"} < final
+    assert not {name for name in final if re.search("examples|checkpoint-|bad_batch|training_args|lock", name)}
+    assert not Path("out/training_args.bin").exists()
+    assert all(b"hf_SECRET" not in path.read_bytes() for path in Path("out").rglob("*") if path.is_file())
+
+
+def test_an_upload_that_fails_is_told_and_the_run_does_not_end_as_if_all_went_well(train, hub):
+    hub.fails = OSError("503 Server Error")
+
+    with pytest.raises(ResultError, match="the model is saved in out but not uploaded to me/model: 503 Server Error"):
+        train("sft.py", *PUSH)
+
+    assert Path("out/adapter_model.safetensors").exists()
+
+
+def test_no_login_for_an_upload_is_one_line_before_a_model_loads(train):
+    with pytest.raises(InputError, match="--push_to_hub: me/model: "):
+        train("sft.py", *PUSH, "--model_name_or_path", "nowhere")

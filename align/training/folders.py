@@ -5,6 +5,7 @@ from pathlib import Path
 
 from align import output
 from align.errors import InputError
+from align.hub import check_login
 from align.training import checkpoints
 from align.training.checkpoints import UNFINISHED, RunArguments
 from align.training.deepspeed_file import check_deepspeed
@@ -61,6 +62,8 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError(
             "--auto_find_batch_size: batches have few fixed shapes here; try --per_device_train_batch_size by hand"
         )
+    if args.push_to_hub and args.process_index == 0:
+        check_login(args.hub_model_id or folder.absolute().name, args.hub_token)
     if args.should_save and folder.is_dir():
         output.lock(folder)
     return find_checkpoint(args, run_args, *models) if args.do_train else None

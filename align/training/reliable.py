@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -32,12 +32,8 @@ from align.training.gate import MOVED, Gate, Movement
 from align.training.ranks import all_ranks, first_of_all_ranks
 from align.training.results import show_steps
 from align.training.samples import Samples, find_prompts
+from align.training.uploading import UploadingMixin
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
-
-if TYPE_CHECKING:
-    from optimum.habana import GaudiTrainer as Trainer
-else:
-    Trainer = object  # what the mixin stands in front of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +43,7 @@ STATE = "trainer_state.json"
 UNWANTED = ("training_args.bin", report.CARD)
 
 
-class ReliableMixin(Trainer):
+class ReliableMixin(UploadingMixin):
     """Stands first among a trainer's classes. `watch` tells it of the run."""
 
     stdout: TextIO | None = None  # the script's own, while libraries have none
@@ -449,13 +445,6 @@ class ReliableMixin(Trainer):
             )
         if problem:
             self._reject(folder, output / "final", problem)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Ours, where a push to the hub asks for one."""
-        if self.is_world_process_zero():
-            report.write_card(self)
 
     def _move_in(self, folder: Path, output: Path) -> None:
         files = checkpoints.seal(folder, 0, 1)

@@ -48,11 +48,6 @@ def write_report(trainer: Any, panels: Mapping[str, Sequence[str]]) -> None:
         write_whole(folder / CARD, make_card(facts))
 
 
-def write_card(trainer: Any) -> None:
-    """The card alone, as far as the run has come."""
-    write_whole(Path(trainer.args.output_dir, CARD), make_card(collect(trainer)))
-
-
 def collect(trainer: Any) -> dict[str, Any]:
     """The facts of a run that has ended."""
     state, args, flags = trainer.state, trainer.args, trainer.run.flags

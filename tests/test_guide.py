@@ -4,6 +4,7 @@ Small models and data lie where the names in the commands find them. The runs ar
 end after a few steps.
 """
 
+import json
 import random
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT, write_rows
 from safetensors.torch import load_file
 from test_readme import README
-from tiny import save_model
+from tiny import PUBLISHED, save_model, save_stand_in
 
 SCRIPTS = "gaudi_spawn.py sft.py merge_peft_adapter.py dpo.py run_generation.py configs".split()
 GUIDE = README.partition("## Many cards")[2]  # its recipes stand in this part
@@ -44,10 +45,14 @@ RECIPES += [line for line in LINES if re.search(r"python \w+\.py", line)]
 @pytest.fixture
 def world():
     """What the recipes' names stand for, in the current folder."""
-    for name in SCRIPTS:
-        Path(name).symlink_to(ROOT / name)
     save_model(Path("mistralai/Mixtral-8x7B-Instruct-v0.1"), "mixtral", "mistral", max_position_embeddings=2048)
     save_model(Path("meta-llama/Llama-2-70b-hf"), "llama", "llama-2", max_position_embeddings=2048)
+    write_data()
+
+
+def write_data() -> None:
+    for name in SCRIPTS:
+        Path(name).symlink_to(ROOT / name)
     number = random.Random(0).randint
     chats = [
         {
@@ -98,3 +103,31 @@ def test_every_recipe_runs_as_it_is_written(world, steps):
     dpo = next(each for each, command in zip(said, RECIPES, strict=True) if "dpo.py" in command)
     assert "out_proj, fc_in, fc_out, wte match no module of this llama model" in dpo.stderr
     assert "Here is my prompt" in said[-1].stdout
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_every_recipe_rehearses_at_its_published_size_within_five_minutes_and_two_gigabytes():
+    write_data()
+    for name in PUBLISHED:
+        save_stand_in(Path(name), name)
+    commands = [command for command in RECIPES if "--use_mpi" not in command]  # the same ranks a second time
+    commands = [re.sub('(output_name="stack-llama-2")(?=\\s*$)', r"\1 --overwrite", command) for command in commands]
+    Path("guide.sh").write_text("\n".join(commands))
+
+    ended = subprocess.run(
+        ["python", "gaudi_spawn.py", "--rehearse", "guide.sh"], capture_output=True, text=True, check=False
+    )
+
+    report = json.loads(Path("rehearsal/report.json").read_text())
+    other = [reason for reason in report["reasons"] if "no disk for the merge: it needs 1" not in reason]  # 128 GB
+    assert [reason.partition(":")[2] for reason in other] == [
+        " --lora_target_modules: out_proj, fc_in, fc_out, wte match no module; nothing is trained there"
+    ], ended.stdout + ended.stderr
+    assert len(report["stages"]) == len(commands) == 7
+    for stage in report["stages"]:
+        assert stage["about"]["rehearsal"]["seconds"] < 300, stage["about"]
+        assert stage["about"]["rehearsal"]["memory_gb"] < 2, stage["about"]
+    peaks = {stage["about"]["command"][0]: stage["memory_per_card_gb"]["peak"] for stage in report["stages"]}
+    assert 60 < peaks["sft.py"] < 94.6
+    assert 16 < peaks["run_generation.py"] < 20

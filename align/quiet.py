@@ -43,14 +43,16 @@ def quiet_imports() -> Iterator[None]:
 
     Then it goes to standard error; standard output is the script's own.
     """
+    from align.upstream_fixes import known_plugin
+
     quiet_libraries()
     if wants_all():
-        with contextlib.redirect_stdout(sys.stderr):
+        with known_plugin(), contextlib.redirect_stdout(sys.stderr):
             yield
         return
     kept = _KeptBack()
     try:
-        with contextlib.redirect_stdout(kept), contextlib.redirect_stderr(kept):
+        with known_plugin(), contextlib.redirect_stdout(kept), contextlib.redirect_stderr(kept):
             yield
     except InputError:
         raise

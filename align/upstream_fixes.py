@@ -3,6 +3,7 @@
 Heavy packages are imported where they are used: run_generation.py needs few of them.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -10,8 +11,9 @@ import importlib.util
 import inspect
 import logging
 import pickle
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,33 @@ else:
     Trainer = object  # what the mixins stand in front of
 
 logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- the imports
+
+
+@contextlib.contextmanager
+def known_plugin() -> Iterator[None]:
+    """Says from the metadata which plugin there is, for which optimum-habana starts pip when it is imported.
+
+    It asks the first `pip` of the PATH (utils/misc.py:241), which may be another Python's, and stops with an IndexError
+    where that knows no plugin; each time takes a second (utils/environment.py:37). Can go when it reads the metadata.
+    """
+    module: Any = subprocess
+    start = subprocess.run
+
+    def run(command: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(command, str) and "pip " in command and "habana-torch-plugin" in command:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version("habana-torch-plugin")
+                return subprocess.CompletedProcess(command, 0, f"Version: {version}\n", "")
+        return start(command, *args, **kwargs)
+
+    module.run = run
+    try:
+        yield
+    finally:
+        module.run = start
 
 
 # ---------------------------------------------------------------- the trainers

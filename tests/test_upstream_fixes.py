@@ -7,9 +7,13 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -29,6 +33,14 @@ def find(module, name):
 
 def statements(tree, kind):
     return [node for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def starts_pip_for_the_plugins_version():
+    asks = (
+        find("optimum.habana.utils.misc", "get_habana_frameworks_version"),
+        find("optimum.habana.utils.environment", "get_build"),
+    )
+    return all("pip " in ast.unparse(ask) and "subprocess.run" in ast.unparse(ask) for ask in asks)
 
 
 def divides_only_when_pipelining():
@@ -167,6 +179,7 @@ def takes_cudas_autocast_for_all():
 
 
 FAULTS = {
+    "known_plugin": [starts_pip_for_the_plugins_version],
     "RightScaleMixin": [divides_only_when_pipelining],
     "smoothed_loss": [knows_causal_models_by_names_that_optimum_habana_changes],
     "GraphedAccumulationMixin": [wraps_training_graphs_for_steps_of_one_batch],
@@ -227,3 +240,22 @@ def test_deepspeeds_files_of_other_pythons_are_loaded_and_nothing_else_is_looked
         torch.save({"stage": planted}, path)
         with pytest.raises(InputError, match="holds more than tensors and is not loaded"):
             upstream_fixes.inspect_deepspeed_files(tmp_path)
+
+
+def test_no_pip_is_started_and_none_is_needed(tmp_path):
+    code = """if True:
+        import os, subprocess
+        class Popen(subprocess.Popen):
+            def __init__(self, command, *args, **kwargs):
+                os.write(1, f"{command}\\n".encode())
+                super().__init__(command, *args, **kwargs)
+        subprocess.Popen = Popen
+        import sft, dpo
+    """
+    environment = os.environ | {"PATH": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'emulator'}"}
+
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 0, ended.stderr
+    assert "hl-smi" in ended.stdout
+    assert "pip" not in ended.stdout

@@ -141,6 +141,12 @@ def _spellings(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*names, *dashed]))
 
 
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """Flags of a command line as the parsers store them: users may write dashes too."""
+    parts = [(word.partition("=") if word.startswith("--") else ("", "", word)) for word in words]
+    return [f"{flag[:2]}{flag[2:].replace('-', '_')}{equals}{value}" for flag, equals, value in parts]
+
+
 def read_boolean(text: str) -> bool:
     """The words that the flags of transformers take."""
     if text.lower() not in TRUE + FALSE:

@@ -23,10 +23,12 @@ json.dump({"max_memory_allocated (GB)": 1.5, "train_runtime": 9.0}, open("all_re
 
 def test_a_graph_report_shows_what_a_run_took_beside_what_its_rehearsal_said():
     Path("script.py").write_text(SCRIPT)
-    command = ["script.py", "--output_dir", "."]
-    rehearsed = {"memory_per_card_gb": {"peak": 1.25, "between_steps": 0.5}, "graphs": {"by_step": [1, 2]}}
+    command = ["script.py", "--output-dir", "."]
+    rehearsed: dict = {"memory_per_card_gb": {"peak": 1.25, "between_steps": 0.5}, "graphs": {"by_step": [1, 2]}}
     Path("rehearsal").mkdir()
-    Path("rehearsal/report.json").write_text(json.dumps(rehearsed | {"about": {"command": command}}))
+    Path("rehearsal/report.json").write_text(
+        json.dumps(rehearsed | {"about": {"command": ["script.py", "--output_dir", "."]}})
+    )
 
     spawn = [sys.executable, str(ROOT / "gaudi_spawn.py"), "--graph_report", "took.json", *command]
     ended = subprocess.run(spawn, capture_output=True, text=True, check=False)

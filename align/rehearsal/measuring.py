@@ -11,6 +11,7 @@ from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+from align.cli import with_underscores
 from align.launch.engines import Run
 from align.rehearsal.judging import flag_values
 
@@ -71,7 +72,8 @@ def read_metrics(path: Path, began: float) -> dict[str, float]:
 def read_results(run: Run, began: float) -> dict[str, float]:
     """Memory of rank 0's card and the time of the training, as the script has saved them since `began`."""
     folder = next(
-        iter(flag_values(run.script, "--output_dir")), "results" if Path(run.script[0]).name == "dpo.py" else ""
+        iter(flag_values(with_underscores(run.script), "--output_dir")),
+        "results" if Path(run.script[0]).name == "dpo.py" else "",
     )
     for path in (Path(folder, name) for name in NAMES if folder):
         with suppress(OSError, ValueError):  # another script, or a run that has not ended well
@@ -86,7 +88,7 @@ def read_rehearsal(folder: Path, run: Run) -> dict[str, float]:
     with suppress(OSError, ValueError, KeyError, StopIteration):
         report = json.loads((folder / "report.json").read_text())
         stages = report.get("stages", [report])
-        stage = next(stage for stage in stages if stage["about"]["command"] == run.script)
+        stage = next(stage for stage in stages if stage["about"]["command"] == with_underscores(run.script))
         memory, curve = stage["memory_per_card_gb"], stage["graphs"]["by_step"]
         figures: dict[str, float] = {"memory_gb": memory["peak"], "memory_between_steps_gb": memory["between_steps"]}
         if curve:

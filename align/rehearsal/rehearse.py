@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from align.cli import with_underscores
 from align.errors import InputError
 from align.launch.engines import ROOT, Run, clean_environment
 from align.launch.nodes import choose_port
@@ -49,8 +50,7 @@ class Stage:
     line: int | None = None
 
     def __post_init__(self):
-        script, *words = self.run.script
-        self.run = replace(self.run, script=[script, *map(with_underscores, words)])
+        self.run = replace(self.run, script=with_underscores(self.run.script))
 
     @property
     def script(self) -> str:
@@ -175,12 +175,6 @@ def make_plan(stage: Stage, work: Path, produced: dict[Path, Path]) -> dict:
         "models": str(work / "models"),
         "probe": PROBE,
     }
-
-
-def with_underscores(word: str) -> str:
-    """A flag as its script's parser stores it: users may write dashes too."""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def find_mistake(stage: Stage) -> str | None:

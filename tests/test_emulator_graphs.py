@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from habana_frameworks.emulator.graph_counter import count_graphs
-from habana_frameworks.torch.hpu import HPUGraph, ModuleCacher, wrap_in_hpu_graph
+from habana_frameworks.torch.hpu import HPUGraph, ModuleCacher, wrap_in_hpu_graph, wrap_in_hpu_graph_func
 
 HPU = torch.device("hpu")
 
@@ -200,3 +201,20 @@ def test_a_training_graph_refuses_what_it_cannot_record():
         ModuleCacher()(unused)(card(1, 3, 4))
     unused.forward = unused.orig_forward
     assert ModuleCacher()(unused, allow_unused_input=True)(card(1, 3, 4)).shape == (3, 2)
+
+
+def test_what_nobody_holds_is_freed_while_a_graph_is_recorded_and_not_taken_for_another():
+    freed = []
+
+    def grow(values):
+        for _ in range(20):
+            before = StorageWeakRef(values.untyped_storage())
+            values = values * 2 + 1
+            freed.append(before.expired())
+        return values
+
+    graphed = wrap_in_hpu_graph_func(grow)
+    graphed(card(1, 1000))
+
+    assert freed == [False] + 19 * [True]
+    assert graphed(card(2, 1000)).tolist() == grow(torch.full((1000,), 2.0)).tolist()

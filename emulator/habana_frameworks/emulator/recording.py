@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from habana_frameworks.emulator import placement
 from habana_frameworks.emulator.placement import CARD, asked, caller, on_card
@@ -35,9 +37,11 @@ class Recording:
         self.steps: list[tuple[Callable, tuple, dict, list[tuple[int, Slot]]]] = []
         self.given: dict[Slot, torch.Tensor] = {}  # tensors that were there before
         self._made: list[tuple[Slot, weakref.ref]] = []
-        self._held: list[torch.Tensor] = []  # so that ids stay theirs while it records
-        self._slots: dict[int, Slot] = {}
+        self._held: list[torch.Tensor] = []
+        self._slots = WeakIdKeyDictionary()  # of the tensors that somebody holds
         self._storages: dict[int, Slot | None] = {}  # by who made them; None: they were there before
+        self._addresses: list[StorageWeakRef] = []  # while it records, no other storage gets one of these
+        self._number = 0  # of slots
         self._last_use: dict[int, list[Slot]] | None = None
 
     # Recording
@@ -64,7 +68,7 @@ class Recording:
         return {key: self._name(item) for key, item in value.items()} if isinstance(value, dict) else value
 
     def _slot_of(self, tensor: torch.Tensor) -> Slot:
-        slot = self._slots.get(id(tensor))
+        slot = self._slots.get(tensor)
         if slot is None:
             base = None if tensor.is_sparse else self._storages.get(tensor.untyped_storage()._cdata)
             slot = self._add(tensor)
@@ -74,35 +78,40 @@ class Recording:
             else:  # the content of a host's tensor was sent with the operation, and is not asked for again
                 is_host = placement.strict and not on_card(tensor)
                 self.given[slot] = tensor.detach().clone() if is_host else tensor
-                if not tensor.is_sparse:
-                    self._storages.setdefault(tensor.untyped_storage()._cdata, None)
+                self._note_storage(tensor, None)
         return slot
 
     def _slot_of_result(self, tensor: torch.Tensor) -> Slot:
-        slot = self._slots.get(id(tensor))
+        slot = self._slots.get(tensor)
         if slot is None:
             slot = self._add(tensor)
             self._made.append((slot, weakref.ref(tensor)))
-            if not tensor.is_sparse:
-                self._storages.setdefault(tensor.untyped_storage()._cdata, slot)
+            self._note_storage(tensor, slot)
         return slot
 
     def _add(self, tensor: torch.Tensor) -> Slot:
-        slot = self._slots[id(tensor)] = Slot(len(self._held))
-        self._held.append(tensor)
+        slot = self._slots[tensor] = Slot(self._number)
+        self._number += 1
+        if self.keep_all:
+            self._held.append(tensor)
         return slot
+
+    def _note_storage(self, tensor: torch.Tensor, slot: Slot | None) -> None:
+        if not tensor.is_sparse:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = slot
+                self._addresses.append(StorageWeakRef(storage))
 
     def forget(self, tensor: torch.Tensor) -> None:
         """What was made last went to the host: it keeps the content it had."""
-        if self.steps and self.steps[-1][3] == [(0, self._slots.get(id(tensor)))]:
+        if self.steps and self.steps[-1][3] == [(0, self._slots.get(tensor))]:
             self.steps.pop()
             slot, _ = self._made.pop()
             self.given[slot] = tensor
 
     def end(self) -> None:
-        self._slots, self._storages = {}, {}
-        if not self.keep_all:
-            self._held = []
+        self._slots, self._storages, self._addresses = WeakIdKeyDictionary(), {}, []
 
     # Replaying
 

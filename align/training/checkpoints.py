@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -79,11 +80,12 @@ def list_files(folder: Path) -> list[str]:
 
 def seal(folder: Path, rank: int, ranks: int) -> dict[str, dict]:
     """Flushes and describes this rank's share of the files: size and hash by name."""
-    described = {}
-    for name in list_files(folder)[rank::ranks]:
-        path = folder / name
-        described[name] = {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
-        flush(path)
+    paths = {name: folder / name for name in list_files(folder)[rank::ranks]}
+    with ThreadPoolExecutor() as pool:  # the disk writes while this thread reads what memory still has
+        flushes = [pool.submit(flush, path) for path in paths.values()]
+        described = {name: {"size": path.stat().st_size, "xxh3_128": hash_file(path)} for name, path in paths.items()}
+        for flushed in flushes:
+            flushed.result()
     return described
 
 

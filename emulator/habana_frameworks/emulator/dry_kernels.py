@@ -1,7 +1,8 @@
 """Fused kernels for dry tensors: they keep for the backward pass what a card's kernels keep, and nothing else.
 
-What they keep was read in gaudi-pytorch-bridge 1.19.0: FusedSDPA saves query, key, value and the softmax, or with
-recompute two numbers a row of it; FusedRMSNorm saves its input, gamma and the inverse of the root mean square.
+What they keep was read in gaudi-pytorch-bridge 1.19.0: FusedSDPA saves query, key, value, its output and the softmax,
+or with recompute the mask and two numbers a row of it; FusedRMSNorm saves its input, gamma and the inverse of the root
+mean square.
 """
 
 import math
@@ -19,11 +20,12 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, recompute):
         rows = query.shape[:-1]
         if recompute:
-            kept = [query.new_empty(rows, dtype=torch.float32) for _ in range(2)]
+            kept = [mask, *(query.new_empty(rows, dtype=torch.float32) for _ in range(2))]
         else:
             kept = [query.new_empty((*rows, key.shape[-2]))]
-        ctx.save_for_backward(query, key, value, mask, *kept)
-        return query.new_empty((*rows, value.shape[-1]))
+        result = query.new_empty((*rows, value.shape[-1]))
+        ctx.save_for_backward(query, key, value, result, *kept)
+        return result
 
     @staticmethod
     def backward(ctx, gradient):

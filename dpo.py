@@ -169,6 +169,7 @@ def main() -> None:
     used = model_args.model_name_or_path, preference_args.ref_model
     checkpoint = folders.check_training_arguments(args, run_args, *used)
     check_preference_arguments(args, preference_args, lora_args)
+    modeling.check_attention_flags(model_args, args)
     set_seed(args.seed)
 
     # Model, as far as it can be checked without its weights
@@ -207,7 +208,8 @@ def main() -> None:
     this_run.check(checkpoint)
     stored = {}
     if args.precompute_ref_log_probs:
-        about = models["--ref_model"], model_args.torch_dtype, model_args.use_flash_attention, args.bf16
+        is_fused = modeling.wants_flash_attention(ref_args, ref_config, args.max_length)
+        about = models["--ref_model"], model_args.torch_dtype, is_fused, args.bf16
         stored = reference.find(preference_args.ref_log_probs_dir, rows, *about)
 
     # Model

@@ -60,6 +60,7 @@ def main() -> None:
     model_args, lora_args, data_args, batch_args, run_args, args = parsed
     start_logging(args)
     checkpoint = folders.check_training_arguments(args, run_args, model_args.model_name_or_path)
+    modeling.check_attention_flags(model_args, args)
     set_seed(args.seed)
 
     # Model, as far as it can be checked without its weights

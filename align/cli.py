@@ -172,6 +172,7 @@ def make_parser(
     `groups` describe the flags of a library's dataclass that --help shows; --help_all shows all.
     """
     from transformers import HfArgumentParser  # gaudi_spawn.py and the merge do without this second
+    from transformers.hf_argparser import string_to_bool
 
     class DataclassParser(ParserMixin, HfArgumentParser):
         pass
@@ -187,6 +188,9 @@ def make_parser(
             default=argparse.SUPPRESS,
             help="show all flags and stop",
         )
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # of three values: bare, it says True as the others
+            action.nargs, action.const = "?", True
     known = {action.dest for action in parser._actions}
     ours = DEFAULTS | {"use_lazy_mode": not is_eager()}
     parser.set_defaults(**{name: value for name, value in ours.items() if name in known}, **defaults)

@@ -63,10 +63,12 @@ def known_plugin() -> Iterator[None]:
 
 
 def attention_inputs(model: "PreTrainedModel") -> dict[str, bool]:
-    """What optimum-habana's trainers pass to the forward of a model whose generation config asks for it."""
-    names = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
-    values = {name: getattr(model.generation_config, name, None) for name in names}
-    return {name: True for name, value in values.items() if value}
+    """What the forward of a loaded model is given for Gaudi's fused attention, in training, evaluation and the probe.
+
+    optimum-habana 1.21.2 passes the flags to seven families alone (transformers/trainer.py:163), and Mistral, Qwen3 and
+    others compute without a word as if they were not given. Can go when it asks the model's forward.
+    """
+    return getattr(model, "attention_inputs", {})
 
 
 def computes_in_autocast(args) -> bool:

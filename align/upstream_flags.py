@@ -85,7 +85,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "num_workers": Same(),
         "num_buckets": Same("by default 8; `-1` pads all samples to one length", (("-1", "1"),)),
         "validation_split_percentage": Same(),
-        "use_flash_attention": Same(),
+        "use_flash_attention": Same("by default where it is exact, and with `--flash_attention_recompute`"),
         "token": Same(),
     },
     "dpo.py": LORA_AND_BATCHES

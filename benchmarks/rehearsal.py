@@ -96,6 +96,7 @@ def plan(name: str, folder: Path, side: str) -> dict:
     data = folder / ("chats.jsonl" if script == "sft.py" else "pairs.jsonl")
     arguments = ["--model_name_or_path", folder / family, "--dataset_name", data, "--output_dir", output / "out"]
     arguments += ["--do_train", "--do_eval", "--max_steps", STEPS, "--eval_strategy", "no", "--num_workers", 1]
+    arguments += ["--use_flash_attention", False]  # a CPU's kernel keeps less than a card's
     return {
         "script": str(ROOT / script),
         "arguments": [*map(str, arguments), *flags],

@@ -78,6 +78,25 @@ def attention_with(filled: float, recompute: bool) -> str:
     return "finite" if result.isfinite().all() and query.grad.isfinite().all() else "not finite"
 
 
+def packed_attention(recompute: bool) -> str:
+    """How result and gradients of two samples in one row, with grouped heads, compare with float32 on the host."""
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 64, 32).bfloat16() for heads in (8, 2, 2)]
+    segments = torch.arange(64) >= 40
+    visible = (segments[:, None] == segments) & torch.ones(64, 64, dtype=torch.bool).tril()
+    mask = torch.zeros(1, 1, 64, 64).masked_fill(~visible, torch.finfo(torch.bfloat16).min).bfloat16()
+    expected = [tensor.float().requires_grad_() for tensor in states]
+    wanted = functional.scaled_dot_product_attention(*expected, visible, enable_gqa=True)
+    wanted.sum().backward()
+
+    found = [tensor.to(HPU).requires_grad_() for tensor in states]
+    result = FusedSDPA.apply(*found, mask.to(HPU), 0.0, False, None, "None", recompute, None, "None")
+    result.float().sum().backward()
+    pairs = [(result, wanted), *((one.grad, other.grad) for one, other in zip(found, expected, strict=True))]
+    error = max(((one.cpu().float() - other).norm() / other.norm()).item() for one, other in pairs)
+    return "the same" if error < 0.02 else f"off by {error:.2g}"
+
+
 def second_call_in_the_first_ones_output() -> bool:
     graphed = torch.hpu.wrap_in_hpu_graph(torch.nn.Linear(2, 2, bias=False).to(HPU))
     with torch.no_grad():
@@ -120,6 +139,8 @@ def questions() -> dict[str, tuple[Callable[[], Any], str]]:
         lowest = torch.finfo(torch.bfloat16).min
         asked[f"{how} by bfloat16's lowest"] = partial(attention_with, lowest, recompute), "finite"
         asked[f"{how} by -inf"] = partial(attention_with, -torch.inf, recompute), "finite"
+        packed = f"attention, softmax {'recomputed' if recompute else 'kept'}, two samples in a row"
+        asked[packed] = partial(packed_attention, recompute), "the same"
     odd = 2**24 + 1
     return asked | {
         "attention: fast softmax with gradients in recompute mode": (fast_softmax_learns_in_recompute_mode, "refused"),

@@ -31,16 +31,21 @@ from align.generation.decoding import TextGenerator
 from align.generation.model import ModelArguments as GenerationArguments
 from align.generation.model import load_model as load_for_generation
 from align.models.attention import find_samples, probe_rows, segment_mask
-from align.models.families import find_fault
+from align.models.families import find_fault, is_exact_in_fused_kernel
 from align.models.loading import ModelArguments, load_model
 from align.training.pairs import Layout, PairCollator, Shape
-from align.upstream_fixes import adapt_transformers, gaudi_class
+from align.upstream_fixes import adapt_transformers, attention_inputs, gaudi_class
 
 HPU = torch.device("hpu")
 LONGEST = 64  # tokens, longer than any window of family_models.py
 RIGHT = 1e-4  # how far log-probs may be off
 TRAINING = SimpleNamespace(
-    bf16=False, deepspeed=None, attn_implementation="eager", use_zero3_leaf_promotion=False
+    bf16=False,
+    deepspeed=None,
+    attn_implementation="eager",
+    use_zero3_leaf_promotion=False,
+    flash_attention_recompute=False,
+    flash_attention_causal_mask=False,
 )  # those that load_model reads
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None)
 
@@ -78,21 +83,25 @@ def compare(model, row: dict[str, torch.Tensor], expected: list[torch.Tensor]) -
     if "segment_ids" in inputs:
         mask = segment_mask(model, inputs.pop("segment_ids"), inputs["position_ids"], inputs.pop("branch_ids", None))
         inputs["attention_mask"] = mask
-    logits = model(**inputs, use_cache=False).logits[0].log_softmax(-1).cpu()
+    logits = model(**inputs, **attention_inputs(model), use_cache=False).logits[0].log_softmax(-1).cpu()
     logits.sum().backward()
     samples = zip(find_samples(row), expected, strict=True)
     return max((logits[columns] - right[: len(columns)]).abs().max().item() for columns, right in samples)
 
 
-def measure_training(folder: Path, expected: list[torch.Tensor]) -> dict[str, tuple[str, float]]:
-    """How a row holds its samples, and the largest difference of a log-prob: padded where the probe wants it."""
+def measure_training(folder: Path, expected: list[torch.Tensor], flash: bool | None = None) -> dict:
+    """How a row holds its samples, and the largest difference of a log-prob: padded where the probe wants it.
+
+    `flash` is --use_flash_attention. Values are a pair of those two, by `packed` and `shared`.
+    """
     config = AutoConfig.from_pretrained(folder)
-    args = ModelArguments(model_name_or_path=str(folder))
+    args = ModelArguments(model_name_or_path=str(folder), use_flash_attention=flash)
     model = load_model(args, TRAINING, config, frozen=False, longest=LONGEST).train()  # there is no dropout
+    options = attention_inputs(model)
     rows = {"packed": (packed_row(), expected[:3]), "shared": (pair_rows(True)[0], expected[3:])}
     result = {}
     for name, (row, right) in rows.items():
-        if probe_rows(model, row, HPU):
+        if probe_rows(model, row, HPU, **options):
             result[name] = (name, compare(model, row, right))
         else:
             padded = zip(pair_rows(False), expected[3:], strict=True)
@@ -150,7 +159,10 @@ def measure(folder: Path) -> dict:
     plain = json.loads((folder / "plain.json").read_text())
     config = AutoConfig.from_pretrained(folder)
     result = {"fault": find_fault(config, LONGEST), "has class": gaudi_class(config) is not None}
-    result |= measure_training(folder, list(map(torch.tensor, plain["logits"])))
+    logits = list(map(torch.tensor, plain["logits"]))
+    result |= measure_training(folder, logits)
+    if is_exact_in_fused_kernel(config, LONGEST):
+        result["without the kernel"] = measure_training(folder, logits, flash=False)
     return result | measure_generation(folder, plain["answers"], plain["beams"])
 
 
@@ -177,6 +189,9 @@ in the table runs too, and is probed as all are.
   (`dpo.py`), or a padded row for each, and how far a log-prob is off at most. The scripts try the longest row of the
   data on the loaded model before the first step, and pad by themselves where its samples do not say what they say
   alone; `--skip_probe True` leaves that out.
+  Falcon, Llama, Mistral, Mixtral, Qwen2 and Qwen3 with or without experts attend in Gaudi's fused kernel where
+  optimum-habana's class runs (`--use_flash_attention False` for its own default): the samples of a row go to it as the
+  mask that optimum-habana gives it for a padded batch.
 - **text**: greedy answers to prompts of 19, 7 and 1 tokens, one at a time, in a padded batch, and without a cache.
   The flags behind it are run_generation.py's; `refused` is one line before the first token, `no kernel` a line that
   the flag changes nothing. Before the first answer the script tries prompts of yours on the loaded model, with padding

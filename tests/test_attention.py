@@ -18,7 +18,7 @@ from align.data.packing import IGNORED, PackedCollator, RowDataset
 from align.errors import InputError
 from align.models import attention
 from align.models.attention import find_visible, probe, probe_rows, segment_mask
-from align.models.families import FAMILIES, Family, choose_class
+from align.models.families import EXACT_IN_FUSED_KERNEL, FAMILIES, Family, choose_class
 from align.upstream_fixes import keep_out_of_autocast, mend_transformers
 
 HPU = torch.device("hpu")
@@ -252,6 +252,58 @@ def test_the_probe_notices_an_option_that_drops_the_mask():
 def test_the_probe_accepts_an_adapter_and_flash_attention():
     model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert probe_rows(model, ROWS["packed"], HPU, use_flash_attention=True, flash_attention_recompute=True)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The arguments of each call of Gaudi's fused kernel."""
+    from habana_frameworks.torch.hpex.kernels import FusedSDPA
+
+    calls, attend = [], FusedSDPA.apply
+    monkeypatch.setattr(FusedSDPA, "apply", lambda *arguments: calls.append(arguments) or attend(*arguments))
+    return calls
+
+
+IN_KERNEL = {"use_flash_attention": True, "flash_attention_recompute": True}
+
+
+@pytest.mark.parametrize("model_type", set(EXACT_IN_FUSED_KERNEL) - {"mixtral"})  # which knows no other attention
+def test_a_packed_row_has_the_loss_and_gradients_in_the_fused_kernel_that_it_has_without(model_type, kernel_calls):
+    options = {"multi_query": True} if model_type == "falcon" else FEWER_HEADS | {"sliding_window": None}
+    model = make_model(model_type, **options)
+    row = {name: ids[None].to(HPU) for name, ids in ROWS["packed"].items()}
+    mask = segment_mask(model, row.pop("segment_ids"), row["position_ids"])
+
+    def train(**inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = add_losses(model(**row, attention_mask=mask, use_cache=False, **inputs).logits, row["input_ids"])
+        loss.backward()
+        return loss, take_gradients(model)
+
+    expected = train()
+    assert not kernel_calls
+    found = train(**IN_KERNEL)
+
+    assert len(kernel_calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+def test_a_packed_row_reaches_the_fused_kernel_as_a_padded_batch_of_optimum_habanas_does(model_type, kernel_calls):
+    model = make_model(model_type, sliding_window=None)
+    row = {name: ids[None].to(HPU) for name, ids in ROWS["packed"].items()}
+    padded = {"input_ids": row["input_ids"], "attention_mask": (row["segment_ids"] > 0).long()}
+    model(**padded, use_cache=False, **IN_KERNEL)
+    expected = kernel_calls[:]
+    kernel_calls.clear()
+
+    mask = segment_mask(model, row.pop("segment_ids"), row["position_ids"])
+    model(**row, attention_mask=mask, use_cache=False, **IN_KERNEL)
+
+    def describe(calls):
+        return [[(each.shape, each.dtype) if torch.is_tensor(each) else each for each in call] for call in calls]
+
+    assert describe(kernel_calls) == describe(expected)
+    assert kernel_calls[0][3].shape == (1, 1, *2 * [row["input_ids"].shape[1]])
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -129,5 +129,5 @@ def test_every_recipe_rehearses_at_its_published_size_within_five_minutes_and_tw
         assert stage["about"]["rehearsal"]["seconds"] < 300, stage["about"]
         assert stage["about"]["rehearsal"]["memory_gb"] < 2, stage["about"]
     peaks = {stage["about"]["command"][0]: stage["memory_per_card_gb"]["peak"] for stage in report["stages"]}
-    assert 60 < peaks["sft.py"] < 94.6
+    assert 40 < peaks["sft.py"] < 45  # 73 without the fused attention, which is the default
     assert 16 < peaks["run_generation.py"] < 20

@@ -216,6 +216,30 @@ def test_every_way_to_train_lowers_the_loss(sft, flags):
     assert results["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_attention_is_computed_in_the_fused_kernel_unless_the_flag_says_no_with_the_same_losses(
+    run, questions, family, monkeypatch
+):
+    from habana_frameworks.torch.hpex.kernels import FusedSDPA
+
+    recomputes, attend = [], FusedSDPA.apply
+    monkeypatch.setattr(FusedSDPA, "apply", lambda *call: recomputes.append(call[8:9]) or attend(*call))
+    save_model(Path("model"), family)
+    flags = ["--model_name_or_path", "model", "--dataset_name", questions, "--do_train", "--lora_dropout", 0, *FLAGS]
+    called = {}
+    for name, more in {"default": [], "on": ["--use_flash_attention"], "off": ["--use_flash_attention", False]}.items():
+        run("sft.py", *flags, *more, "--skip_probe", True, "--output_dir", name)
+        called[name] = recomputes[:]
+        recomputes.clear()
+
+    assert len(called["default"]) == len(called["on"]) > 0
+    assert not called["off"]
+    assert losses("default") == pytest.approx(losses("off"), abs=1e-6)
+    assert losses("on") == pytest.approx(losses("off"), abs=1e-6)
+    if family == "llama":  # mistral's class says it to the card by a context
+        assert {*called["default"]} == {(True,)} != {*called["on"]}
+
+
 def test_the_loss_of_an_evaluation_is_the_mean_over_its_tokens_in_any_batches(sft):
     flags = ["--do_eval", "--max_seq_length", "128", "--disable_tqdm", "True", "--per_device_eval_batch_size"]
     packed = sft(*flags, "8", output="packed")["eval_loss"]
@@ -306,6 +330,10 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
             "--do_train --flash_attention_recompute --flash_attention_fast_softmax "
             "--attn_implementation gaudi_fused_sdpa",
             "no gradients for it with --flash_attention_recompute",
+        ),
+        (
+            "--do_train --use_flash_attention False --flash_attention_recompute --attn_implementation gaudi_fused_sdpa",
+            "--flash_attention_recompute: is a mode of flash attention; leave --use_flash_attention False out",
         ),
     ],
 )

@@ -147,9 +147,10 @@ def leaves_the_fused_optimizer_off():
     return not GaudiConfig().use_fused_adam
 
 
-def passes_what_the_generation_config_asks_for():
-    """The trainers hand the flash attention flags to the model from there, so a probe has to do the same."""
-    return "generation_config.use_flash_attention" in inspect.getsource(importlib.import_module(TRAINER))
+def passes_flash_attention_to_some_families_alone():
+    passes = ast.unparse(find(TRAINER, "_get_input_update_settings"))
+    first = passes.partition("use_flash_attention'] = True")[0].rpartition("model_type in ")[2]
+    return "'llama'" in first and "'mistral'" not in first and "'qwen3'" not in first
 
 
 def puts_its_classes_into_transformers():
@@ -200,7 +201,7 @@ FAULTS = {
     "is_gaudi_class": [puts_its_classes_into_transformers],
     "transformers_class": [puts_its_classes_into_transformers],
     "mend_transformers": [registers_a_kernel_without_a_mask, passes_a_number_of_logits_that_is_none],
-    "attention_inputs": [passes_what_the_generation_config_asks_for],
+    "attention_inputs": [passes_flash_attention_to_some_families_alone],
 }
 
 

@@ -30,6 +30,7 @@ class Family:
     wrong_attention: tuple[str, ...] = ()  # values of --attn_implementation that are wrong; eager never is
     no_reuse_cache: bool = False  # optimum-habana's class stops with an error with --reuse_cache
     wrong_flash_attention: str | None = None  # what optimum-habana's class leaves out with --use_flash_attention
+    always_fused: bool = False  # optimum-habana's class has no other attention than Gaudi's fused kernel
 
 
 def _falcon(config: PretrainedConfig) -> str | None:
@@ -64,12 +65,14 @@ FAMILIES = {
     "gpt_neo": Family("says other text with a cache"),
     "gpt_oss": Family("sees beyond its window", wrong_attention=("gaudi_fused_sdpa",)),  # no attention sinks
     "gptj": Family("says other text in padded batches"),
-    "mixtral": Family(wrong_attention=("sdpa",)),  # not causal where nothing is padded
+    "mixtral": Family(wrong_attention=("sdpa",), always_fused=True),  # sdpa: not causal where nothing is padded
     "opt": Family("says other text with a cache"),
     "phi": Family(_phi),
     "starcoder2": Family(STOPS),
     "xglm": Family(STOPS),
 }
+# What optimum-habana's classes train exactly with Gaudi's fused kernel, samples of a row apart (tests/test_families.py)
+EXACT_IN_FUSED_KERNEL = ("falcon", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
 def check_attention(config: PretrainedConfig, attn_implementation: str | None) -> None:
@@ -85,6 +88,12 @@ def check_flash_attention(model: PreTrainedModel) -> None:
     left_out = FAMILIES.get(kind, Family()).wrong_flash_attention
     if left_out is not None and is_gaudi_class(type(model)):
         raise InputError(f"--use_flash_attention: leaves out {left_out} in {kind} models; take it out")
+
+
+def is_exact_in_fused_kernel(config: PretrainedConfig, longest: int) -> bool:
+    """Whether training may compute attention in Gaudi's fused kernel, which has no dropout in these classes."""
+    is_known = config.model_type in EXACT_IN_FUSED_KERNEL and is_gaudi_class(choose_class(config, longest))
+    return is_known and not getattr(config, "attention_dropout", 0)
 
 
 def can_reuse_cache(model: PreTrainedModel) -> bool:

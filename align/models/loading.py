@@ -18,7 +18,15 @@ from align.data.chats import ChatTemplate
 from align.data.tokenization import set_chat_template
 from align.errors import InputError
 from align.models import guard
-from align.models.families import check_attention, check_flash_attention, choose_class, log_class
+from align.models.families import (
+    FAMILIES,
+    Family,
+    check_attention,
+    check_flash_attention,
+    choose_class,
+    is_exact_in_fused_kernel,
+    log_class,
+)
 from align.upstream_fixes import (
     keep_no_input_of_frozen_layers,
     keep_out_of_autocast,
@@ -47,8 +55,11 @@ class ModelArguments:
             "choices": ["bfloat16", "float32"],
         },
     )
-    use_flash_attention: bool = field(
-        default=False, metadata={"help": "Use Gaudi's fused attention where the model has it."}
+    use_flash_attention: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Use Gaudi's fused attention (default: where it is exact, and with --flash_attention_recompute)."
+        },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     token: str | None = field(default=None, metadata={"help": "Token for the hub (default: the one of the login)."})
@@ -71,6 +82,12 @@ class LoraArguments:
             "model)."
         },
     )
+
+
+def check_attention_flags(args: ModelArguments, training_args) -> None:
+    for mode in ("flash_attention_recompute", "flash_attention_causal_mask", "flash_attention_fast_softmax"):
+        if getattr(training_args, mode) and args.use_flash_attention is False:
+            raise InputError(f"--{mode}: is a mode of flash attention; leave --use_flash_attention False out")
 
 
 def load_config(args: ModelArguments, flag: str = "--model_name_or_path") -> PretrainedConfig:
@@ -250,13 +267,8 @@ def load_model(
     if loaded["missing_keys"]:  # of a format that the guard does not read
         raise InputError(f"{flag}: {name} holds no weights for {sorted(loaded['missing_keys'])[0]}")
     guard.mend_generation_config(model, flag)
-    if args.use_flash_attention:  # optimum-habana's trainers read these and hand them to the model's forward
-        check_flash_attention(model)
-        if "use_flash_attention" not in inspect.signature(type(model).forward).parameters:
-            logger.warning(f"--use_flash_attention has no effect: {config.model_type} runs here without that kernel")
-        model.generation_config.use_flash_attention = True
-        model.generation_config.flash_attention_recompute = training_args.flash_attention_recompute
-        model.generation_config.flash_attention_causal_mask = training_args.flash_attention_causal_mask
+    if wants_flash_attention(args, config, longest):
+        set_attention_inputs(model, args, training_args)
     if is_deepspeed_zero3_enabled() and (training_args.use_zero3_leaf_promotion or _has_experts(config)):
         from optimum.habana.distributed import apply_zero3_leaf_promotion
 
@@ -264,6 +276,34 @@ def load_model(
     keep_ranks_apart(model)
     keep_out_of_autocast(model)
     return model
+
+
+def wants_flash_attention(args: ModelArguments, config: PretrainedConfig, longest: int) -> bool:
+    """What --use_flash_attention says, or whether it is exact where that says nothing."""
+    wanted = args.use_flash_attention
+    return is_exact_in_fused_kernel(config, longest) if wanted is None else wanted
+
+
+def set_attention_inputs(model: PreTrainedModel, args: ModelArguments, training_args) -> None:
+    """Notes what the forward of this model is to be given for Gaudi's fused attention."""
+    check_flash_attention(model)
+    by_default, kind = args.use_flash_attention is None, model.config.model_type
+    wanted = {
+        "use_flash_attention": True,
+        "flash_attention_recompute": by_default or training_args.flash_attention_recompute,
+        "flash_attention_causal_mask": training_args.flash_attention_causal_mask,
+    }
+    taken = inspect.signature(type(model).forward).parameters
+    model.attention_inputs = {name: True for name, value in wanted.items() if value and name in taken}
+    if by_default:
+        logger.info(
+            "attention: Gaudi's fused kernel, which computes its softmax again for the gradients "
+            "(--use_flash_attention False for optimum-habana's default)"
+        )
+    elif "use_flash_attention" not in taken and not FAMILIES.get(kind, Family()).always_fused:
+        logger.warning(f"--use_flash_attention has no effect: {kind} runs here without that kernel")
+    elif dropout := getattr(model.config, "attention_dropout", 0):
+        logger.warning(f"--use_flash_attention leaves out the dropout of attention ({dropout:g} in {kind}'s config)")
 
 
 def _has_experts(config: PretrainedConfig) -> bool:

@@ -63,7 +63,9 @@ def candidates(stage, plan: dict, seen: dict, work: Path) -> list[tuple[str, dic
         smaller = [(f"--batch_size {size // 2}", {"--batch_size": str(size // 2)}, cards)] if size > 1 else []
         return [*smaller, (f"{2 * cards} cards", {}, 2 * cards)]
     found: list[tuple[str, dict[str, str], int]] = []
-    flash, checkpointing = {"--use_flash_attention": "True"}, {"--gradient_checkpointing": "True"}
+    is_off = judging.flag_values(arguments, "--use_flash_attention") == ["False"]  # else it is on where it can be
+    flash = {"--use_flash_attention": "True"} if is_off else {}
+    checkpointing = {"--gradient_checkpointing": "True"}
     kinds = max(seen.get("peaks", {}).values(), key=lambda peak: peak["total"], default={"by_kind": {}})["by_kind"]
     if "reference" in kinds:
         found.append(("--precompute_ref_log_probs True", {"--precompute_ref_log_probs": "True"}, cards))

@@ -25,7 +25,7 @@ from align.models.loading import find_padding
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler, no_slot
 from align.training.reference import Stored, store
 from align.training.reliable import ReliableMixin
-from align.upstream_fixes import GraphedAccumulationMixin, StepsInPartsMixin, WholeStepsMixin
+from align.upstream_fixes import GraphedAccumulationMixin, StepsInPartsMixin, WholeStepsMixin, attention_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
                 inputs["attention_mask"] = segment_mask(self.model, *ids)
         if self.keeps_logits and None in self.heads.values():
             inputs["logits_to_keep"] = prepared["targets"].shape[1]
-        return {**prepared, "model_inputs": {**inputs, "use_cache": False}}
+        return {**prepared, "model_inputs": {**inputs, **attention_inputs(self.model), "use_cache": False}}
 
     # Log-probs
 

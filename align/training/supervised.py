@@ -34,6 +34,7 @@ from align.upstream_fixes import (
     RightScaleMixin,
     StepsInPartsMixin,
     WholeStepsMixin,
+    attention_inputs,
     smoothed_loss,
 )
 
@@ -193,7 +194,7 @@ class SupervisedTrainer(
             with self.compute_loss_context_manager():
                 mask = segment_mask(self.model, inputs.pop("segment_ids"), inputs["position_ids"])
             inputs["attention_mask"] = mask
-        return {**inputs, "use_cache": False}
+        return {**inputs, **attention_inputs(self.model), "use_cache": False}
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.head is None:

@@ -87,6 +87,14 @@ def test_what_the_host_reads_is_that_of_the_first_call_and_warned_of_by_line(cod
     assert str(warned[0].message).startswith(("<string>:1", f"{__file__}:"))
 
 
+def test_an_input_on_the_host_is_baked_in_and_warned_of_by_line():
+    module = wrap_in_hpu_graph(Module(lambda x: x.to(HPU) * 2))
+    with pytest.warns(UserWarning, match=rf"{__file__}:\d+ gives an HPU graph a tensor of the host, of shape \[2\]"):
+        module(torch.ones(2))
+
+    assert module(torch.full((2,), 3.0)).tolist() == [2, 2]
+
+
 def test_state_and_tensors_that_python_made_are_baked_in():
     module = Module(lambda x: x + torch.tensor([float(module.calls)]).to("hpu") + module.calls)
     wrap_in_hpu_graph(module)
@@ -150,6 +158,17 @@ def test_warmup_mode_gives_back_what_was_there():
     module(card(1))
 
     assert module(card(7), warmup_mode=True).tolist() == [2, 2]
+
+
+def test_a_dry_run_uses_up_no_random_number():
+    plain, wrapped = (Module(lambda x: functional.dropout(x, 0.5)).train() for _ in range(2))
+    ModuleCacher()(wrapped, dry_run=True, allow_unused_input=True)
+
+    torch.hpu.manual_seed(0)
+    expected = [plain(card(1, 64).requires_grad_()) for _ in range(3)]
+    torch.hpu.manual_seed(0)
+
+    assert all(torch.equal(wrapped(card(1, 64).requires_grad_()), each) for each in expected)
 
 
 def gradient_of(module, *values):

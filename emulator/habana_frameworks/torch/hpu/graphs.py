@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from habana_frameworks.emulator import dry, graph_counter
+from habana_frameworks.emulator import dry, graph_counter, placement
 from habana_frameworks.emulator.recording import Recorder, Recording
+from habana_frameworks.torch.hpu.random import get_rng_state, set_rng_state
 from habana_frameworks.torch.hpu.streams import Stream, current_stream, default_stream
 from habana_frameworks.torch.utils.internal import is_lazy
 
@@ -37,10 +39,13 @@ class HPUGraph:
         self.recording = Recording(keep_all=True)
         self._recorder: Recorder | None = None
         self._inputs: list[torch.Tensor] = []
+        self._random_state: torch.Tensor | None = None
 
     def capture_begin(self, dry_run: bool = False) -> None:
+        """`dry_run`: a card computes nothing meanwhile, so that none of its random numbers is used up."""
         if self._recorder:
             raise RuntimeError("GRAPH:: graph Capture already in progress")
+        self._random_state = get_rng_state() if dry_run else None
         self._recorder = Recorder(self.recording)
         self._recorder.__enter__()
 
@@ -48,6 +53,9 @@ class HPUGraph:
         if self._recorder:
             self._recorder.__exit__(None, None, None)
             self._recorder = None
+        if self._random_state is not None:
+            set_rng_state(self._random_state)
+            self._random_state = None
 
     def replay(self, asynchronous: bool = False) -> None:
         self._replay()
@@ -120,6 +128,16 @@ def _copy_to(static: Any, given: Any) -> None:
             old.copy_(new)
 
 
+def _warn_of_host_inputs(inputs: tuple) -> None:
+    for leaf in tree_leaves(inputs):
+        if placement.strict and isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.device.type == "cpu":
+            warnings.warn(
+                f"{placement.caller()} gives an HPU graph a tensor of the host, of shape {list(leaf.shape)}: replays "
+                "go on with what it holds now",
+                stacklevel=2,
+            )
+
+
 def _from_environment(name: str, given: bool) -> bool:
     return os.environ[name] == "1" if name in os.environ else given
 
@@ -169,6 +187,7 @@ def _wrap(function: Callable, cache: dict[Hashable, Any], disable_tensor_cache: 
         with graph_counter.hpu_graph(id(cache), key):
             reads_in_place = _from_environment("PT_HPUGRAPH_DISABLE_TENSOR_CACHE", disable_tensor_cache)
             if key not in cache:
+                _warn_of_host_inputs((args, kwargs))
                 if dry.is_wanted:
                     cache[key] = _Held(function, args, kwargs, reads_in_place)
                 else:
@@ -214,15 +233,22 @@ def wrap_in_hpu_graph(
 class _TrainingGraph:
     """A forward pass and its backward pass, each an HPU graph."""
 
-    def __init__(self, run: Callable, inputs: tuple[torch.Tensor, ...], parameters: tuple, allow_unused_input: bool):
+    def __init__(
+        self,
+        run: Callable,
+        inputs: tuple[torch.Tensor, ...],
+        parameters: tuple,
+        allow_unused_input: bool,
+        dry_run: bool,
+    ):
         """`run` maps the inputs to a tuple of tensors."""
         self.forward, self.backward = HPUGraph(), HPUGraph()
         self.inputs, self.parameters = inputs, parameters
-        with graph(self.forward):
+        with graph(self.forward, dry_run=dry_run):
             self.outputs = run(*inputs)
         self.gradients = [torch.empty_like(each) if each.requires_grad else None for each in self.outputs]
         surface = [*inputs, *parameters]
-        with graph(self.backward):
+        with graph(self.backward, dry_run=dry_run):
             made = torch.autograd.grad(
                 [each for each in self.outputs if each.requires_grad],
                 [each for each in surface if each.requires_grad],
@@ -266,8 +292,9 @@ def make_graphed_callables(
     dry_run: bool = False,
 ):
     """The callable, or each of a tuple of them, as a training graph for inputs like `sample_args`, tensors alone."""
+    dry_run = dry_run or disable_tensor_cache
     if not isinstance(callables, tuple):
-        return make_graphed_callables((callables,), (sample_args,), warmups, allow_unused_input)[0]
+        return make_graphed_callables((callables,), (sample_args,), warmups, allow_unused_input, dry_run=dry_run)[0]
     graphed = []
     for function, args in zip(callables, sample_args, strict=True):
         is_module = isinstance(function, torch.nn.Module)
@@ -277,11 +304,11 @@ def make_graphed_callables(
             raise AssertionError("only parameters may be trainable; all buffers must have requires_grad=False")
         if not all(isinstance(value, torch.Tensor) for value in args):
             raise AssertionError("sample_args for each callable must be a tuple of Tensors")
-        graphed.append(_graph_callable(function, args, allow_unused_input))
+        graphed.append(_graph_callable(function, args, allow_unused_input, dry_run))
     return tuple(graphed)
 
 
-def _graph_callable(function: Callable, args: tuple, allow_unused_input: bool) -> Callable:
+def _graph_callable(function: Callable, args: tuple, allow_unused_input: bool, dry_run: bool) -> Callable:
     run = function.forward if isinstance(function, torch.nn.Module) else function
     parameters = tuple(function.parameters()) if isinstance(function, torch.nn.Module) else ()
     returns_tensor = False
@@ -292,7 +319,7 @@ def _graph_callable(function: Callable, args: tuple, allow_unused_input: bool) -
         returns_tensor = isinstance(outputs, torch.Tensor)
         return (outputs,) if returns_tensor else outputs
 
-    recorded = _TrainingGraph(as_tuple, args, parameters, allow_unused_input)
+    recorded = _TrainingGraph(as_tuple, args, parameters, allow_unused_input, dry_run)
 
     def graphed(*inputs):
         outputs = recorded(*inputs)
@@ -308,7 +335,7 @@ def _graph_callable(function: Callable, args: tuple, allow_unused_input: bool) -
 class _TrainedCall:
     """A training graph of a module's call, whose arguments and results may be nested."""
 
-    def __init__(self, module: torch.nn.Module, arguments: dict, allow_unused_input: bool):
+    def __init__(self, module: torch.nn.Module, arguments: dict, allow_unused_input: bool, dry_run: bool):
         leaves, structure = tree_flatten(arguments)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
 
@@ -321,7 +348,7 @@ class _TrainedCall:
             return tuple(result for result in results if isinstance(result, torch.Tensor))
 
         inputs = tuple(leaves[place] for place in places)
-        self.graph = _TrainingGraph(run, inputs, tuple(module.parameters()), allow_unused_input)
+        self.graph = _TrainingGraph(run, inputs, tuple(module.parameters()), allow_unused_input, dry_run)
 
     def __call__(self, arguments: dict) -> Any:
         tensors = iter(self.graph(*(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor))))
@@ -368,7 +395,7 @@ class ModuleCacher:
             raise AssertionError("Use DataParallel/DistributedDataParallel only after wrapping with ModuleCacher")
         self.defaults = _defaults_of(self.original.forward)
         self.use_lfu, self.allow_unused_input = use_lfu, allow_unused_input
-        self.have_grad_accumulation = have_grad_accumulation
+        self.have_grad_accumulation, self.dry_run = have_grad_accumulation, dry_run or disable_tensor_cache
         self.verbose, self.log_frequency = verbose, log_frequency
         model.orig_forward = model.forward
         model.forward = self.forward
@@ -407,7 +434,7 @@ class ModuleCacher:
                 return self.model.orig_forward(*args, **kwargs)
             if key not in self.graphs:
                 self.is_tracing = True
-                self.graphs[key] = _TrainedCall(self.original, arguments, self.allow_unused_input)
+                self.graphs[key] = _TrainedCall(self.original, arguments, self.allow_unused_input, self.dry_run)
                 self.is_tracing = False
             return self.graphs[key](arguments)
 

@@ -8,12 +8,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_rows
 from tiny import save_model
 
 from habana_frameworks.torch.hpex.kernels import FusedSDPA
+from habana_frameworks.torch.hpex.optimizers import FusedAdamW
 
 SFT = "sft.py --max_seq_length 64 --do_train --do_eval --max_steps 1".split()
 DPO = "dpo.py --max_prompt_length 48 --max_length 96 --do_train --do_eval --max_steps 1 --eval_steps 1".split()
@@ -149,6 +151,15 @@ def test_a_gradient_finds_its_way_back_to_where_its_weight_is():
     assert [on_host.grad.tolist(), on_card.grad.tolist()] == [[2, 2], [1, 1]]
 
 
+def optimize_with_state_on_the_host(optimizer_type, card):
+    weight = torch.nn.Parameter(card)
+    optimizer = optimizer_type([weight])
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].cpu()
+
+
 @pytest.mark.parametrize(
     "mix",
     [
@@ -161,6 +172,10 @@ def test_a_gradient_finds_its_way_back_to_where_its_weight_is():
         lambda card, host: host.sum().add_(card.sum()),
         lambda card, host: FusedSDPA.apply(card[None, None, None], card[None, None, None], host[None, None, None]),
         torch.equal,
+        lambda card, host: (card.requires_grad_() * 2).backward(host),
+        lambda card, host: torch.autograd.grad(card.requires_grad_() * 2, card, host),
+        lambda card, host: optimize_with_state_on_the_host(FusedAdamW, card),
+        lambda card, host: optimize_with_state_on_the_host(torch.optim.AdamW, card),
     ],
 )
 def test_operations_do_not_mix_card_and_host(mix):
@@ -183,6 +198,30 @@ def test_operations_do_not_mix_card_and_host(mix):
 )
 def test_operations_that_a_card_takes_are_taken(mix):
     mix(torch.ones(2, device="hpu"), torch.ones(2))
+
+
+@pytest.mark.parametrize("convert", [np.asarray, np.array, np.from_dlpack, lambda card: np.array([card, card])])
+def test_no_library_reads_the_cards_memory(convert):
+    with pytest.raises((TypeError, BufferError), match="hpu"):
+        convert(torch.ones(2, device="hpu"))
+
+
+def test_what_is_pinned_is_a_copy_on_the_host():
+    batch = torch.ones(2)
+    (loaded,) = torch.utils.data.DataLoader([batch], batch_size=None, pin_memory=True)
+    pinned = batch.pin_memory()
+    batch.zero_()
+
+    assert pinned.tolist() == [1, 1]
+    assert [each.is_pinned() for each in (batch, pinned, loaded)] == [False, True, True]
+    assert pinned.pin_memory() is pinned
+
+
+def test_a_loader_does_not_pin_a_batch_that_is_on_the_card():
+    loader = torch.utils.data.DataLoader([1], collate_fn=lambda row: torch.tensor(row).hpu(), pin_memory=True)
+
+    with pytest.raises(RuntimeError, match=rf"only dense CPU tensors can be pinned .*{Path(__file__).name}:[0-9]+"):
+        next(iter(loader))
 
 
 def test_what_the_card_draws_is_no_number_of_the_hosts():

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from habana_frameworks.emulator.graph_counter import count_graphs
 from habana_frameworks.torch import core
@@ -54,6 +55,29 @@ def test_what_is_told_to_the_card_is_remembered():
         torch.hpu.setDeterministic(False)
 
 
+def test_a_checkpoint_computes_again_in_the_cards_autocast_whatever_it_is_given():
+    weight = torch.full((4, 4), 0.3, device="hpu", requires_grad=True)
+
+    with torch.autocast("hpu", torch.bfloat16):
+        squared = checkpoint(lambda: (weight @ weight).sigmoid() @ weight, use_reentrant=False)
+    squared.sum().backward()  # refuses what was computed again in another type
+
+    assert squared.dtype == torch.bfloat16
+    assert weight.grad.isfinite().all()
+
+
+def test_a_process_has_one_card_whatever_its_module(monkeypatch):
+    monkeypatch.setenv("HLS_MODULE_ID", "3")
+
+    with torch.hpu.device("hpu"), torch.hpu.device(0), torch.hpu.device("hpu:3"):
+        assert torch.hpu.current_device() == 0
+    torch.hpu.set_device(7)
+    with pytest.raises(AssertionError, match="Trying to open device with idx=9"):
+        torch.hpu.set_device(9)
+    with pytest.raises(AssertionError, match="Requested device_id=2 is different from env_device_id=3"):
+        torch.hpu.device(2)
+
+
 # hpu/memory.py
 
 
@@ -91,6 +115,12 @@ def test_an_event_has_one_option():
         torch.hpu.Event(blocking=True)
 
 
+def test_a_card_is_waited_for_without_naming_it():
+    torch.hpu.synchronize()
+    with pytest.raises(TypeError):
+        torch.hpu.synchronize(0)
+
+
 # hpu/random.py
 
 
@@ -108,6 +138,20 @@ def test_random_state_is_that_of_the_first_card_alone():
         torch.hpu.get_rng_state("hpu:1")
     with pytest.raises(RuntimeError, match="states len of 1"):
         torch.hpu.set_rng_state_all([state, state])
+
+
+# core/torch_overwrites.py
+
+
+def test_a_fork_of_the_random_state_is_the_cards_too(monkeypatch):
+    monkeypatch.setenv("HABANA_EMULATOR_DEVICES", "1")
+    before = torch.hpu.get_rng_state()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        assert not torch.equal(torch.hpu.get_rng_state(), before)
+
+    assert torch.equal(torch.hpu.get_rng_state(), before)
 
 
 # core/step_closure.py

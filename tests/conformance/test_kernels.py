@@ -405,6 +405,15 @@ def test_rms_norm_takes_six_arguments_and_is_float32_where_types_differ():
         FusedRMSNorm.apply(data, gamma, eps=1e-6)
 
 
+@pytest.mark.parametrize("wrong", ["data", "gamma"])
+def test_rms_norm_has_no_kernel_for_whole_numbers(wrong):
+    inputs = {"data": torch.randn(2, DIM), "gamma": torch.ones(DIM)}
+    inputs[wrong] = inputs[wrong].int()
+
+    with pytest.raises(RuntimeError, match=r"no kernel for torch.int32 \(called at .*test_kernels.py:"):
+        FusedRMSNorm.apply(*inputs.values(), 1e-6)
+
+
 # hpex/normalization/FusedClipNorm.py
 
 
@@ -465,7 +474,7 @@ def test_adamw_rounds_its_step_to_the_type_of_the_weights():
 
 @pytest.mark.parametrize("known_as", ["bias_correction", "correct_bias", None])
 def test_adamw_takes_the_states_of_older_plugins_and_of_torch(known_as):
-    weight = torch.nn.Parameter(torch.zeros(1))
+    weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = FusedAdamW([weight], lr=0.1)
     saved = optimizer.state_dict()
     corrects = saved["param_groups"][0].pop("bias_correction")
@@ -532,3 +541,42 @@ def test_ctc_loss_equals_torch():
         lambda scores: functional.ctc_loss(scores.log_softmax(-1), targets, *lengths),
         scores,
     )
+
+
+# scripts/hpu_op.yaml: what these kernels compute is there for the card alone
+
+
+def kernels_and_inputs():
+    """Each fused kernel with what it takes, its tensors first."""
+    row, table, places = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 9, 4), torch.zeros(1, 2, dtype=torch.long)
+    routed = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    weight, step = torch.ones(4, 4), torch.tensor([-0.1])
+    ops = torch.ops.hpu
+    return {
+        "attention": (FusedSDPA.apply, [row, row, row, torch.zeros(1, 1, 2, 2)]),
+        "norm": (FusedRMSNorm.apply, [row, weight[0], 1e-6]),
+        "rotary embedding": (RotaryPosEmbeddingHelperV2.apply, [row, table, table, places]),
+        "experts": (
+            lambda states, table, shares, *w: ops.mixture_of_experts(
+                states, table, shares, *([each] for each in w), True, "silu", 0, 0
+            ),
+            [row[0, 0], *routed, weight, weight, weight],
+        ),
+        "AdamW": (
+            lambda *tensors: ops.optimizer_adamw(*([each] for each in tensors[:4]), tensors[4], 0.9, 0.99, 1e-8, 1.0),
+            [weight.clone(), weight.clone(), weight.clone(), weight.clone(), step],
+        ),
+        "kv_reorder": (ops.kv_reorder_, [torch.ones(1, 4, 1, 2, 1), places[0, :1], places[0, :1] + 1, places[0, :1]]),
+    }
+
+
+@pytest.mark.parametrize("name", kernels_and_inputs())
+def test_a_kernel_refuses_each_tensor_of_the_host_and_names_the_line(name):
+    kernel, inputs = kernels_and_inputs()[name]
+    kernel(*inputs)
+
+    for place, value in enumerate(inputs):
+        if isinstance(value, torch.Tensor):
+            on_host = [each.cpu() if number == place else each for number, each in enumerate(inputs)]
+            with pytest.raises(RuntimeError, match=r"test_kernels.py:\d+"):
+                kernel(*on_host)

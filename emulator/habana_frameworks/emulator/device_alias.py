@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from habana_frameworks.emulator import autocast, metrics_file, placement, random_state, recording
 from habana_frameworks.emulator.placement import CARD, HOST, asked, on_card, put, settle
@@ -23,15 +24,19 @@ from habana_frameworks.emulator.placement import CARD, HOST, asked, on_card, put
 HPU = torch.device("hpu", 0)
 LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 SHARING = ("as_tensor", "asarray")  # they may return what they got, or its memory
+PINNED = "_emulated_pinned"  # mark of a storage
 NEW_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 def use() -> None:
     """The first touch of the device: says so, once, on rank 0."""
     if not placement.in_use:
+        from torch.utils.checkpoint import DefaultDeviceType  # half a second that only some processes need
+
         placement.in_use = True
         placement.start()
         metrics_file.start()
+        DefaultDeviceType.set_device_type("hpu")  # whose autocast checkpoints keep (hpu/__init__.py)
         if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
             print("Emulating Gaudi on the CPU: speed and memory say nothing about a real card.", file=sys.stderr)
 
@@ -108,7 +113,9 @@ def install() -> None:
     torch.Generator = _generator_type(torch.Generator)
     _alias_tensor_methods()
     _alias_storage_copies()
-    _seed_both()
+    _alias_random()
+    _pin_batches()
+    _check_gradients()
     os.register_at_fork(after_in_child=_leave)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # on a card it is, and right
     # Files that were written on a Gaudi name hpu as the place of their storages.
@@ -209,8 +216,14 @@ def _alias_tensor_methods() -> None:
 
     def pin_memory(self, device=None):
         if placement.strict and on_card(self):
-            raise RuntimeError(f"cannot pin '{self.type()}' only dense CPU tensors can be pinned")
-        return self
+            raise RuntimeError(
+                f"cannot pin '{self.type()}' only dense CPU tensors can be pinned (called at {placement.caller()})"
+            )
+        if self.is_pinned():
+            return self
+        pinned = self.clone()
+        setattr(pinned.untyped_storage(), PINNED, True)
+        return pinned
 
     tensor.to = to
     tensor.type = type_
@@ -221,6 +234,8 @@ def _alias_tensor_methods() -> None:
     tensor.hpu = lambda self, device=None, non_blocking=False: self.to("hpu", non_blocking=non_blocking)
     torch.nn.Module.hpu = lambda self, device=None: self.to("hpu")
     tensor.pin_memory = pin_memory
+    tensor.__dlpack__ = _of_the_host(tensor.__dlpack__)
+    tensor.is_pinned = lambda self, device=None: getattr(self.untyped_storage(), PINNED, False)
     tensor.record_stream = lambda self, stream: None
     for name in NEW_METHODS:
         setattr(tensor, name, _following(_natively(getattr(tensor, name))))
@@ -256,6 +271,18 @@ def _move(source: torch.Tensor, result: torch.Tensor, place: bool | None) -> tor
     if result.grad_fn is not None:  # the gradient goes the way back
         result.register_hook(lambda gradient: put(gradient.clone(), CARD if was_on_card else HOST))
     return result
+
+
+def _of_the_host(method: Callable) -> Callable:
+    """A method that would hand a card's memory to a library that takes it for the host's."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        if placement.strict and on_card(self):
+            raise BufferError(f"DLPack has no device hpu (called at {placement.caller()})")
+        return method(self, *args, **kwargs)
+
+    return wrapper
 
 
 def _reading(method: Callable) -> Callable:
@@ -300,9 +327,9 @@ def _alias_storage_copies() -> None:
     torch.UntypedStorage.clone = clone
 
 
-def _seed_both() -> None:
-    """torch.manual_seed and torch.seed seed the card too (core/torch_overwrites.py)."""
-    native, native_seed = torch.manual_seed, torch.seed
+def _alias_random() -> None:
+    """torch.manual_seed and torch.seed seed the card too, and fork_rng forks it (core/torch_overwrites.py)."""
+    native, native_seed, native_fork = torch.manual_seed, torch.seed, torch.random.fork_rng
 
     @functools.wraps(native)
     def manual_seed(seed):
@@ -315,8 +342,43 @@ def _seed_both() -> None:
         random_state.card_generator.manual_seed(chosen)
         return chosen
 
+    @functools.wraps(native_fork)
+    def fork_rng(*args, device_type=None, **kwargs):
+        return native_fork(*args, device_type=device_type or "hpu", **kwargs)
+
     torch.manual_seed = torch.random.manual_seed = manual_seed
     torch.seed = torch.random.seed = seed
+    torch.random.fork_rng = fork_rng
+
+
+def _check_gradients() -> None:
+    """A backward pass starts where its result is: torch's engine compares devices, and these are both the CPU's."""
+    native = torch.autograd._make_grads
+
+    @functools.wraps(native)
+    def make_gradients(outputs, gradients, *args, **kwargs):
+        for output, gradient in zip(outputs, gradients, strict=False):
+            both = isinstance(output, torch.Tensor) and isinstance(gradient, torch.Tensor)
+            if both and on_card(output) != on_card(gradient):
+                raise RuntimeError(
+                    f"invalid gradient: expected device {output.device} but got {gradient.device} "
+                    f"(called at {placement.caller()})"
+                )
+        return native(outputs, gradients, *args, **kwargs)
+
+    torch.autograd._make_grads = make_gradients
+
+
+def _pin_batches() -> None:
+    """A DataLoader that is told to pin its batches does so; what its workers made is on the host anyway."""
+    native = _SingleProcessDataLoaderIter.__init__
+
+    @functools.wraps(native)
+    def __init__(self, loader):
+        native(self, loader)
+        self._pin_memory = loader.pin_memory and placement.in_use
+
+    _SingleProcessDataLoaderIter.__init__ = __init__
 
 
 def _restore(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:

@@ -1,9 +1,13 @@
-"""`torch.ops.hpu`: the operators that callers reach without going through `hpex`."""
+"""`torch.ops.hpu`: the operators that callers reach without going through `hpex`. Tensors of the host are refused."""
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import library
 from torch.nn import functional
 
+from habana_frameworks.emulator.placement import require_card, tensors_in
 from habana_frameworks.torch.hpex.kernels.rotary import rotary_pos_embedding
 
 LIBRARY = library.Library("hpu", "DEF")
@@ -56,7 +60,8 @@ def optimizer_adamw(
         exp_avg.lerp_(gradient.to(exp_avg.dtype), 1 - beta1)
         squared = gradient.to(exp_avg_sq.dtype)
         exp_avg_sq.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
-        weight.mul_(modified_wd).add_(neg_step * exp_avg / (exp_avg_sq.sqrt() + epsilon))
+        update = neg_step * exp_avg / (exp_avg_sq.sqrt() + epsilon)
+        weight.mul_(modified_wd).add_(update.view_as(weight))
 
 
 def mixture_of_experts(
@@ -115,10 +120,19 @@ def kv_reorder_(self: torch.Tensor, start: torch.Tensor, end: torch.Tensor, beam
     return self
 
 
+def _implement(overload: str, kernel: Callable, key: str = "CompositeExplicitAutograd") -> None:
+    @functools.wraps(kernel)
+    def on_card(*args):
+        require_card(overload, *tensors_in(args))
+        return kernel(*args)
+
+    LIBRARY.impl(overload, on_card, key)
+
+
 for overload in ("optimizer_adamw", "optimizer_adamw.eager"):
-    LIBRARY.impl(overload, optimizer_adamw, "CompositeExplicitAutograd")
-LIBRARY.impl("mixture_of_experts", mixture_of_experts, "CompositeImplicitAutograd")
-LIBRARY.impl("mixture_of_experts.fused_weights", mixture_of_experts_with_fused_weights, "CompositeImplicitAutograd")
-LIBRARY.impl("rotary_pos_embedding", rotary_pos_embedding, "CompositeImplicitAutograd")
-LIBRARY.impl("kv_reorder_", kv_reorder_, "CompositeExplicitAutograd")
-LIBRARY.impl("kv_reorder", lambda self, *columns: kv_reorder_(self.clone(), *columns), "CompositeExplicitAutograd")
+    _implement(overload, optimizer_adamw)
+_implement("mixture_of_experts", mixture_of_experts, "CompositeImplicitAutograd")
+_implement("mixture_of_experts.fused_weights", mixture_of_experts_with_fused_weights, "CompositeImplicitAutograd")
+_implement("rotary_pos_embedding", rotary_pos_embedding, "CompositeImplicitAutograd")
+_implement("kv_reorder_", kv_reorder_)
+_implement("kv_reorder", lambda self, *columns: kv_reorder_(self.clone(), *columns))

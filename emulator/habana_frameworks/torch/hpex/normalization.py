@@ -3,7 +3,7 @@ from enum import Enum
 
 import torch
 
-from habana_frameworks.emulator.placement import require_card
+from habana_frameworks.emulator.placement import caller, require_card
 from habana_frameworks.torch.core.step_closure import _mark_step_if_lazy
 
 
@@ -28,9 +28,12 @@ class FusedRMSNorm:
         """`data / rms(data) * gamma` over the last dimension, reduced in float32.
 
         The result has the type of both, or float32 where they differ (rms_norm_gen.cpp). The last three say how a card
-        computes it.
+        computes it. Raises RuntimeError for whole numbers, for which there is no kernel.
         """
         require_card("FusedRMSNorm", data, gamma)
+        for tensor in (data, gamma):
+            if not tensor.is_floating_point():
+                raise RuntimeError(f"FusedRMSNorm: there is no kernel for {tensor.dtype} (called at {caller()})")
         wide = data.float()
         normalised = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
         if data.dtype != gamma.dtype:

@@ -34,6 +34,11 @@ def current_device() -> int:
 
 
 def set_device(device: torch.device | str | int) -> None:
+    """Which of the host's modules this process takes; it has one card anyway."""
+    index = _get_device_index(device, optional=True)
+    modules = list(map(int, os.environ.get("HABANA_VISIBLE_MODULES", "0,1,2,3,4,5,6,7").split(",")))
+    if index not in modules and index > len(modules):
+        raise AssertionError(f"Trying to open device with idx={index} when only {modules} are avaliable)")
     device_alias.use()
 
 
@@ -58,8 +63,27 @@ def __getattr__(name: str) -> bool:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _get_device_index(device: torch.device | str | int | None, optional: bool = False, allow_cpu: bool = False) -> int:
+    """The index that a device names, -1 for cpu; the current one if it names none and that is `optional`."""
+    if isinstance(device, int):
+        return device
+    device = None if device is None else torch.device(device)
+    if device is not None and device.type not in (("hpu", "cpu") if allow_cpu else ("hpu",)):
+        raise ValueError(f"Expected a hpu device, but got: {device}")
+    if device is not None and device.type == "cpu":
+        return -1
+    if device is not None and device.index is not None:
+        return device.index
+    if not optional:
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+    return current_device()
+
+
 def device(device: torch.device | str | int) -> contextlib.AbstractContextManager:
-    """A context in which `device` is the current one, as it is anyway."""
+    """A context in which `device` is the current one, as it is anyway: 0, or the module that HLS_MODULE_ID names."""
+    index, module = _get_device_index(device, optional=True), int(os.environ.get("HLS_MODULE_ID") or -1)
+    if index not in (0, module):
+        raise AssertionError(f"Requested device_id={index} is different from env_device_id={module}")
     return contextlib.nullcontext()
 
 
@@ -72,7 +96,7 @@ def get_device_properties(device: torch.device | str | int | None = None) -> str
 
 
 def can_device_access_peer(device: torch.device | str | int, peer_device: torch.device | str | int) -> bool:
-    first, second = (torch.device(each).index if isinstance(each, str) else each for each in (device, peer_device))
+    first, second = (_get_device_index(each, optional=True) for each in (device, peer_device))
     for index in (first, second):
         if not 0 <= index < device_count():
             raise AssertionError(f"Invalid device id : {index}")

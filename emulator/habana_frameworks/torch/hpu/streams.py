@@ -149,5 +149,5 @@ def stream(stream: Stream | None) -> StreamContext:
     return StreamContext(stream)
 
 
-def synchronize(device=None) -> None:
+def synchronize() -> None:
     """Nothing is under way."""

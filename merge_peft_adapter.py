@@ -27,8 +27,6 @@ from align.merge.checkpoints import (
     find_folder,
     open_checkpoint,
     read_json,
-    replace_folder,
-    restore_folder,
 )
 from align.merge.plan import (
     Adapter,
@@ -42,6 +40,7 @@ from align.merge.plan import (
 from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
 from align.models.guard import check_adapter, check_folder, check_layers, check_weights, load_config
 from align.ranges import limit
+from align.whole import replace_folder, restore_folder
 
 logger = logging.getLogger("merge_peft_adapter")
 

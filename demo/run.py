@@ -216,7 +216,7 @@ def main() -> None:
     start = time.perf_counter()
     folder, base = args.folder, args.folder / "model"
     held = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if held - {"packages", "model", "model.part"} and not (folder / "packages" / model.REQUIREMENTS).exists():
+    if held - {"packages", "model", ".model.partial"} and not (folder / "packages" / model.REQUIREMENTS).exists():
         raise InputError(f"--folder: {folder} holds something else; name a new folder")
     model.prepare(base, folder / "packages")
     for path in (folder / "before", folder / "sampled", folder / "data", *folder.glob("seed-*")):

@@ -22,12 +22,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-import align.merge.checkpoints
 import merge_peft_adapter
 from align.errors import InputError
 from align.merge.checkpoints import open_checkpoint
 from align.merge.plan import open_adapter, plan_merge
 from align.merge.writing import verify_files
+from align.whole import replace_folder
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "vocab_size": 32}
 ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 2, "lora_alpha": 4}
@@ -438,7 +438,7 @@ def test_file_systems_that_cannot_swap_folders_get_two_renames(number, inputs, m
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(align.merge.checkpoints, "swap_folders", refuse)
+    monkeypatch.setattr("align.whole.swap_folders", refuse)
     write_json("merged/config.json", {})
 
     merge_peft_adapter.main([*COMMAND, "--overwrite"])
@@ -476,7 +476,7 @@ def test_disks_between_which_the_kernel_cannot_copy_are_copied_through_memory(in
 def test_second_merge_into_the_same_folder_is_refused_while_the_first_writes(inputs):
     write_json("merged/config.json", {"the": "old model"})
 
-    with align.merge.checkpoints.replace_folder(Path("merged"), "--output_name") as folder:
+    with replace_folder(Path("merged"), "--output_name") as folder:
         (folder / "config.json").write_text('{"the": "first one\'s"}')
         with pytest.raises(InputError, match="another run is writing .*merged right now"):
             merge_peft_adapter.main([*COMMAND, "--overwrite"])

@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from datasets.table import MemoryMappedTable
 
 from align.data.formats import RowError
 from align.errors import InputError
+from align.whole import replace_file, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -256,8 +256,11 @@ def load_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
     target = Path(datasets.config.HF_DATASETS_CACHE) / "align" / f"rows-{content.hexdigest()}.arrow"
     if not is_sound(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}.partial")
-        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        with (
+            replace_file(target) as partial,
+            pa.OSFile(str(partial), "wb") as sink,
+            pa.ipc.new_stream(sink, SCHEMA) as writer,
+        ):
             rows = []
             for row in _generate(names):
                 rows.append(row)
@@ -265,7 +268,6 @@ def load_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
                     rows = []
             writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-        unfinished.replace(target)
         seal(target, [target])
     rows = Dataset(MemoryMappedTable.from_file(str(target)), fingerprint=content.hexdigest())
     return rows.with_transform(show_rows)
@@ -312,9 +314,7 @@ def checksum(file: Path) -> str:
 def seal(target: Path, files: Iterable[Path]) -> None:
     """Writes down beside `target` what its files hold."""
     sums = {file.name: checksum(file) for file in files}
-    unfinished = target.with_suffix(".sums.partial")
-    unfinished.write_text(json.dumps(sums), encoding="utf-8")
-    unfinished.replace(target.with_suffix(".sums"))
+    write_file(target.with_suffix(".sums"), json.dumps(sums))
 
 
 def is_sound(target: Path) -> bool:

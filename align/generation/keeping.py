@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from align import __version__
 from align.errors import InputError
+from align.whole import write_file
 
 UNFINISHED, SETTINGS, FINISHED = "generations.unfinished.jsonl", "generation_settings.json", "generations.jsonl"
 # Flags that change no text, or whose effect is in the tokens of the prompts or the files of the model
@@ -145,11 +146,4 @@ def to_json(content: Any, **options: Any) -> str:
 def write_json(path: Path, content: dict | list[dict]) -> None:
     """Writes an object as JSON, or a list as JSON lines; the file appears whole or not at all."""
     lines = [to_json(content, indent=2)] if isinstance(content, dict) else map(to_json, content)
-    unfinished = path.with_suffix(".partial")
-    try:
-        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
+    write_file(path, "".join(f"{line}\n" for line in lines))

@@ -1,20 +1,10 @@
-"""Checkpoints as files: where each tensor lies, from headers alone, and folders that appear whole or not at all."""
+"""Checkpoints as files: where each tensor lies, from headers alone."""
 
-import ctypes
-import errno
-import fcntl
 import json
 import math
-import os
-import shutil
-import signal
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from align.errors import InputError
 
@@ -27,7 +17,6 @@ DTYPES = {  # safetensors' name: torch's, and the bytes of one element
 TORCH_NAMES = {name: torch_name for name, (torch_name, _) in DTYPES.items()}
 ITEM_SIZES = {name: size for name, (_, size) in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
-RENAME_EXCHANGE, AT_FDCWD = 2, -100  # linux/fs.h, fcntl.h
 
 
 class NotStreamableError(Exception):
@@ -197,134 +186,3 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return checkpoint
     hint = "an adapter, merge that one first" if (folder / "adapter_config.json").exists() else "a model"
     raise InputError(f"{folder} has no model.safetensors or pytorch_model.bin, whole or with an index: is it {hint}?")
-
-
-@contextmanager
-def replace_folder(output: Path, flag: str) -> Iterator[Path]:
-    """
-    Gives a hidden folder beside `output` to fill. When the block ends well, it is flushed to disk and takes the place
-    of `output` in one rename; when it fails, it vanishes. What a killed run has left is cleared at the next start.
-    """
-    partial = output.with_name(f".{output.name}.partial")
-    previous = _previous(output)
-    if partial.is_symlink():
-        raise InputError(
-            f"{flag}: {partial}, where the model would be written first, is a link to elsewhere; remove it"
-        )
-    with HeldSignals() as signals:
-        lock = _make_and_lock(partial, output, flag)
-        try:
-            with signals.let_in():
-                _clear(partial)
-                yield partial
-                for path in [*partial.rglob("*"), partial]:
-                    flush(path)
-            _exchange(partial, output, previous)
-            flush(output.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # a failed run's folder, or the one that was replaced
-            if output.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-            os.close(lock)
-
-
-def _make_and_lock(partial: Path, output: Path, flag: str) -> int:
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"{flag}: cannot write beside {output} ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise InputError(
-            f"{flag}: another run is writing {output} right now; wait for it, or name another folder"
-        ) from None
-    return lock
-
-
-class HeldSignals:
-    """Within the block, signals whose handlers would end it wait for `let_in`, or for its end: nothing is half done."""
-
-    def __enter__(self) -> "HeldSignals":
-        self.waiting, self.lets_in = 0, False
-        self.handlers: dict[int, Callable[[int, Any], Any]] = {}
-        if threading.current_thread() is threading.main_thread():
-            found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-            self.handlers = {number: handler for number, handler in found.items() if callable(handler)}
-        for number in self.handlers:
-            signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, _: Any) -> None:
-        self.waiting = self.waiting or number
-        if self.lets_in:
-            self._deliver()
-
-    def _deliver(self) -> None:
-        number, self.waiting = self.waiting, 0
-        if number:
-            self.handlers[number](number, None)
-
-    @contextmanager
-    def let_in(self) -> Iterator[None]:
-        self.lets_in = True
-        try:
-            self._deliver()
-            yield
-        finally:
-            self.lets_in = False
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self._deliver()
-
-
-def restore_folder(output: Path) -> None:
-    """Puts the old `output` back where a kill came between the two renames of a file system that cannot swap."""
-    if _previous(output).exists() and not output.exists():
-        _previous(output).rename(output)
-
-
-def _previous(output: Path) -> Path:
-    return output.with_name(f".{output.name}.previous")
-
-
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def flush(path: Path) -> None:
-    """Returns once the file's content, or the folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(partial: Path, output: Path, previous: Path) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
-    try:
-        swap_folders(partial, output)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        # NFS and the like cannot swap: a kill between these two lines leaves what `restore_folder` finds.
-        output.rename(previous)
-        partial.rename(output)
-
-
-def swap_folders(first: Path, second: Path) -> None:
-    """Exchanges two folders in one step, which neither os.rename nor os.replace can do."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(first))

@@ -7,8 +7,6 @@ every file with its size and hash, everything is flushed to the disk, and one re
 import contextlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -22,8 +20,8 @@ from safetensors import SafetensorError
 
 from align import __version__
 from align.errors import InputError
-from align.merge.checkpoints import flush
 from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
+from align.whole import flush, put_in_place, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -92,23 +90,10 @@ def seal(folder: Path, rank: int, ranks: int) -> dict[str, dict]:
 def commit(folder: Path, final: Path, files: Mapping[str, dict], about: Mapping[str, Any]) -> None:
     """Makes the sealed `folder` the checkpoint `final`: from here on it is whole."""
     manifest = {"version": MANIFEST_VERSION, **about, "files": dict(sorted(files.items()))}
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
-    if final.exists():  # of the same step, from before a resume
-        shutil.rmtree(final)
-    os.rename(folder, final)
-    flush(final.parent)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A small file that appears with all of its content or not at all."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    put_in_place(folder, final)  # also of one of the same step, from before a resume
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.numpy import save_file
 
 from align.errors import InputError
 from align.training.ranks import all_ranks, first_of_all_ranks
+from align.whole import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,6 @@ def store(stored: Stored, values: np.ndarray, write: bool) -> None:
     stored.values = np.ascontiguousarray(values, np.float32)
     if write:
         stored.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = stored.path.with_suffix(f".{os.getpid()}.tmp")
         told = {"key": stored.path.stem, "xxh3_128": _checksum(stored.values)}
-        save_file({"log_probs": stored.values}, unfinished, metadata=told)
-        os.replace(unfinished, stored.path)
+        with replace_file(stored.path) as partial:
+            save_file({"log_probs": stored.values}, partial, metadata=told)

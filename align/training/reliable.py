@@ -25,7 +25,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from align.data.preparing import Prepared
 from align.errors import InputError, ResultError, Stopped
-from align.merge.checkpoints import flush
 from align.training import checkpoints, report
 from align.training.checkpoints import UNFINISHED, Run, RunArguments, noting_disk_errors
 from align.training.gate import MOVED, Gate, Movement
@@ -34,6 +33,7 @@ from align.training.results import show_steps
 from align.training.samples import Samples, find_prompts
 from align.training.uploading import UploadingMixin
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
+from align.whole import flush, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -451,7 +451,7 @@ class ReliableMixin(UploadingMixin):
         about = {**self._about({"total_loss": self._total_loss_scalar}), "files": files}
         for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
             os.replace(folder / name, output / name)
-        checkpoints.write_whole(output / checkpoints.MANIFEST, json.dumps(about, indent=1, default=str))
+        write_file(output / checkpoints.MANIFEST, json.dumps(about, indent=1, default=str))
         flush(output)
         folder.rmdir()
 

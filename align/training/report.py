@@ -19,7 +19,7 @@ from align.data.preparing import CUT, Prepared
 from align.launch.nodes import take_token
 from align.page import escape, frame
 from align.training import checkpoints
-from align.training.checkpoints import write_whole
+from align.whole import write_file
 
 PAGE, CARD = "report.html", "README.md"
 COLORS = ("#3b5bdb", "#e8590c", "#2f9e44", "#862e9c")
@@ -44,8 +44,8 @@ def write_report(trainer: Any, panels: Mapping[str, Sequence[str]]) -> None:
     """Writes both (rank 0). `panels` names the metrics of each set of curves."""
     if trainer.is_world_process_zero():
         folder, facts = Path(trainer.args.output_dir), collect(trainer)
-        write_whole(folder / PAGE, render(facts, trainer.state.log_history, {**panels, **ALWAYS}))
-        write_whole(folder / CARD, make_card(facts))
+        write_file(folder / PAGE, render(facts, trainer.state.log_history, {**panels, **ALWAYS}))
+        write_file(folder / CARD, make_card(facts))
 
 
 def collect(trainer: Any) -> dict[str, Any]:

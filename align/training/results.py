@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from align import __version__
-from align.training.checkpoints import write_whole
+from align.whole import write_file
 
 logger = logging.getLogger(__name__)
 # What a line of the log shows, and how. trainer_state.json has all, whole.
@@ -65,7 +65,7 @@ def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None
 
 
 def _write_json(path: Path, content: Mapping) -> None:
-    write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
+    write_file(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
 def read_results(path: Path) -> dict:

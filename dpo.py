@@ -147,15 +147,15 @@ def count_pairs(args: GaudiDPOConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
-def lay_out(rows, lengths, models, args: GaudiDPOConfig, preference_args: PreferenceArguments, pad_token_id: int):
-    """Rows that the answers to a prompt share where the loaded `models` keep them apart, else padded ones."""
-    shapes, cost = preference_args.num_buckets, pairs.column_cost(models[0].config)
+def lay_out(rows, lengths, models: dict, args: GaudiDPOConfig, preference_args: PreferenceArguments, pad_token_id: int):
+    """Rows that the answers to a prompt share where the loaded `models`, by flag, keep them apart; else padded ones."""
+    shapes, cost = preference_args.num_buckets, pairs.column_cost(models["--model_name_or_path"].config)
     layout = pairs.separate_rows(lengths, shapes, args.max_length)
     if preference_args.share_prompts:
         most = preference.most_columns(args, args.per_device_train_batch_size)
         layout = pairs.share_rows(lengths, count_pairs(args), most, shapes, cost, args.seed)
-    for model in filter(None, [] if preference_args.skip_probe else models):
-        probe = partial(probe_rows, model, device=args.device, autocast=computes_in_autocast(args))
+    for flag, model in {} if preference_args.skip_probe else models.items():
+        probe = partial(probe_rows, model, device=args.device, autocast=computes_in_autocast(args), flag=flag)
         if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model)):
             layout = pairs.separate_rows(lengths, shapes, args.max_length)
             probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model))
@@ -224,7 +224,9 @@ def main() -> None:
 
     # Rows
     lengths = {name: pairs.measure(split) for name, split in rows.items()}
-    probed = [model, ref_model] if preference_args.ref_model else [model]
+    probed = {"--model_name_or_path": model}
+    if preference_args.ref_model and ref_model is not None:
+        probed["--ref_model"] = ref_model
     layout = lay_out(rows, lengths, probed, args, preference_args, modeling.find_padding(tokenizer))
     pairs.log_layout(layout, lengths)
 

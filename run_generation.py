@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Prompts
-    prompts = load_prompts(prompt_args, world_size)
+    prompts = load_prompts(prompt_args, world_size, model_args.token)
     if output_args.measures:  # as upstream's example: no part of a batch is empty
         prompts = list(islice(cycle(prompts), max(gaudi_args.batch_size, len(prompts))))
     output_dir = prepare_output_dir(output_args, rank)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     model_config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args)
     heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
     if heads % world_size:
-        raise InputError(f"--world_size: {world_size} cards cannot share {heads} key/value heads evenly")
+        raise InputError(f"gaudi_spawn.py --world_size: {world_size} cards cannot share {heads} key/value heads evenly")
     vocabulary_size = max(model_config.vocab_size, len(tokenizer) if adapter else 0)
     room = getattr(model_config, "max_position_embeddings", sys.maxsize) - decoding_args.max_new_tokens
     width = prompt_args.max_input_tokens if prompt_args.max_input_tokens > 0 else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from align.cli import parse_arguments, run_script, start_logging
+from align.errors import InputError
 from align.quiet import quiet_imports
 
 with quiet_imports():
@@ -55,12 +56,19 @@ ARGUMENTS = (
 )
 
 
+def check_batch_arguments(args: GaudiSFTConfig) -> None:
+    """Flags that contradict each other."""
+    if args.flash_attention_causal_mask and args.packing:
+        raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
+
+
 def main() -> None:
     parsed = parse_arguments(ARGUMENTS, __doc__, RECIPE, FLAGS)
     model_args, lora_args, data_args, batch_args, run_args, args = parsed
     start_logging(args)
     checkpoint = folders.check_training_arguments(args, run_args, model_args.model_name_or_path)
     modeling.check_attention_flags(model_args, args)
+    check_batch_arguments(args)
     set_seed(args.seed)
 
     # Model, as far as it can be checked without its weights

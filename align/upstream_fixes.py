@@ -62,7 +62,7 @@ def known_plugin() -> Iterator[None]:
 # ---------------------------------------------------------------- the trainers
 
 
-def attention_inputs(model: "PreTrainedModel") -> dict[str, bool]:
+def attention_inputs(model: "PreTrainedModel") -> dict[str, Any]:
     """What the forward of a loaded model is given for Gaudi's fused attention, in training, evaluation and the probe.
 
     optimum-habana 1.21.2 passes the flags to seven families alone (transformers/trainer.py:163), and Mistral, Qwen3 and

@@ -233,8 +233,8 @@ def test_a_model_that_padding_changes_is_refused(monkeypatch):
     assert probe_rows(model, padded_row(), HPU)  # padding stands behind the tokens, which do not see it
     monkeypatch.setattr(model, "forward", lambda input_ids, **inputs: forward(input_ids=input_ids.flip(1).flip(1)))
     left = {name: ids.flip(0) for name, ids in padded_row().items()}
-    with pytest.raises(InputError, match="padding changes what this llama model says"):
-        probe_rows(model, left, HPU)
+    with pytest.raises(InputError, match="--ref_model: padding changes what this llama model says"):
+        probe_rows(model, left, HPU, flag="--ref_model")
 
 
 def test_a_model_that_refuses_the_mask_is_not_packed():

@@ -179,6 +179,7 @@ def test_a_bad_file_is_refused_with_the_row_and_the_reason(content, message, tmp
         ("rows.txt", {}, "ends in '.txt'; known are .jsonl"),
         ("rows.jsonl", {"split": "big"}, "--split: 'big' is not in rows.jsonl; found train"),
         (".", {"subset": "data/none"}, "--subset: . has no folder 'data/none'"),
+        (".", {"eval_subset": "data/none", "do_eval": True}, "--eval_subset: . has no folder 'data/none'"),
         ("rows.jsonl", {"validation_split_percentage": 0}, "--validation_split_percentage: got 0"),
         ("rows.jsonl", {"streaming": True, "size_valid_set": 0}, "--size_valid_set: got 0; give 1 or more"),
     ],

@@ -482,7 +482,7 @@ def test_models_and_adapters_that_are_not_whole_or_do_not_fit_are_told_before_ge
     save_model("wide", "llama", "llama-2", hidden_size=128)
     fails("adapter does not fit the model: .*size mismatch", "wide", "--peft_model", models / "adapter")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    fails("--world_size: 3 cards cannot share 2 key/value heads", models / "llama")
+    fails("gaudi_spawn.py --world_size: 3 cards cannot share 2 key/value heads", models / "llama")
 
 
 def test_bad_input_ends_with_exit_code_2(monkeypatch, capsys):

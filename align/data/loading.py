@@ -145,26 +145,24 @@ def load_splits(
     seed: int,
     folder: str,
     token: str | None = None,
-    split_flag: str = "--split",
 ) -> Splits:
     """Reads what the run asks for, from one data set.
 
     `folder` is the script's conventional folder inside a data set, used where it exists; `streams` says whether a
     stream can end the run (--max_steps is given). A validation split that exists is used, else one is cut off, the
-    same one for the same seed. `split_flag` is blamed for a split that is not there.
+    same one for the same seed.
     """
     if args.dataset_name is None:
         raise InputError("--dataset_name: missing; give a hub name, a folder or a file")
     name: Any = args.dataset_name
     local = Path(name).expanduser()
     streaming = (streams and not local.exists()) if args.streaming is None else args.streaming
-    rows = _load(args, args.subset, folder, streaming, token)
-    if args.split not in rows:
-        raise InputError(f"{split_flag}: {args.split!r} is not in {args.dataset_name}; found {', '.join(rows)}")
-    train = rows[args.split]
+    load = partial(load_rows, name, streaming, token)
+    rows = load(args.subset, "--subset", folder)
+    train = choose_split(rows, args.split, name, "--split")
     validation = next((rows[name] for name in VALIDATION_SPLITS if name in rows and name != args.split), None)
     if do_eval and (args.eval_subset or validation is None):
-        held_out = _load(args, args.eval_subset, "data/evaluation", streaming, token, optional=args.eval_subset is None)
+        held_out = load(args.eval_subset, "--eval_subset", "data/evaluation", optional=args.eval_subset is None)
         validation = next(iter(held_out.values())) if held_out else validation
     if do_eval and validation is None:
         train, validation = _cut_off(train, args, seed)
@@ -175,15 +173,24 @@ def load_splits(
             )
     if streaming:
         train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
-    train, validation = _first(train, args.max_train_samples), _first(validation, args.max_eval_samples)
+    train, validation = take_first(train, args.max_train_samples), take_first(validation, args.max_eval_samples)
     return Splits(train if do_train else None, validation if do_eval else None)
 
 
-def _load(
-    args: DataArguments, subset: str | None, folder: str, streaming: bool, token: str | None, optional: bool = False
-) -> dict:
-    """The data set's splits by name; `folder` is tried where no `subset` is named, and alone if `optional`."""
-    name: Any = args.dataset_name
+def load_rows(
+    name: str,
+    streaming: bool = False,
+    token: str | None = None,
+    subset: str | None = None,
+    subset_flag: str = "",
+    folder: str = "",
+    optional: bool = False,
+) -> dict[str, Any]:
+    """The splits of a data set, by name.
+
+    They are those of its folder `subset`, which `subset_flag` has named, else of its `folder` where that is there,
+    else, unless they are `optional`, of all of it.
+    """
     local = Path(name).expanduser()
     if subset == "None":  # upstream's word for the whole data set
         subset = folder = ""
@@ -193,7 +200,7 @@ def _load(
             if optional:
                 return {}
             if subset:
-                raise InputError(f"--subset: {name} is a file, which has no folder {subset!r}")
+                raise InputError(f"{subset_flag}: {name} is a file, which has no folder {subset!r}")
             if not is_readable(local):
                 endings = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSED)} behind"
                 raise InputError(
@@ -205,7 +212,7 @@ def _load(
         if local.is_dir():
             where = local / subset if subset else local / folder if (local / folder).is_dir() else local
             if not where.is_dir():
-                raise InputError(f"--subset: {name} has no folder {subset!r}")
+                raise InputError(f"{subset_flag}: {name} has no folder {subset!r}")
             if optional and where == local:
                 return {}
             if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
@@ -229,6 +236,13 @@ def _load(
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "cannot be read" if local.exists() else "is not a file or folder, and cannot be read from the hub"
         raise InputError(f"--dataset_name: {name} {kind}: {_first_line(error)}") from error
+
+
+def choose_split(rows: dict[str, Any], split: str, name: str, flag: str) -> Any:
+    """The split that `flag` has named, of the data set `name`."""
+    if split not in rows:
+        raise InputError(f"{flag}: {split!r} is not in {name}; found {', '.join(rows)}")
+    return rows[split]
 
 
 def _load_files(splits: dict[str, list[Path]], streaming: bool) -> dict:
@@ -265,7 +279,7 @@ def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) ->
     return parts["train"], parts["test"]
 
 
-def _first(rows: Dataset | IterableDataset | None, limit: int | None) -> Dataset | IterableDataset | None:
+def take_first(rows: Dataset | IterableDataset | None, limit: int | None) -> Dataset | IterableDataset | None:
     if rows is None or limit is None:
         return rows
     return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))

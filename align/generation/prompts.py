@@ -70,8 +70,11 @@ class PromptArguments:
     )
 
 
-def load_prompts(arguments: PromptArguments, world_size: int) -> list[str]:
-    """The prompts in the user's order, from the one source that was given, from stdin, or our own."""
+def load_prompts(arguments: PromptArguments, world_size: int, token: str | None = None) -> list[str]:
+    """The prompts in the user's order, from the one source that was given, from stdin, or our own.
+
+    `token` opens data sets of the hub.
+    """
     sources = {name: getattr(arguments, name) for name in ("prompt", "prompt_file", "dataset_name")}
     given = [f"--{name}" for name, value in sources.items() if value is not None]
     if len(given) > 1:
@@ -88,7 +91,7 @@ def load_prompts(arguments: PromptArguments, world_size: int) -> list[str]:
         prompts = _read_prompt_file(Path(arguments.prompt_file), arguments.column_name)
     elif arguments.dataset_name is not None:
         source = f"--dataset_name {arguments.dataset_name}"
-        prompts = _read_prompt_column(arguments)
+        prompts = _read_prompt_column(arguments, token)
     else:
         logger.warning("No prompt was given (--prompt, --prompt_file, --dataset_name): eight sentences of our own.")
         return [_lengthen(prompt, arguments.max_input_tokens) for prompt in OWN_PROMPTS]
@@ -154,16 +157,14 @@ def _parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: is not JSON: {error}") from error
 
 
-def _read_prompt_column(arguments: PromptArguments) -> list[str]:
-    from align.data.loading import DataArguments, load_splits
+def _read_prompt_column(arguments: PromptArguments, token: str | None) -> list[str]:
+    from align.data.loading import choose_split, load_rows, take_first
     from align.data.preparing import get_columns
 
-    most = arguments.dataset_max_samples if arguments.dataset_max_samples > 0 else None
-    name: Any = arguments.dataset_name
-    data = DataArguments(dataset_name=name, split=arguments.dataset_split, streaming=False, max_train_samples=most)
-    flags: Any = {"folder": "", "split_flag": "--dataset_split"}
-    rows: Any = load_splits(data, do_train=True, do_eval=False, streams=False, seed=0, **flags).train
-    where = f"--dataset_name {arguments.dataset_name}"
+    name = arguments.dataset_name or ""
+    split = choose_split(load_rows(name, token=token), arguments.dataset_split, name, "--dataset_split")
+    rows: Any = take_first(split, arguments.dataset_max_samples if arguments.dataset_max_samples > 0 else None)
+    where = f"--dataset_name {name}"
     return [
         _prompt_of(get_columns(row, {}), arguments.column_name, f"{where}, row {n}") for n, row in enumerate(rows, 1)
     ]

@@ -160,12 +160,17 @@ def _row_inputs(model: PreTrainedModel, row: Mapping[str, torch.Tensor], device:
 
 
 def probe_rows(
-    model: PreTrainedModel, row: Mapping[str, torch.Tensor], device: torch.device, autocast: bool = False, **inputs
+    model: PreTrainedModel,
+    row: Mapping[str, torch.Tensor],
+    device: torch.device,
+    autocast: bool = False,
+    flag: str = "--model_name_or_path",
+    **inputs,
 ) -> bool:
     """Whether rows like this one, as in `probe`, may share a mask; says why not.
 
-    Raises `InputError` where the model is not causal, or where padding behind a sample changes it. Moves the model to
-    `device`, as the trainer does.
+    Raises `InputError` where the model, which `flag` has named, is not causal, or where padding behind a sample changes
+    it. Moves the model to `device`, as the trainer does.
     """
     place(model, device)
     name, config = model.config.model_type, model.config
@@ -174,9 +179,7 @@ def probe_rows(
     except RuntimeError as error:
         way = "without --bf16, or with --deepspeed" if autocast else "with another --attn_implementation"
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"--model_name_or_path: this {name} model stops as it would be trained ({reason}); try it {way}"
-        ) from error
+        raise InputError(f"{flag}: this {name} model stops as it would be trained ({reason}); try it {way}") from error
     tolerance = TOLERANCE[torch.bfloat16 if autocast else model.dtype]
     if not result.earlier_moved <= tolerance:  # NaN is not right either
         raise InputError(
@@ -187,13 +190,13 @@ def probe_rows(
         return True
     if "segment_ids" not in row:
         raise InputError(
-            f"--model_name_or_path: padding changes what this {name} model says (logits moved by "
-            f"{result.row_differs:.2g}), so that it cannot be trained in batches; choose another model"
+            f"{flag}: padding changes what this {name} model says (logits moved by {result.row_differs:.2g}), so that "
+            "it cannot be trained in batches; choose another model"
         )
     if "branch_ids" in row:
-        logger.warning(f"--share_prompts: answers of this {name} model cannot share a prompt; each gets a padded row")
+        logger.warning(f"answers of this {name} model cannot share a prompt; each gets a padded row")
     else:
-        logger.warning(f"packing: this {name} model cannot keep samples in one row apart; they get rows of their own")
+        logger.warning(f"this {name} model cannot keep samples in one row apart; they get rows of their own")
     return False
 
 

@@ -24,16 +24,19 @@ def fill_in(arguments: list[str], folder: Path) -> list[str]:
         name, equals, value = argument.partition("=") if argument.startswith("--") else (flag, "", argument)
         flag = argument if argument.startswith("--") and not equals else None
         if name in FLAGS and value and flag is None:
-            value = str(look_whole(value, folder) or value)
+            value = str(look_whole(value, folder, name) or value)
             argument = f"{name}={value}" if equals else value
         filled.append(argument)
     return filled
 
 
-def look_whole(name: str, folder: Path) -> Path | None:
-    """A folder with the model's small files and a hole for its weights; None where it needs none, or is no model."""
+def look_whole(name: str, folder: Path, flag: str) -> Path | None:
+    """The model that `flag` names: a folder with its small files and a hole for its weights.
+
+    None where it needs none, or is no model.
+    """
     try:
-        source = find_folder(name, "--model_name_or_path", "*.json", "*.txt", "*.model", "*.jinja")
+        source = find_folder(name, flag, "*.json", "*.txt", "*.model", "*.jinja")
     except InputError:
         return None  # the script itself says what is wrong
     if not (source / "config.json").is_file() or any(next(source.glob(pattern), None) for pattern in WEIGHTS):
@@ -44,16 +47,16 @@ def look_whole(name: str, folder: Path) -> Path | None:
         for path in source.iterdir():
             if path.is_file():
                 (made / path.name).symlink_to(path.resolve())
-        write_hole(made)
+        write_hole(made, flag)
     return made
 
 
-def write_hole(folder: Path) -> None:
+def write_hole(folder: Path, flag: str) -> None:
     from safetensors.torch import save_file  # the dry card's, which writes a header and a hole
     from transformers import AutoModelForCausalLM
 
-    check_folder(folder, "--model_name_or_path")
-    config = load_config(folder, "--model_name_or_path")
+    check_folder(folder, flag)
+    config = load_config(folder, flag)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     with torch.device("meta"):
         model = model_class(config).to(config.torch_dtype or torch.bfloat16)

@@ -15,7 +15,7 @@ from align.upstream_fixes import gaudi_config
 
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*")
 RUN_FILES = (*WEIGHTS, "adapter_config.json", "checkpoint-*")
-LEFTOVERS = (f"{UNFINISHED}*", "failed-*", "bad_batch.jsonl", checkpoints.MANIFEST)
+LEFTOVERS = (f"{UNFINISHED}*", "failed-*", ".*.[0-9]*.partial", "bad_batch.jsonl", checkpoints.MANIFEST)
 RESULT_FILES = (
     *("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json"),
     *("report.html", "README.md", "curves.png"),
@@ -43,8 +43,6 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError("--num_train_epochs 0: nothing would be trained; give --num_train_epochs or --max_steps")
     if run_args.sample_prompts and not args.do_eval:
         raise InputError("--sample_prompts takes held-out prompts: add --do_eval")
-    if args.flash_attention_causal_mask and getattr(args, "packing", False):
-        raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
     recomputes_fast = args.flash_attention_recompute and args.flash_attention_fast_softmax
     if args.do_train and recomputes_fast and not args.flash_attention_causal_mask:
         raise InputError(

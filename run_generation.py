@@ -11,12 +11,8 @@
 import gc
 import logging
 import os
-import sys
-from contextlib import nullcontext
 from functools import partial
-from io import TextIOWrapper
 from itertools import cycle, islice
-from typing import Any
 
 from align import __version__, cli
 from align.cli import run_script
@@ -28,27 +24,20 @@ with quiet_imports():
     from align.generation.answers import (
         OutputArguments,
         answer_all,
+        choose_display,
         count_graphs,
-        describe_as_upstream,
         describe_speed,
         find_unanswered,
         measure,
         prepare_output_dir,
         print_table,
+        tell_speed,
     )
     from align.generation.chat import ChatArguments, chat, check_chat
-    from align.generation.config import (
-        DecodingArguments,
-        GaudiArguments,
-        find_stop_tokens,
-        make_generator,
-        without_static_shapes,
-    )
-    from align.generation.decoding import TextGenerator
+    from align.generation.config import DecodingArguments, GaudiArguments
     from align.generation.keeping import KeptAnswers, describe_settings, write_json
-    from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
+    from align.generation.model import ModelArguments, find_source
     from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
-    from align.upstream_fixes import adapt_transformers
 
 logger = logging.getLogger("run_generation")
 
@@ -97,6 +86,13 @@ def check_arguments(
         raise InputError("--ignore_eos False: a benchmark has texts of one length; leave it out")
 
 
+def start_logging(level: str) -> None:
+    """Of this script and its parts; libraries only warn, unless everything is wanted."""
+    logging.basicConfig(level="WARNING" if level == "info" else level.upper(), format="%(message)s")
+    for name in (logger.name, "align.generation"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
 def main(argv: list[str] | None = None) -> None:
     # Read when torch loads the plugin: newer ones are eager unless told, and HPU graphs of several cards need both.
     os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
@@ -104,12 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     model_args, prompt_args, decoding_args, gaudi_args, output_args, chat_args = parse_arguments(argv)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     speaks = rank == 0 or output_args.verbose_workers
-    level = output_args.log_level if speaks else "error"
-    logging.basicConfig(level="WARNING" if level == "info" else level.upper(), format="%(message)s")
-    for name in (logger.name, "align.generation"):
-        logging.getLogger(name).setLevel(level.upper())
+    start_logging(output_args.log_level if speaks else "error")
     check_arguments(model_args, decoding_args, gaudi_args, output_args)
-
     check_chat(chat_args, prompt_args, decoding_args, gaudi_args, output_args, world_size)
     if chat_args.chat:
         chat(chat_args, model_args, decoding_args, gaudi_args)
@@ -120,101 +112,68 @@ def main(argv: list[str] | None = None) -> None:
     if output_args.measures:  # as upstream's example: no part of a batch is empty
         prompts = list(islice(cycle(prompts), max(gaudi_args.batch_size, len(prompts))))
     output_dir = prepare_output_dir(output_args, rank)
-    folder, tokenizer_folder, adapter = find_folders(model_args)
-    model_config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args)
-    heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
-    if heads % world_size:
-        raise InputError(f"gaudi_spawn.py --world_size: {world_size} cards cannot share {heads} key/value heads evenly")
-    vocabulary_size = max(model_config.vocab_size, len(tokenizer) if adapter else 0)
-    room = getattr(model_config, "max_position_embeddings", sys.maxsize) - decoding_args.max_new_tokens
+    source = find_source(model_args, world_size)
+    room = source.context - decoding_args.max_new_tokens
     width = prompt_args.max_input_tokens if prompt_args.max_input_tokens > 0 else None
-    encoded = encode_prompts(prompts, tokenizer, prompt_args.use_chat_template, vocabulary_size, room, width)
-    stop_tokens = find_stop_tokens(decoding_args.stop_tokens, tokenizer)
-    pads = not gaudi_args.flash_attention_causal_mask
-    batches = plan_batches(
-        list(map(len, encoded)), gaudi_args.batch_size, gaudi_args.bucket_size, room, width=width, pads=pads
+    encoded = encode_prompts(
+        prompts, source.tokenizer, prompt_args.use_chat_template, source.vocabulary_size, room, width
     )
-
+    pads = not gaudi_args.flash_attention_causal_mask
+    lengths = list(map(len, encoded))
+    batches = plan_batches(lengths, gaudi_args.batch_size, gaudi_args.bucket_size, room, width=width, pads=pads)
     kept = None
     if rank == 0 and output_dir is not None and not output_args.measures:
-        folders = {"model_name_or_path": folder, "tokenizer_name_or_path": tokenizer_folder, "peft_model": adapter}
-        settings = describe_settings((model_args, prompt_args, decoding_args, gaudi_args), folders, encoded, world_size)
+        flags = (model_args, prompt_args, decoding_args, gaudi_args)
+        settings = describe_settings(flags, source.folders, encoded, world_size)
         number = len(prompts) * decoding_args.num_return_sequences
-        resumes, overwrites = bool(output_args.resume), output_args.overwrite_output_dir
-        kept = KeptAnswers(output_dir, settings, number, resumes, overwrites)
+        kept = KeptAnswers(output_dir, settings, number, bool(output_args.resume), output_args.overwrite_output_dir)
         if kept.is_finished and world_size == 1:
             logger.info(f"All {number} answers are in {output_dir} already.")
             return
 
     # Model
-    adapt_transformers()
-    longest = max(batch.width for batch in batches)
+    from align.generation.probing import load_generator  # torch with it, once all else is known to be right
+
     goes_on = output_args.measures if decoding_args.ignore_eos is None else decoding_args.ignore_eos
-
-    def make(plain_class: bool) -> TextGenerator:
-        model = load_model(
-            folder,
-            adapter,
-            vocabulary_size,
-            model_args,
-            world_size,
-            gaudi_args.use_hpu_graphs,
-            longest=longest + decoding_args.max_new_tokens,
-            rank=rank,
-            plain_class=plain_class,
-        )
-        gaudi = without_static_shapes(gaudi_args) if plain_class else gaudi_args
-        rows = min(gaudi_args.batch_size, len(prompts))
-        return make_generator(model, tokenizer, decoding_args, gaudi, stop_tokens, rows, longest, world_size, goes_on)
-
-    from align.generation.probing import make_probed  # torch with it, once all else is known to be right
-
-    generator = make_probed(make, encoded, batches, world_size, model_args.skip_probe)
-
-    # Generate
+    cards: dict[str, int] = {"world_size": world_size, "rank": rank}
+    generator = load_generator(source, decoding_args, gaudi_args, encoded, batches, goes_on=goes_on, **cards)
     gc.freeze()
     gc.enable()
     results = {
         "version": __version__,
-        "model": str(folder),
+        "model": str(source.folder),
         "cards": world_size,
         "parameters": sum(parameter.numel() for parameter in generator.model.parameters()),  # of one card
         "prompts": len(prompts),
         "shapes": len({batch.width for batch in batches}),
     }
+
+    # Answer
+    answer = partial(answer_all, generator, prompts, encoded, seed=decoding_args.seed)
     if output_args.measures:
-        runs = {name: value for name in ("warmup", "n_iterations") if (value := getattr(output_args, name)) is not None}
-        measured, answers = measure(
-            partial(answer_all, generator, prompts, encoded, batches, seed=decoding_args.seed), **runs
-        )
+        each = generator.answers_per_prompt
+        measured, as_upstream = measure(partial(answer, batches), output_args, len(batches), each)
         if speaks:
             print_table(results | measured)
         if rank == 0 and output_dir is not None:
             write_json(output_dir / "benchmark.json", results | measured)
-            each = generator.answers_per_prompt
-            write_json(output_dir / "results.json", describe_as_upstream(measured, answers, len(batches), each))
+            write_json(output_dir / "results.json", as_upstream)
         return
-    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a character shows its number
-        sys.stdout.reconfigure(errors="backslashreplace")
-    streams = sys.stdout.isatty() and generator.rows == generator.copies == 1
-    show = None if not speaks or output_dir is not None else "stream" if streams else "print"
-    between = "\n" if prompt_args.use_chat_template else ""
     if output_dir is not None:
         batches = find_unanswered(batches, kept, generator.answers_per_prompt, world_size)
         if kept is not None and not kept.is_finished:
             kept.open()
             results["answered_before"] = len(kept.answers)
-    counts: Any = count_graphs() if output_args.show_graphs_count else nullcontext({})
-    with counts as graphs:
-        _, timings = answer_all(generator, prompts, encoded, batches, show, between, seed=decoding_args.seed, kept=kept)
+    show = choose_display(generator) if speaks and output_dir is None else None
+    between = "\n" if prompt_args.use_chat_template else ""
+    with count_graphs(output_args.show_graphs_count) as graphs:
+        _, timings = answer(batches, show, between, kept=kept)
     if graphs:
         logger.info(f"{graphs['compiled']} graphs were compiled.")
 
     # Save
     speed = describe_speed(timings)
-    first = f", the first after {speed['first_token_seconds']:.2f} s" if speed["first_token_seconds"] else ""
-    rate = f": {speed['tokens_per_second']:.1f} tokens/s" if timings else ""
-    logger.info(f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s{rate}{first}")
+    tell_speed(speed)
     if kept is not None and not kept.is_finished:
         kept.finish()
         write_json(kept.folder / "generation_results.json", results | speed)

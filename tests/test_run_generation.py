@@ -436,7 +436,7 @@ def test_bad_input_is_one_clear_line(run, models, flags, monkeypatch):
 
 def test_a_folder_of_another_run_or_without_room_is_refused_before_a_model_loads(run, models, monkeypatch):
     flags = ["--model_name_or_path", models / "llama", "--prompt", "Hi", "--output_dir", "out"]
-    monkeypatch.setattr("run_generation.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("align.generation.probing.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     Path("out").mkdir()
     with open("out/.lock", "w") as held:
         held.write("process 7 on another-host")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -122,6 +123,13 @@ def _in_words(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
+def choose_display(generator: TextGenerator) -> str:
+    """How `answer_all` is to show answers: a single one as it comes, where somebody looks."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a character shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return "stream" if sys.stdout.isatty() and generator.rows == generator.copies == 1 else "print"
+
+
 def answer_all(
     generator: TextGenerator,
     prompts: list[str],
@@ -197,9 +205,18 @@ def describe_speed(timings: list[Timing]) -> dict[str, float | None]:
     }
 
 
+def tell_speed(speed: dict[str, float | None]) -> None:
+    first = f", the first after {speed['first_token_seconds']:.2f} s" if speed["first_token_seconds"] else ""
+    rate = f": {speed['tokens_per_second']:.1f} tokens/s" if speed["tokens_per_second"] else ""
+    logger.info(f"{speed['new_tokens']} tokens in {speed['seconds']:.2f} s{rate}{first}")
+
+
 @contextmanager
-def count_graphs() -> Iterator[dict[str, int]]:
+def count_graphs(is_wanted: bool = True) -> Iterator[dict[str, int]]:
     """`compiled` is, in the end, the number of graphs that the plugin has compiled in the meantime."""
+    if not is_wanted:
+        yield {}
+        return
     from habana_frameworks.torch.hpu.metrics import metric_localcontext
 
     counted: dict[str, int] = {}
@@ -209,26 +226,30 @@ def count_graphs() -> Iterator[dict[str, int]]:
 
 
 def measure(
-    run: Callable[[], tuple[list[dict[str, Any]], list[Timing]]], warmup: int = 3, n_iterations: int = 5
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Speed of the timed runs, and what the warm-up needed: graphs that were compiled, memory. And the last answers."""
+    run: Callable[[], tuple[list[dict[str, Any]], list[Timing]]], arguments: OutputArguments, batches: int, each: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Speed of the timed runs, and what the warm-up needed: graphs that were compiled, memory. And that as upstream.
+
+    A run has that many `batches`, and `each` prompt that many answers.
+    """
     from optimum.habana.utils import get_hpu_memory_stats
 
+    warmup = 3 if arguments.warmup is None else arguments.warmup
     with count_graphs() as graphs:
         for _ in range(warmup):
             run()
-    runs = [run() for _ in range(n_iterations)]
+    runs = [run() for _ in range(5 if arguments.n_iterations is None else arguments.n_iterations)]
     memory = get_hpu_memory_stats()
     measured = describe_speed([timing for _, timings in runs for timing in timings]) | {
         "graphs": graphs["compiled"] if warmup else None,
         "memory_gb": memory["memory_allocated (GB)"],
         "max_memory_gb": memory["max_memory_allocated (GB)"],
     }
-    return measured, runs[-1][0]
+    return measured, _describe_as_upstream(measured, runs[-1][0], batches, each)
 
 
-def describe_as_upstream(
-    measured: dict[str, Any], answers: list[dict[str, Any]], batches: int, each: int = 1
+def _describe_as_upstream(
+    measured: dict[str, Any], answers: list[dict[str, Any]], batches: int, each: int
 ) -> dict[str, Any]:
     """What optimum-habana's example writes to results.json: seconds a batch, tokens a second, prompts, whole texts."""
     return {

@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING
 
 from align.errors import InputError
 from align.generation.answers import OutputArguments
-from align.generation.config import (
-    DecodingArguments,
-    GaudiArguments,
-    find_stop_tokens,
-    make_generator,
-    without_static_shapes,
-)
+from align.generation.config import DecodingArguments, GaudiArguments
 from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
-from align.generation.model import ModelArguments, find_folders, load_config_and_tokenizer, load_model
+from align.generation.model import ModelArguments, find_source
 from align.generation.prompts import OWN_PROMPTS, Batch, PromptArguments
 from align.models.families import find_window
-from align.upstream_fixes import adapt_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -165,40 +158,19 @@ class Speaker:
 
 
 def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments) -> Speaker:
-    folder, tokenizer_folder, adapter = find_folders(model_args)
-    config, tokenizer = load_config_and_tokenizer(folder, tokenizer_folder, model_args)
-    stop_tokens = find_stop_tokens(decoding.stop_tokens, tokenizer)
-    context = min(getattr(config, "max_position_embeddings", sys.maxsize), find_window(config) or sys.maxsize)
+    source = find_source(model_args)
+    context = min(source.context, find_window(source.config) or sys.maxsize)
     room = context - decoding.max_new_tokens
     if room < 1:
         raise InputError(
             f"--max_new_tokens: {decoding.max_new_tokens} leave no room for a question in the model's context of "
             f"{context}"
         )
-    adapt_transformers()
-    vocabulary_size = max(config.vocab_size, len(tokenizer) if adapter else 0)
-    longest = min(room, sys.maxsize - decoding.max_new_tokens) + decoding.max_new_tokens
+    from align.generation.probing import load_generator  # torch with it
 
-    def make(plain_class: bool) -> TextGenerator:
-        model = load_model(
-            folder,
-            adapter,
-            vocabulary_size,
-            model_args,
-            1,
-            gaudi.use_hpu_graphs,
-            longest,
-            plain_class=plain_class,
-        )
-        return make_generator(
-            model, tokenizer, decoding, without_static_shapes(gaudi) if plain_class else gaudi, stop_tokens
-        )
-
-    from align.generation.probing import make_probed  # torch with it
-
-    ids = tokenizer(OWN_PROMPTS[0]).input_ids[:room]
-    generator = make_probed(make, [ids], [Batch([0], min(WIDTH, room))], skip_probe=model_args.skip_probe)
-    return Speaker(str(adapter or folder), generator, room)
+    ids = source.tokenizer(OWN_PROMPTS[0]).input_ids[:room]
+    generator = load_generator(source, decoding, gaudi, [ids], [Batch([0], min(WIDTH, room))], longest=room)
+    return Speaker(str(source.adapter or source.folder), generator, room)
 
 
 def load_speakers(

@@ -66,8 +66,56 @@ def uses_bf16(arguments: ModelArguments, world_size: int) -> bool:
     return bool(arguments.bf16)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A model as its small files tell it, before a weight is loaded."""
+
+    arguments: ModelArguments
+    folder: Path
+    tokenizer_folder: Path
+    adapter: Path | None
+    config: "PretrainedConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The model's, or that of an adapter which has brought new tokens."""
+        return max(self.config.vocab_size, len(self.tokenizer) if self.adapter else 0)
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a text."""
+        return getattr(self.config, "max_position_embeddings", sys.maxsize)
+
+    @property
+    def folders(self) -> dict[str, Path | None]:
+        """By the flags that name them."""
+        return {
+            "model_name_or_path": self.folder,
+            "tokenizer_name_or_path": self.tokenizer_folder,
+            "peft_model": self.adapter,
+        }
+
+
+def find_source(arguments: ModelArguments, world_size: int = 1) -> Source:
+    """The model that the flags name, which the ranks can share; from the hub where it is not local."""
+    folder, tokenizer_folder, adapter = find_folders(arguments)
+    trust = arguments.trust_remote_code
+    trust_tokenizer = trust or arguments.trust_remote_code_tokenizer
+    guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
+    config = guard.load_config(folder, "--model_name_or_path", trust)
+    tokenizer = guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
+    if world_size > 1:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if heads % world_size:
+            raise InputError(
+                f"gaudi_spawn.py --world_size: {world_size} cards cannot share {heads} key/value heads evenly"
+            )
+    return Source(arguments, folder, tokenizer_folder, adapter, config, tokenizer)
+
+
 def find_folders(arguments: ModelArguments) -> tuple[Path, Path, Path | None]:
-    """Folders of model, tokenizer and adapter, from the hub where they are not local; the model's files are whole.
+    """Folders of model, tokenizer and adapter; the model's files are whole.
 
     Where no model is named it is the one that the adapter was trained on; where no tokenizer is named it is the
     adapter's, which may have learnt new tokens, else the model's.
@@ -97,16 +145,6 @@ def find_folders(arguments: ModelArguments) -> tuple[Path, Path, Path | None]:
     else:
         tokenizer = adapter if adapter and (adapter / "tokenizer_config.json").exists() else folder
     return folder, tokenizer, adapter or None
-
-
-def load_config_and_tokenizer(
-    folder: Path, tokenizer_folder: Path, arguments: ModelArguments
-) -> tuple["PretrainedConfig", "PreTrainedTokenizerBase"]:
-    trust = arguments.trust_remote_code
-    trust_tokenizer = trust or arguments.trust_remote_code_tokenizer
-    guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
-    config = guard.load_config(folder, "--model_name_or_path", trust)
-    return config, guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
 
 
 def _one_line(error: BaseException) -> str:

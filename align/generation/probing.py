@@ -7,15 +7,22 @@ be wrong; this finds the rest, on the model that is there.
 
 import gc
 import logging
-from collections.abc import Callable
 
 import torch
 
 from align.errors import ResultError
+from align.generation.config import (
+    DecodingArguments,
+    GaudiArguments,
+    find_stop_tokens,
+    make_generator,
+    without_static_shapes,
+)
 from align.generation.decoding import TextGenerator
+from align.generation.model import Source, load_model
 from align.generation.prompts import Batch
 from align.models.attention import largest_change
-from align.upstream_fixes import is_gaudi_class
+from align.upstream_fixes import adapt_transformers, is_gaudi_class
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +33,47 @@ CHEAP = 256  # tokens: of wider prompts the narrowest are tried
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)  # of a model's code
 
 
-def make_probed(
-    make: Callable[[bool], TextGenerator],
+def load_generator(
+    source: Source,
+    decoding: DecodingArguments,
+    gaudi: GaudiArguments,
     encoded: list[list[int]],
     batches: list[Batch],
+    longest: int = 0,
     world_size: int = 1,
-    skip_probe: bool = False,
+    rank: int = 0,
+    goes_on: bool = False,
 ) -> TextGenerator:
-    """`make(False)`, or, where optimum-habana's class fails, `make(True)`, which is to take transformers'.
+    """The model on its card and what generates as the flags say, tried with some of the prompts.
 
-    Raises `ResultError` where the one that is left fails too.
+    No prompt will have more tokens than `longest`, or than these batches are wide; texts that go on do so after end
+    tokens. Where optimum-habana's class fails, transformers' takes its place; raises `ResultError` where that fails
+    too, or several cards share the model.
     """
+    stop_tokens = find_stop_tokens(decoding.stop_tokens, source.tokenizer)
+    longest = longest or max(batch.width for batch in batches)
+    adapt_transformers()
+
+    def make(plain_class: bool) -> TextGenerator:
+        model = load_model(
+            source.folder,
+            source.adapter,
+            source.vocabulary_size,
+            source.arguments,
+            world_size,
+            gaudi.use_hpu_graphs,
+            longest=longest + decoding.max_new_tokens,
+            rank=rank,
+            plain_class=plain_class,
+        )
+        options = without_static_shapes(gaudi) if plain_class else gaudi
+        rows = min(gaudi.batch_size, len(encoded))
+        return make_generator(
+            model, source.tokenizer, decoding, options, stop_tokens, rows, longest, world_size, goes_on
+        )
+
     generator = make(False)
-    if skip_probe:
+    if source.arguments.skip_probe:
         return generator
     prompts, width = choose_prompts(encoded, batches)
     fault = find_fault(generator, prompts, width)

@@ -89,7 +89,8 @@ class PreferenceArguments:
     )
     num_buckets: int = field(default=8, metadata={"help": "Rows have at most this many lengths."})
     skip_probe: bool = field(
-        default=False, metadata={"help": "Do not try the loaded model for causality and packing first."}
+        default=False,
+        metadata={"help": "Do not test whether the loaded model is causal and keeps shared answers apart."},
     )
 
 
@@ -133,7 +134,7 @@ def check_preference_arguments(
             "--sync_ref_model changes the reference, so --precompute_ref_log_probs cannot store its log-probs"
         )
     if args.sync_ref_model and (lora_args.use_peft or is_deepspeed_zero3_enabled()):
-        raise InputError("--sync_ref_model needs a copy of a fully trained model: --use_peft False, and no ZeRO-3")
+        raise InputError("--sync_ref_model moves a second whole model: add --use_peft False, and leave ZeRO-3 out")
     drops = lora_args.lora_dropout not in (0, modeling.LoraArguments.lora_dropout)
     if lora_args.use_peft and args.disable_dropout and drops:
         raise InputError(

@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--stall_timeout",
         type=float,
         default=60,
-        help="seconds after which a run ends in which no rank computes, reads or writes any more; 0 waits for ever",
+        help="end a run in which no rank has computed, read or written for so many seconds; 0 waits for ever",
     )
     parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
     parser.add_argument(

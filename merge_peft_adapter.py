@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     needed = plan.nbytes if plan else sum(path.stat().st_size for path in base.glob("*model*"))
     check_disk(output, needed)
     if plan and plan.config.get("tie_word_embeddings") != base_config.get("tie_word_embeddings"):
-        logger.info("The adapter changes the head and not the embedding, or the reverse: they are untied")
+        logger.info("The adapter changes the head or the embedding alone: they are no longer tied")
     merges = record_merge(base_name, base, args.adapter_model_name, adapter)
 
     # Write

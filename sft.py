@@ -39,10 +39,13 @@ class BatchArguments:
 
     _argument_group_name = "Batches"
 
-    num_buckets: int = field(default=8, metadata={"help": "Without packing: lengths that samples are padded to."})
+    num_buckets: int = field(
+        default=8, metadata={"help": "Without packing, samples are padded to at most this many lengths."}
+    )
     train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompts as well, not the answers alone."})
     skip_probe: bool = field(
-        default=False, metadata={"help": "Do not try the loaded model for causality and packing first."}
+        default=False,
+        metadata={"help": "Do not test whether the loaded model is causal and keeps packed samples apart."},
     )
 
 

@@ -48,7 +48,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text, default = " ".join((action.help or "").split()), action.default
         choices = [str(choice) for choice in action.choices or ()]
         if 0 < len(choices) <= 8:
-            text += f" One of {', '.join(choices)}."
+            says, begin, own_default = text.partition(" (default")
+            text = f"{says.rstrip('.')}. One of {', '.join(choices)}." + begin + own_default
         says_nothing = default in (None, "", argparse.SUPPRESS) or default is False or default == []
         if says_nothing or "default" in text or action.nargs == 0:
             return text

@@ -94,7 +94,9 @@ def gaudi_config(args) -> "GaudiConfig":
             reason = str(error).splitlines()[0]
             raise InputError(f"--gaudi_config_name: no gaudi_config.json at {name}: {reason}") from error
         if config.use_torch_autocast and not args.bf16:
-            raise InputError(f"--gaudi_config_name: {name} sets use_torch_autocast, which is --bf16 here; add that")
+            raise InputError(
+                f"--gaudi_config_name: {name} sets use_torch_autocast, which is --bf16 here; add that flag"
+            )
         if config.autocast_bf16_ops or config.autocast_fp32_ops:
             # optimum-habana sets them too late for the plugin (gaudi_configuration.py:92).
             raise InputError(
@@ -104,7 +106,9 @@ def gaudi_config(args) -> "GaudiConfig":
     if "adamw" not in optim:
         config.use_fused_adam = False
     elif not config.use_fused_adam and optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise InputError(f"--gaudi_config_name: {name} is without FusedAdamW, as which --optim {optim} runs on Gaudi")
+        raise InputError(
+            f"--gaudi_config_name: {name} switches FusedAdamW off, and --optim {optim} has no other kernel here"
+        )
     return config
 
 

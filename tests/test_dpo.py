@@ -93,7 +93,7 @@ BAD = {
         ["--sync_ref_model", True, "--precompute_ref_log_probs"],
         "--sync_ref_model changes the reference",
     ),
-    "synchronised adapter": (["--sync_ref_model"], "--sync_ref_model needs a copy"),
+    "synchronised adapter": (["--sync_ref_model"], "--sync_ref_model moves a second whole model"),
     "reference free": (["--reference_free", "--ref_model", "x"], "--reference_free: contradicts"),
     "mask dropped": (
         ["--flash_attention_causal_mask", True, "--attn_implementation", "gaudi_fused_sdpa"],

@@ -379,7 +379,7 @@ def test_whole_models_of_all_kinds_pass_in_every_format_and_with_bare_names(tmp_
 
     guard.check_weights(folder, guard.load_config(folder, "--model"), "--model")
 
-    assert ("is not looked through" in caplog.text) == (file == "legacy")
+    assert ("is not checked" in caplog.text) == (file == "legacy")
 
 
 # ---------------------------------------------------------------- transformers 5

@@ -38,7 +38,7 @@ REFUSED = {
     '--lr_scheduler_type cosine --lr_scheduler_kwargs {"wide":1}': "cosine: --lr_scheduler_kwargs {'wide': 1}: .*wide",
     "--lr_scheduler_type reduce_lr_on_plateau": "reduce_lr_on_plateau requires an eval strategy",
     "--gaudi_config_name nothing": "a file that --gaudi_config_name or another flag names is not there",
-    "--gaudi_config_name plain --optim paged_adamw_32bit": "plain is without FusedAdamW",
+    "--gaudi_config_name plain --optim paged_adamw_32bit": "plain switches FusedAdamW off",
     "--gaudi_config_name cast": "cast sets use_torch_autocast, which is --bf16 here",
     "--gaudi_config_name lists": "lists sets lists of operations for autocast",
 }

@@ -116,7 +116,7 @@ def test_where_padding_or_the_cache_change_texts_transformers_class_runs_and_is_
     told = [message for message in caplog.messages if "runs with transformers' own class" in message]
     assert len(told) == 1
     assert "says something else with padding and cache than without (logits moved by" in told[0]
-    assert "--bucket_size: without effect on transformers' own class" in caplog.messages
+    assert "--bucket_size: no effect on transformers' own class" in caplog.messages
     assert texts == right
     assert generate(save(row), "--skip_probe") != right
 

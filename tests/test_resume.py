@@ -356,7 +356,7 @@ FAULTS = {
     "empty": (lambda tensor: tensor[:0].contiguous(), "was saved as"),
     "gone": (lambda tensor: None, "is not among what was saved"),
     "not finite": (lambda tensor: tensor * torch.inf, "not finite"),
-    "another": (lambda tensor: tensor + 1, "otherwise than it is in memory"),
+    "another": (lambda tensor: tensor + 1, "with other values than it has in memory"),
 }
 
 

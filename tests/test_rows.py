@@ -561,7 +561,10 @@ BROKEN = {
     "twice.csv": (b"prompt,completion,completion\na,b,c\n", "has more than one column 'completion'"),
     "twice.jsonl": (b'{"prompt": "a", "prompt": "b"}', "row 1: the key `prompt` twice in one object"),
     "quote.csv": (b'prompt,completion\na,"b\nc,d\n' * 2 + b'e,"f', "row 3: a quote is opened and not closed"),
-    "cut.json": (b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"', "row 2: no JSON: .*, nor is what follows"),
+    "cut.json": (
+        b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"',
+        "row 2: no JSON: .*; what follows is not read",
+    ),
     "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cut.jsonl.gz cannot be read: Compressed file ended before"),
     "cut.jsonl.zst": (zstandard.compress(LINES)[:-5], "cut.jsonl.zst cannot be read: it breaks off before its end"),
 }

@@ -142,7 +142,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, str, str]]:
                 if text[position:].strip() != ("]" if is_list else ""):
                     reason = f"no JSON: {error.msg.removesuffix(' at')} at character {error.pos - position + 1}"
                     raise InputError(
-                        f"--dataset_name: {path}, row {number + 1}: {reason}, nor is what follows"
+                        f"--dataset_name: {path}, row {number + 1}: {reason}; what follows is not read"
                     ) from error
                 return
             except RowError as error:

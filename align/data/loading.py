@@ -35,13 +35,13 @@ class DataArguments:
     subset: str | None = field(
         default=None,
         metadata={
-            "help": "Folder inside the data set to train on (default: data/finetune, dpo.py: data/rl, if there; "
-            "`None`: all)."
+            "help": "Folder inside the data set to train on; `None`: all of it (default: data/finetune, with dpo.py "
+            "data/rl, where there is one)."
         },
     )
     eval_subset: str | None = field(
         default=None,
-        metadata={"help": "Folder inside the data set to evaluate on (dpo.py: data/evaluation if there)."},
+        metadata={"help": "Folder inside the data set to evaluate on (default: data/evaluation, where there is one)."},
     )
     split: str = field(default="train", metadata={"help": "Name of the split to train on."})
     data_format: str | None = field(
@@ -53,21 +53,23 @@ class DataArguments:
     text_as_chat: bool | None = field(
         default=None,
         metadata={
-            "help": "Put rows of text through the chat template (default: where there is one and rows are no plain "
-            "text)."
+            "help": "Put rows of text through the chat template (default: where there is one and the rows are more "
+            "than plain text)."
         },
     )
     only_true_labels: bool = field(
-        default=False, metadata={"help": "Of rows with a true or false `label` (KTO) learn the true ones."}
+        default=False, metadata={"help": "Where rows have a true or false `label` (KTO), learn the true ones alone."}
     )
     streaming: bool | None = field(
         default=None,
         metadata={"help": "Read as a stream (default: hub data sets when --max_steps ends the run, else not)."},
     )
-    shuffle_buffer: int = field(default=5000, metadata={"help": "Rows held to shuffle a stream."})
-    size_valid_set: int = field(default=4000, metadata={"help": "Rows cut off a stream for validation."})
+    shuffle_buffer: int = field(default=5000, metadata={"help": "Rows held in memory to shuffle a stream."})
+    size_valid_set: int = field(
+        default=4000, metadata={"help": "Rows at the start of a stream that are held out for validation."}
+    )
     validation_split_percentage: float = field(
-        default=5, metadata={"help": "Percentage of the rows cut off where no validation split exists."}
+        default=5, metadata={"help": "Percentage of the rows held out where there is no validation split."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many rows."})

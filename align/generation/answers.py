@@ -47,10 +47,10 @@ class OutputArguments:
         metadata={"help": "Measure speed at exactly --max_new_tokens; --output_dir gets benchmark.json, results.json."},
     )
     warmup: int | None = field(
-        default=None, metadata={"help": "Untimed runs over all prompts before a benchmark, which it asks for; 3."}
+        default=None, metadata={"help": "Asks for a benchmark: untimed runs over all prompts before it (default: 3)."}
     )
     n_iterations: int | None = field(
-        default=None, metadata={"help": "Timed runs over all prompts of a benchmark, which it asks for; 5."}
+        default=None, metadata={"help": "Asks for a benchmark: timed runs over all prompts (default: 5)."}
     )
     show_graphs_count: bool = field(default=False, metadata={"help": "Tell how many graphs were compiled."})
     log_level: str = field(

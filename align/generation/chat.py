@@ -38,7 +38,7 @@ class ChatArguments:
 
     chat: bool = field(default=False, metadata={"help": "Talk to the model in the terminal; Ctrl-C stops an answer."})
     compare: str | None = field(
-        default=None, metadata={"help": "With --chat: folder of a second model or adapter, which answers the same."}
+        default=None, metadata={"help": "With --chat: folder of a second model or adapter, which is asked the same."}
     )
 
 

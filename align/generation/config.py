@@ -62,7 +62,8 @@ class GaudiArguments:
     )
     attn_softmax_bf16: bool = field(default=False, metadata={"help": "Under --bf16, softmax in bfloat16 as well."})
     attn_batch_split: int = field(
-        default=1, metadata={"help": "Parts of a batch that hide the exchange between cards on the prompt (llama)."}
+        default=1,
+        metadata={"help": "Cut a batch of prompts into parts: cards compute one while they exchange another (llama)."},
     )
     use_flash_attention: bool = field(default=False, metadata={"help": "Use flash attention for the prompt."})
     flash_attention_recompute: bool = field(
@@ -216,7 +217,7 @@ def without_static_shapes(gaudi: GaudiArguments) -> GaudiArguments:
     without = replace(gaudi, reuse_cache=False, bucket_size=-1, bucket_internal=False)
     names = [each.name for each in fields(gaudi) if getattr(gaudi, each.name) != getattr(without, each.name)]
     if names:
-        logger.warning(f"{', '.join(f'--{name}' for name in names)}: without effect on transformers' own class")
+        logger.warning(f"{', '.join(f'--{name}' for name in names)}: no effect on transformers' own class")
     return without
 
 

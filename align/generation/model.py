@@ -54,7 +54,7 @@ class ModelArguments:
         default=False, metadata={"help": "Run code that comes with the tokenizer, but not the model's."}
     )
     skip_probe: bool = field(
-        default=False, metadata={"help": "Do not try the loaded model with padding and cache before the first answer."}
+        default=False, metadata={"help": "Do not test whether padding and cache change what the loaded model says."}
     )
 
 

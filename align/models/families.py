@@ -87,7 +87,7 @@ def check_flash_attention(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     left_out = FAMILIES.get(kind, Family()).wrong_flash_attention
     if left_out is not None and is_gaudi_class(type(model)):
-        raise InputError(f"--use_flash_attention: leaves out {left_out} in {kind} models; take it out")
+        raise InputError(f"--use_flash_attention: leaves out {left_out} in {kind} models; leave the flag out")
 
 
 def is_exact_in_fused_kernel(config: PretrainedConfig, longest: int) -> bool:

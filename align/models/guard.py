@@ -228,8 +228,8 @@ def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig
         raise InputError(f"{flag}: {folder}/config.json has no model_type; give the folder of a causal language model")
     if kind not in CONFIG_MAPPING:
         raise InputError(
-            f"{flag}: {folder} is a {kind!r} model, which the installed transformers does not know; see docs for those "
-            "that it does"
+            f"{flag}: {folder} is a {kind!r} model, which the installed transformers does not know; docs/models.md "
+            "names those that were tried"
         )
     config_class = CONFIG_MAPPING[kind]
     others = {
@@ -423,7 +423,7 @@ def check_weights(
     try:
         checkpoint = open_checkpoint(folder)
     except NotStreamableError as reason:
-        logger.warning(f"{flag}: {folder} is not looked through before it is loaded: {reason}")
+        logger.warning(f"{flag}: {folder} is not checked before it is loaded: {reason}")
         return
     except InputError as error:
         raise InputError(f"{flag}: {error}") from None

@@ -32,10 +32,10 @@ SCRIPTS = ("sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py")
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rehearsal")
-    group.add_argument("--rehearse", action="store_true", help="tell what would happen, without a card and weights")
+    group.add_argument("--rehearse", action="store_true", help="tell what would happen, without a card or weights")
     group.add_argument("--rehearsal_dir", default="rehearsal", metavar="FOLDER", help="for report.json and report.html")
-    group.add_argument("--card", choices=judging.CARDS, default="gaudi2", help="which card it is for; default gaudi2")
-    group.add_argument("--card_memory", type=float, metavar="GB", help="memory of a card, where it is another")
+    group.add_argument("--card", choices=judging.CARDS, default="gaudi2", help="which card it is for (default: gaudi2)")
+    group.add_argument("--card_memory", type=float, metavar="GB", help="memory of that card, where yours has another")
     group.add_argument("--strict", action="store_true", help="warnings end in exit code 1 as well")
     group.add_argument("--no_shrunken_run", action="store_true", help="leave out the real run of a shrunken model")
     group.add_argument("--no_alternatives", action="store_true", help="do not look for settings that fit")

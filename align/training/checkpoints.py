@@ -48,13 +48,15 @@ class RunArguments:
             "choices": ["no", "auto"],
         },
     )
-    save_seconds: float = field(default=0, metadata={"help": "Save a checkpoint every so many seconds too; 0: do not."})
+    save_seconds: float = field(
+        default=0, metadata={"help": "Also save a checkpoint whenever this many seconds have passed; 0: never."}
+    )
     sample_prompts: int = field(
         default=0, metadata={"help": "Show answers to this many held-out prompts, before and after training."}
     )
     max_nonfinite_steps: int = field(
         default=3,
-        metadata={"help": "End the run when so many steps in all had a loss or gradient that is not finite."},
+        metadata={"help": "End the run after this many steps whose loss or gradient was not finite."},
     )
 
 
@@ -246,7 +248,7 @@ class Run:
         if sharded and manifest["world_size"] != self.flags["world_size"]:
             raise InputError(
                 f"--resume: {folder} holds the shards of {manifest['world_size']} ranks, these are "
-                f"{self.flags['world_size']}; DeepSpeed puts them together for as many alone"
+                f"{self.flags['world_size']}; start as many as before, as DeepSpeed wants"
             )
         told = [f"--{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items() if name not in UNTOLD]
         if manifest["world_size"] != self.flags["world_size"]:

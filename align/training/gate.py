@@ -38,7 +38,7 @@ class Gate:
             if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise ResultError(f"{folder}: {name} holds values that are not finite")
             if not torch.equal(tensor, wanted.to(tensor.dtype)):
-                raise ResultError(f"{folder}: {name} was saved otherwise than it is in memory")
+                raise ResultError(f"{folder}: {name} was saved with other values than it has in memory")
             elements += tensor.numel()
         return {"tensors": len(saved), "elements": elements}
 

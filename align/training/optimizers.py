@@ -23,7 +23,7 @@ def check_optimizer(args) -> None:
     name = args.optim.value
     if name not in SAME_AS_FUSED_ADAMW | OF_TORCH:
         raise InputError(
-            f"--optim {name}: its update is another than FusedAdamW's, and its package is not made for Gaudi; choose "
+            f"--optim {name}: computes another update than FusedAdamW, with a package that is not for Gaudi; choose "
             f"from {', '.join(sorted(OF_TORCH))}, or adamw_torch, which runs as FusedAdamW"
         )
     if name in SAME_AS_FUSED_ADAMW - {"adamw_torch", "adamw_torch_fused"}:

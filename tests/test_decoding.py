@@ -115,6 +115,17 @@ def test_texts_are_those_of_plain_transformers(name, model, plain, generate):
     assert name in ("plain", "beams, early") or plain[name] != plain["plain"], "the field has to matter"
 
 
+def test_the_tokenizers_end_ends_a_text_although_the_model_names_another_one(model, generate):
+    folder = Path(shutil.copytree(model, "model"))
+    end = AutoTokenizer.from_pretrained(model).eos_token_id
+    write_config(folder, eos_token_id=end + 1, sequence_bias=[[[end], 100.0]])
+
+    generate(folder)
+
+    answers = [json.loads(line) for line in Path("out/generations.jsonl").read_text().splitlines()]
+    assert [(answer["tokens"], answer["stopped"]) for answer in answers] == [(1, True)] * len(PROMPTS)
+
+
 @pytest.mark.parametrize("way", [["--reuse_cache"], ["--bucket_size", 16], ["--reuse_cache", "--use_hpu_graphs"]])
 def test_beams_are_the_same_in_every_cache(way, model, plain, generate):
     folder, flags = with_fields(model, "beams, n-grams")

@@ -316,6 +316,16 @@ def test_verify_finds_a_tensor_in_another_file_than_was_planned(inputs):
         verify_files(plan, open_checkpoint(Path("merged")))
 
 
+def test_verify_finds_the_same_bytes_under_another_type(inputs):
+    merge_peft_adapter.main(COMMAND)
+    plan = plan_merge(open_checkpoint(Path("base")), CONFIG, open_adapter(Path("adapter"), ADAPTER), None)
+    name = "merged/model-00001.safetensors"
+    save_file({key: tensor.view(torch.float16) for key, tensor in load_file(name).items()}, name)
+
+    with pytest.raises(OSError, match="was not written as planned"):
+        verify_files(plan, open_checkpoint(Path("merged")))
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

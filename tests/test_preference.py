@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align.data.packing import NONE
 from align.training import pairs, preference
 from align.training.reference import Stored
 from align.upstream_fixes import gaudi_config
@@ -229,6 +230,16 @@ def test_no_logits_are_kept_for_the_gradient(make_trainer):
     vocabulary = trainer.model.config.vocab_size
     assert len(kept) > 10
     assert [tensor.shape for tensor in kept if vocabulary in tensor.shape[1:]] == []
+
+
+def test_each_epoch_learns_every_pair_in_an_order_of_its_own(make_trainer):
+    loader, orders = make_trainer(number=16, batch=2).get_train_dataloader(), []
+    for epoch in range(2):
+        loader.set_epoch(epoch)  # as the trainer does
+        orders.append([index for batch in loader for index in batch["indices"].tolist() if index != NONE])
+
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))
+    assert orders[0] != orders[1]
 
 
 def test_evaluation_averages_over_pairs_wherever_they_fell(make_trainer):

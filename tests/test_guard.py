@@ -137,7 +137,7 @@ def test_neither_reference_nor_second_model_nor_tokenizer_nor_an_adapters_base_r
 
     fails(run, f"--ref_model: {message}", "dpo.py", *command("dpo.py", model, "--ref_model", copy))
     flags = ["--chat", "--compare", copy]
-    fails(run, message, "run_generation.py", "--model_name_or_path", model, *flags)
+    fails(run, f"--compare: {message}", "run_generation.py", "--model_name_or_path", model, *flags)
     fails(run, message, "run_generation.py", "--peft_model", "adapter", "--prompt", "Hi")
     fails(run, message, "merge_peft_adapter.py", "--adapter_model_name", "adapter", "--output_name", "out")
     for script in ("sft.py", "run_generation.py"):

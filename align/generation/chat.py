@@ -13,7 +13,7 @@ from align.errors import InputError
 from align.generation.answers import OutputArguments
 from align.generation.config import DecodingArguments, GaudiArguments
 from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
-from align.generation.model import ModelArguments, find_source
+from align.generation.model import Flags, ModelArguments, Source, find_source
 from align.generation.prompts import OWN_PROMPTS, Batch, PromptArguments
 from align.models.families import find_window
 
@@ -157,8 +157,7 @@ class Speaker:
         self.messages.append({"role": "assistant", "content": text.strip()})
 
 
-def load_speaker(model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments) -> Speaker:
-    source = find_source(model_args)
+def load_speaker(source: Source, decoding: DecodingArguments, gaudi: GaudiArguments) -> Speaker:
     context = min(source.context, find_window(source.config) or sys.maxsize)
     room = context - decoding.max_new_tokens
     if room < 1:
@@ -177,12 +176,19 @@ def load_speakers(
     chat: ChatArguments, model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments
 ) -> list[Speaker]:
     """The model and, with --compare, the second one: a model folder, or an adapter on its own base."""
-    wanted = [model_args]
+    sources = [find_source(model_args)]
     if chat.compare is not None:
         is_adapter = (Path(chat.compare) / "adapter_config.json").exists()
         name, adapter = (None, chat.compare) if is_adapter else (chat.compare, None)
-        wanted.append(replace(model_args, model_name_or_path=name, tokenizer_name_or_path=None, peft_model=adapter))
-    return [load_speaker(each, decoding, gaudi) for each in wanted]
+        compared = replace(
+            model_args,
+            model_name_or_path=name,
+            tokenizer_name_or_path=None,
+            peft_model=adapter,
+            model_revision=None,
+        )
+        sources.append(find_source(compared, flags=Flags("--compare", "--compare")))
+    return [load_speaker(source, decoding, gaudi) for source in sources]
 
 
 def chat(

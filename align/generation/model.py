@@ -67,10 +67,19 @@ def uses_bf16(arguments: ModelArguments, world_size: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Flags:
+    """Which ones have named a model and its adapter, to be blamed for them."""
+
+    model: str = "--model_name_or_path"
+    adapter: str = "--peft_model"
+
+
+@dataclass(frozen=True)
 class Source:
     """A model as its small files tell it, before a weight is loaded."""
 
     arguments: ModelArguments
+    flags: Flags
     folder: Path
     tokenizer_folder: Path
     adapter: Path | None
@@ -97,24 +106,26 @@ class Source:
         }
 
 
-def find_source(arguments: ModelArguments, world_size: int = 1) -> Source:
-    """The model that the flags name, which the ranks can share; from the hub where it is not local."""
-    folder, tokenizer_folder, adapter = find_folders(arguments)
+def find_source(arguments: ModelArguments, world_size: int = 1, flags: Flags = Flags()) -> Source:
+    """The model that is asked for, which the ranks can share; from the hub where it is not local."""
+    folder, tokenizer_folder, adapter = find_folders(arguments, flags)
     trust = arguments.trust_remote_code
     trust_tokenizer = trust or arguments.trust_remote_code_tokenizer
-    guard.check_folder(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
-    config = guard.load_config(folder, "--model_name_or_path", trust)
-    tokenizer = guard.load_tokenizer(tokenizer_folder, "--tokenizer_name_or_path", trust_tokenizer)
+    flag = flags.adapter if tokenizer_folder == adapter else flags.model
+    flag = "--tokenizer_name_or_path" if arguments.tokenizer_name_or_path else flag
+    guard.check_folder(tokenizer_folder, flag, trust_tokenizer)
+    config = guard.load_config(folder, flags.model, trust)
+    tokenizer = guard.load_tokenizer(tokenizer_folder, flag, trust_tokenizer)
     if world_size > 1:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         if heads % world_size:
             raise InputError(
                 f"gaudi_spawn.py --world_size: {world_size} cards cannot share {heads} key/value heads evenly"
             )
-    return Source(arguments, folder, tokenizer_folder, adapter, config, tokenizer)
+    return Source(arguments, flags, folder, tokenizer_folder, adapter, config, tokenizer)
 
 
-def find_folders(arguments: ModelArguments) -> tuple[Path, Path, Path | None]:
+def find_folders(arguments: ModelArguments, flags: Flags) -> tuple[Path, Path, Path | None]:
     """Folders of model, tokenizer and adapter; the model's files are whole.
 
     Where no model is named it is the one that the adapter was trained on; where no tokenizer is named it is the
@@ -123,21 +134,21 @@ def find_folders(arguments: ModelArguments) -> tuple[Path, Path, Path | None]:
     name, token = arguments.model_name_or_path, arguments.token
     peft_model, revision = arguments.peft_model, arguments.model_revision
     patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
-    adapter = peft_model and find_folder(peft_model, "--peft_model", *patterns, "adapter_model.bin", token=token)
+    adapter = peft_model and find_folder(peft_model, flags.adapter, *patterns, "adapter_model.bin", token=token)
     if adapter:
-        recorded = guard.check_adapter(adapter, "--peft_model").get("base_model_name_or_path")
+        recorded = guard.check_adapter(adapter, flags.adapter).get("base_model_name_or_path")
         name = name or recorded
     if not name:
-        raise InputError(f"--model_name_or_path: missing, and --peft_model {peft_model} names no base; give one")
+        raise InputError(f"--model_name_or_path: missing, and {flags.adapter} {peft_model} names no base; give one")
     if revision not in (None, "main") and Path(name).is_dir():
         raise InputError(f"--model_revision: {name} is a folder, which has one revision; leave it out")
     hub = {"revision": revision, "token": token}
     trust, trust_tokenizer = arguments.trust_remote_code, arguments.trust_remote_code_tokenizer
-    folder = find_folder(name, "--model_name_or_path", *patterns[:-1], **hub)
-    guard.check_folder(folder, "--model_name_or_path", trust, trust or trust_tokenizer)  # before it fetches weights
-    folder = find_folder(name, "--model_name_or_path", *patterns, **hub)
+    folder = find_folder(name, flags.model, *patterns[:-1], **hub)
+    guard.check_folder(folder, flags.model, trust, trust or trust_tokenizer)  # before it fetches weights
+    folder = find_folder(name, flags.model, *patterns, **hub)
     if not any(folder.glob("*.safetensors")):
-        folder = find_folder(name, "--model_name_or_path", *patterns, "*.bin", **hub)
+        folder = find_folder(name, flags.model, *patterns, "*.bin", **hub)
     with contextlib.suppress(NotStreamableError):  # which torch can load all the same
         open_checkpoint(folder)
     if named := arguments.tokenizer_name_or_path:
@@ -161,6 +172,7 @@ def load_model(
     longest: int,
     rank: int = 0,
     plain_class: bool = False,
+    flags: Flags = Flags(),
 ) -> "PreTrainedModel":
     """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
 
@@ -173,10 +185,10 @@ def load_model(
     from align.models.families import choose_class, log_class
     from align.upstream_fixes import transformers_class
 
-    config = guard.load_config(folder, "--model_name_or_path", arguments.trust_remote_code)
-    guard.check_weights(folder, config, "--model_name_or_path", arguments.trust_remote_code, rank, world_size)
+    config = guard.load_config(folder, flags.model, arguments.trust_remote_code)
+    guard.check_weights(folder, config, flags.model, arguments.trust_remote_code, rank, world_size)
     if adapter is not None:
-        guard.check_values(read_tensors(find_adapter_file(adapter)), "--peft_model")
+        guard.check_values(read_tensors(find_adapter_file(adapter)), flags.adapter)
     dtype = torch.bfloat16 if uses_bf16(arguments, world_size) else torch.float32
     if arguments.sdp_on_bf16:
         torch._C._set_math_sdp_allow_fp16_bf16_reduction(True)
@@ -195,13 +207,13 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"--model_name_or_path: {folder} cannot be loaded: {_one_line(error)}") from error
+        raise InputError(f"{flags.model}: {folder} cannot be loaded: {_one_line(error)}") from error
     if loaded["missing_keys"]:
-        raise InputError(f"--model_name_or_path: {folder} holds no weights for {sorted(loaded['missing_keys'])[0]}")
+        raise InputError(f"{flags.model}: {folder} holds no weights for {sorted(loaded['missing_keys'])[0]}")
     if adapter is not None:
         if vocabulary_size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(vocabulary_size)
-        model = _fold_adapter(model, adapter)
+        model = _fold_adapter(model, adapter, flags.adapter)
     model = model.eval()
     model = _split(model, dtype, world_size) if world_size > 1 else model.to(torch.device("hpu"))
     if use_hpu_graphs:  # the name is not there in eager mode
@@ -211,7 +223,7 @@ def load_model(
     return model
 
 
-def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
+def _fold_adapter(model: "PreTrainedModel", adapter: Path, flag: str) -> "PreTrainedModel":
     from peft import PeftConfig, get_peft_model
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
@@ -222,9 +234,9 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
         adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
         loaded = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"--peft_model: {adapter} does not fit the model: {_one_line(error)}") from error
+        raise InputError(f"{flag}: {adapter} does not fit the model: {_one_line(error)}") from error
     if loaded.unexpected_keys:
-        raise InputError(f"--peft_model: {adapter} does not fit the model: it has no {loaded.unexpected_keys[0]}")
+        raise InputError(f"{flag}: {adapter} does not fit the model: it has no {loaded.unexpected_keys[0]}")
     return merge_as_trained(adapted).to(dtype)
 
 

@@ -65,6 +65,7 @@ def load_generator(
             longest=longest + decoding.max_new_tokens,
             rank=rank,
             plain_class=plain_class,
+            flags=source.flags,
         )
         options = without_static_shapes(gaudi) if plain_class else gaudi
         rows = min(gaudi.batch_size, len(encoded))
@@ -86,7 +87,7 @@ def load_generator(
         fault = find_fault(generator, prompts, width)
     if fault is not None:
         raise ResultError(
-            f"--model_name_or_path: this {kind} model {fault}; --use_kv_cache False with --batch_size 1 may be right, "
+            f"{source.flags.model}: this {kind} model {fault}; --use_kv_cache False with --batch_size 1 may be right, "
             "and --skip_probe has its answers all the same"
         )
     return generator

@@ -99,8 +99,9 @@ def load_config(args: ModelArguments, flag: str = "--model_name_or_path") -> Pre
 
 def load_tokenizer(args: ModelArguments, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     name = args.tokenizer_name_or_path or args.model_name_or_path or ""
-    folder = guard.find_model(name, "--tokenizer_name_or_path", args.trust_remote_code, args.token)
-    tokenizer = guard.load_tokenizer(folder, "--tokenizer_name_or_path", args.trust_remote_code)
+    flag = "--tokenizer_name_or_path" if args.tokenizer_name_or_path else "--model_name_or_path"
+    folder = guard.find_model(name, flag, args.trust_remote_code, args.token)
+    tokenizer = guard.load_tokenizer(folder, flag, args.trust_remote_code)
     set_chat_template(tokenizer, chat_template)
     return tokenizer
 

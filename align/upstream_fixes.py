@@ -241,7 +241,7 @@ def inspect_deepspeed_files(folder: Path) -> None:
             _load_tensors(None, str(path), "cpu", mmap=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"--resume: {path} is damaged, or no file that DeepSpeed writes: {reason}") from error
+            raise InputError(f"{path} is damaged, or no file that DeepSpeed writes: {reason}") from error
 
 
 def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) -> Any:
@@ -262,7 +262,7 @@ def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) ->
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--resume: {path} holds more than tensors and is not loaded: {reason}") from error
+        raise InputError(f"{path} holds more than tensors and is not loaded: {reason}") from error
 
 
 def check_deepspeed_steps(accelerator: Any, may_step: Callable[[bool], bool]) -> None:

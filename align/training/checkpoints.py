@@ -235,19 +235,19 @@ class Run:
         for name, value in self.facts.items():
             if name in facts and facts[name] != value:
                 short = f"{_short(facts[name])} then, {_short(value)} now"
-                raise InputError(f"--resume: {folder} was made with another {name}: {short}")
+                raise InputError(f"{folder} was made with another {name}: {short}")
         changed = {name: (then[name], value) for name, value in self.flags.items() if name in then}
         changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
         for name, (before, now) in changed.items():
             if name in SAME:
                 raise InputError(
-                    f"--resume: {folder} was made with --{name} {_short(before)}, this is {_short(now)}; "
+                    f"{folder} was made with --{name} {_short(before)}, this is {_short(now)}; "
                     "give the same, or another --output_dir"
                 )
         sharded = self.facts["--deepspeed"] != "none"
         if sharded and manifest["world_size"] != self.flags["world_size"]:
             raise InputError(
-                f"--resume: {folder} holds the shards of {manifest['world_size']} ranks, these are "
+                f"{folder} holds the shards of {manifest['world_size']} ranks, these are "
                 f"{self.flags['world_size']}; start as many as before, as DeepSpeed wants"
             )
         told = [f"--{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items() if name not in UNTOLD]

@@ -84,7 +84,7 @@ class ReliableMixin(UploadingMixin):
         self.resumed = checkpoints.read_manifest(folder) if folder else None
         if self.resumed and self.resumed["order"] != self.hashes_order:
             raise InputError(
-                f"--resume: {folder} was made with rows in another order (other data, batch size or number of ranks); "
+                f"{folder} was made with rows in another order (other data, batch size or number of ranks); "
                 "give what it was made with, or another --output_dir"
             )
         if self.is_deepspeed_enabled:

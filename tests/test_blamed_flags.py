@@ -19,6 +19,7 @@ OF_OTHERS = ("align.upstream_flags", "align.launch.engines")
 ABSENT = {  # flags that are looked for in what was given, or not named where the script has none
     "align.quiet": {"log"},
     "align.launch.nodes": {"hub", "push"},  # the words of --hub-token
+    "align.rehearsal.page": {"no"},  # a colour
     "align.cli": {"no_", "help_all", "torch_compile", "gaudi_config_name"},
     "align.models.guard": {"trust_remote_code"},
     "align.training.flags": None,  # the tables of both trainers

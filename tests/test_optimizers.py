@@ -23,7 +23,7 @@ def fails(run, message, *flags):
 @pytest.mark.parametrize("name", [each.value for each in OptimizerNames])
 def test_every_optimizer_is_its_own_update_or_refused(run, name):
     known = name in SAME_AS_FUSED_ADAMW | OF_TORCH
-    fails(run, "nowhere is not a folder" if known else f"--optim {name}: its update is another", "--optim", name)
+    fails(run, "nowhere is not a folder" if known else f"--optim {name}: computes another update", "--optim", name)
 
 
 REFUSED = {

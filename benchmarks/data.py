@@ -13,6 +13,8 @@ Both sets together are packed as well, but not trained on.
 import argparse
 import json
 import logging
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HABANA_EMULATOR_STRICT", "0")
 
 import numpy as np
 import transformers
@@ -201,7 +204,29 @@ def make_trainer(
     return trainer
 
 
-def compare(make: Callable[..., Metered], rounds: int) -> dict[str, dict[str, float]]:
+class Peer:
+    """Plain trl's newest release on the same samples, run by its own Python."""
+
+    name = "trl's newest, packing=True"
+
+    def __init__(self, python: Path, samples: Dataset, model: LlamaForCausalLM, tokenizer, folder: Path):
+        self.python, self.folder = python, folder
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        samples.select_columns(["input_ids"]).to_json(folder / "samples.jsonl")
+
+    def run(self, steps: int) -> dict[str, float]:
+        paths = [self.folder / name for name in ("model", "samples.jsonl", "out")]
+        command = [self.python, ROOT / "benchmarks/peer.py", *paths, steps, BATCH_SIZE, LONGEST]
+        environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"}
+        command = [str(word) for word in command]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            sys.exit(ended.stderr)
+        return json.loads(ended.stdout.splitlines()[-1])
+
+
+def compare(make: Callable[..., Metered], rounds: int, peer: Peer | None) -> dict[str, dict[str, float]]:
     """For each way useful share and shapes; after some `rounds` of training also graphs and speed."""
     trainers = {name: make(name, steps=STEPS) for name in OURS | UPSTREAM}
     results = {name: trainer.count_batches() for name, trainer in trainers.items()}
@@ -209,6 +234,12 @@ def compare(make: Callable[..., Metered], rounds: int) -> dict[str, dict[str, fl
     for _ in range(rounds):
         for name, trainer in trainers.items():
             speeds[name].append(trainer.measure_speed())
+        if peer:
+            run = peer.run(STEPS)
+            speeds.setdefault(peer.name, []).append(run["tokens"] / run["seconds"])
+    if peer and rounds:
+        results[peer.name] = {"useful_share": 1.0, "shapes": peer.run(COUNTED_STEPS)["shapes"], "graphs": "-"}
+        results[peer.name]["useful_tokens_per_cpu_second"] = max(speeds[peer.name])
     for name in trainers if rounds else ():
         counted = make(name, steps=COUNTED_STEPS)
         with count_graphs() as graphs:
@@ -259,6 +290,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=6000, help="samples in each data set")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the fastest counts")
     parser.add_argument("--json", type=Path, default=ROOT / "runs/benchmarks/data.json", help="where the figures go")
+    parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
     disable_progress_bars()
@@ -282,11 +314,16 @@ def main() -> None:
             lengths = np.array(samples["length"])
             whole_lengths = np.array([len(ids) for ids in tokenizer(texts["text"]).input_ids])
             make = partial(make_trainer, samples=samples, texts=texts, tokenizer=tokenizer, folder=folder)
+            rounds = options.rounds if title in files else 0
+            peer = None
+            if options.peer and rounds:
+                model = make("packing", steps=STEPS).model
+                peer = Peer(options.peer, samples, model, tokenizer, Path(folder, f"peer-{len(samples)}-{title[0]}"))
             report[title] = {
                 "mean_length": float(lengths.mean()),
                 "possible_share": find_possible_share(lengths),
                 "samples_cut_by_upstream_packing": cut_share(whole_lengths),
-                "ways": compare(make, options.rounds if title in files else 0),
+                "ways": compare(make, rounds, peer),
             }
             print_table(title, report[title])
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -26,11 +26,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HABANA_EMULATOR_STRICT", "0")  # for the processes that it starts
 MAX_PROMPT_LENGTH, MAX_LENGTH = 256, 512
 NOISY = 0.15  # spread of a ratio above which it is marked
 VARIANTS = {
     "optimum-habana": "its example: a second model as reference, every answer padded",
     "trl": "plain trl on the CPU: adapter off, answers padded to the longest of a batch",
+    "trl, newest": "the same of benchmarks/requirements-peer.txt, where --peer names its Python",
     "ours": "shared rows, adapter off",
     "ours, stored": "shared rows, stored log-probs",
 }
@@ -121,6 +123,23 @@ def train_plain(folder: Path, rows: list[dict], flags: dict, callbacks: list, st
     return trainer, 0.0
 
 
+def train_newest(folder: Path, rows: list[dict], flags: dict, callbacks: list, stored: bool):
+    """Padded batches: its `padding_free` for pairs is switched off in trl 1.16 (trainer/dpo_trainer.py:732)."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    del flags["max_prompt_length"]  # which it no longer has: no pair here is longer than --max_length
+    trainer = DPOTrainer(
+        load_policy(folder),
+        args=DPOConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, **flags),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=callbacks,
+    )
+    return trainer, 0.0
+
+
 def train_ours(folder: Path, rows: list[dict], flags: dict, callbacks: list, stored: bool):
     from datasets import Dataset
     from optimum.habana.trl import GaudiDPOConfig
@@ -162,7 +181,13 @@ def train_ours(folder: Path, rows: list[dict], flags: dict, callbacks: list, sto
     return trainer, time.perf_counter() - start
 
 
-TRAINERS = {"optimum-habana": train_upstream, "trl": train_plain, "ours": train_ours, "ours, stored": train_ours}
+TRAINERS = {
+    "optimum-habana": train_upstream,
+    "trl": train_plain,
+    "trl, newest": train_newest,
+    "ours": train_ours,
+    "ours, stored": train_ours,
+}
 
 
 def make_lora():
@@ -249,11 +274,12 @@ def measure(variant: str, folder: Path, batch: int, steps: int, pairs: int, what
     }
 
 
-def run(variant: str, folder: Path, batch: int, steps: int, pairs: int, what: str) -> dict:
+def run(variant: str, folder: Path, batch: int, steps: int, pairs: int, what: str, peer: Path | None = None) -> dict:
     """`measure` in a process of its own; plain trl's knows nothing of the emulator."""
-    order = [sys.executable, __file__, "--measure", variant, "--folder", folder, "--what", what, "--pairs", pairs]
+    python = peer if variant == "trl, newest" else sys.executable
+    order = [python, __file__, "--measure", variant, "--folder", folder, "--what", what, "--pairs", pairs]
     order += ["--batches", batch, "--steps", steps]
-    autoload = "0" if variant == "trl" else "1"
+    autoload = "0" if variant.startswith("trl") else "1"
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(part) for part in order], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -291,6 +317,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="training steps of each run; the first is not timed")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all variants run")
     parser.add_argument("--pairs", type=int, default=128, help="synthetic pairs")
+    parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")
     parser.add_argument("--json", type=Path, help="write what was measured here as well")
     parser.add_argument("--measure", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -304,14 +331,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, sizes in {"llama": LLAMA, "tiny": TINY}.items():
             make_model(Path(folder, name), sizes)
-        measured = {}
+        measured, names = {}, [name for name in TRAINERS if args.peer or name != "trl, newest"]
         for batch in args.batches:
+            model = Path(folder, "llama")
             rounds = measured[batch] = [
-                {name: run(name, Path(folder, "llama"), batch, args.steps, args.pairs, "speed") for name in TRAINERS}
+                {name: run(name, model, batch, args.steps, args.pairs, "speed", args.peer) for name in names}
                 for _ in range(args.rounds)
             ]
-            for name in TRAINERS:
-                if name != "trl":
+            for name in names:
+                if not name.startswith("trl"):
                     counted = run(name, Path(folder, "tiny"), batch, args.pairs // batch, args.pairs, "graphs")
                     rounds[0][name].update(graphs=counted["graphs"], shapes=counted["shapes"])
             print_table(batch, rounds)

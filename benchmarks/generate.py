@@ -1,10 +1,11 @@
 """run_generation.py against optimum-habana's way and plain transformers: the wait for the first word, speed, graphs.
 
-python benchmarks/generate.py            some five minutes on two quiet cores
+python benchmarks/generate.py            some ten minutes on two quiet cores
 
 The first word is timed from the command to the first new text on a terminal, each way in a process of its own;
 optimum-habana's way shows its text after three warm-up and five timed runs. Speed is that of a small random Llama in
-float32 at a fixed length, graphs are those that the emulator counts. Rounds are interleaved; for the first word their
+float32 at a fixed length, on prompts of mixed lengths; graphs are those that the emulator counts, with beams for two
+numbers of steps. Rounds are interleaved; for the first word their
 median counts, for speed the best, as noise only slows. Speed is this host's, not a card's.
 """
 
@@ -25,9 +26,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HABANA_EMULATOR_STRICT", "0")
 
 NEW_TOKENS, BATCH_SIZE = 50, 8
-RUNS = {1: 10, 8: 4, 64: 1}  # of a measurement, by number of prompts: each takes seconds
+RUNS = {1: 10, 8: 4, 64: 1, 512: 1}  # of a measurement, by number of prompts: each takes seconds
+MANY = 512  # prompts that are measured in one round alone: they take minutes
+BEAMS, BEAM_STEPS = 4, (12, 48)
 WORDS = [f"word{number}" for number in range(2000)]
 OURS, UPSTREAM, PLAIN = "run_generation.py", "optimum-habana's way", "plain transformers"
 UPSTREAM_WARMUP, UPSTREAM_RUNS = 3, 5  # what its script does before it shows a text
@@ -80,7 +84,7 @@ def load_plain(folder: str, streams: bool = False) -> Callable[[list[str]], None
     return generate
 
 
-def load_upstream(folder: str) -> Callable[[list[str]], list[str]]:
+def load_upstream(folder: str, new_tokens: int = NEW_TOKENS, num_beams: int = 1) -> Callable[[list[str]], list[str]]:
     """What optimum-habana's text-generation example does: each batch as wide as its longest prompt, no end tokens."""
     from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
@@ -93,8 +97,10 @@ def load_upstream(folder: str) -> Callable[[list[str]], list[str]]:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval().to("hpu")
     model = wrap_in_hpu_graph(model)
     config = model.generation_config
-    config.max_new_tokens, config.static_shapes, config.bucket_size = NEW_TOKENS, True, -1
-    config.use_cache, config.pad_token_id = True, 0
+    config.max_new_tokens, config.static_shapes, config.bucket_size = new_tokens, True, -1
+    config.use_cache, config.pad_token_id, config.num_beams = True, 0, num_beams
+    if num_beams > 1:
+        model.config.eos_token_id = len(WORDS)  # no token's: its beam search stops with an error where there is none
 
     def generate(prompts: list[str]) -> list[str]:
         texts = []
@@ -172,12 +178,13 @@ def measure_speed(generate: Callable[[list[str]], object], prompts: list[str]) -
     return runs * len(prompts) * NEW_TOKENS / (time.perf_counter() - start)
 
 
-def measure_ours(folder: str, prompts: list[str]) -> dict[str, float]:
+def measure_ours(folder: str, prompts: list[str], new_tokens: int = NEW_TOKENS, num_beams: int = 1) -> dict[str, float]:
     """As many runs of `run_generation.py --benchmark` in this process, warmed up."""
     import run_generation
 
     with tempfile.TemporaryDirectory() as output:
-        flags = ["--model_name_or_path", folder, "--output_dir", output, "--max_new_tokens", str(NEW_TOKENS)]
+        flags = ["--model_name_or_path", folder, "--output_dir", output, "--max_new_tokens", str(new_tokens)]
+        flags += ["--num_beams", str(num_beams)]
         flags += ["--batch_size", str(BATCH_SIZE), "--use_hpu_graphs", "--benchmark", "--warmup", "1"]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             run_generation.main([*flags, "--n_iterations", str(RUNS[len(prompts)]), "--prompt", *prompts])
@@ -202,6 +209,20 @@ def compare_speeds(folder: str, prompts: list[str], rounds: int) -> dict[str, di
     }
 
 
+def count_beam_graphs(folder: str) -> dict[str, list[int]]:
+    """Graphs of a beam search over 8 prompts, for each number of steps."""
+    from habana_frameworks.emulator.graph_counter import count_graphs
+
+    prompts, counted = draw_prompts(BATCH_SIZE), {UPSTREAM: [], OURS: []}
+    for steps in BEAM_STEPS:
+        generate = load_upstream(folder, steps, BEAMS)
+        with count_graphs() as graphs:
+            generate(prompts)
+        counted[UPSTREAM].append(graphs.distinct)
+        counted[OURS].append(measure_ours(folder, prompts, steps, BEAMS)["graphs"])
+    return counted
+
+
 def measure_plain(folder: str, number: int, rounds: int) -> float:
     """New tokens per second of plain transformers, in a process without optimum-habana and the emulator."""
     command = [sys.executable, __file__, "--folder", folder, "--rounds", str(rounds), "--plain_speed", str(number)]
@@ -212,6 +233,7 @@ def measure_plain(folder: str, number: int, rounds: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--prompts", type=int, nargs="+", choices=RUNS, default=list(RUNS), help="numbers of prompts")
     parser.add_argument("--output", type=Path, default=ROOT / "runs/benchmarks/generate.json", help="for the figures")
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # of the model, for the child processes below
     parser.add_argument("--say", choices=[PLAIN, UPSTREAM], help=argparse.SUPPRESS)
@@ -227,15 +249,24 @@ def main() -> None:
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
+        beam_graphs = count_beam_graphs(folder)  # first, as it is quick to fail
         first_words = compare_first_words(folder, args.rounds)
-        speeds = {number: compare_speeds(folder, draw_prompts(number), args.rounds) for number in RUNS}
+        speeds = {
+            number: compare_speeds(folder, draw_prompts(number), 1 if number == MANY else args.rounds)
+            for number in args.prompts
+        }
     rows = []
-    print(f"{'':21} {'first word':>10} {'x plain':>8} " + " ".join(f"{n:>6} prompts {'graphs':>7}" for n in RUNS))
+    print(f"{'':21} {'first word':>10} {'x plain':>8} " + " ".join(f"{n:>6} prompts {'graphs':>7}" for n in speeds))
     for way, first_word in first_words.items():
-        figures = {number: speeds[number][way] for number in RUNS}
+        figures = {number: each[way] for number, each in speeds.items()}
         line = f"{way:21} {first_word:8.2f} s {first_word / first_words[PLAIN]:8.2f} "
         print(line + " ".join(f"{f['tokens_per_second']:8.0f} t/s {f.get('graphs', '-'):>9}" for f in figures.values()))
         rows.append({"way": way, "first_word_seconds": first_word, "by_number_of_prompts": figures})
+        rows[-1]["beam_graphs"] = beam_graphs.get(way)
+    for way, graphs in beam_graphs.items():
+        print(
+            f"{way}: {BEAMS} beams, {' and '.join(map(str, BEAM_STEPS))} steps: {' and '.join(map(str, graphs))} graphs"
+        )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print(f"\nfigures: {args.output}")

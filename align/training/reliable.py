@@ -47,7 +47,11 @@ class ReliableMixin(UploadingMixin):
     """Stands first among a trainer's classes. `watch` tells it of the run."""
 
     stdout: TextIO | None = None  # the script's own, while libraries have none
-    run: Any = None  # a `Run`; steps taken by hand, as tests and benchmarks do, belong to none
+    run: Any = None  # a `Run`; the steps of tests and benchmarks belong to none
+    signal = 0  # that this rank got
+    stopped_by = 0  # that all ranks agree on
+    nonfinite_steps = 0
+    resumed: Any = None  # the manifest, a dict
 
     @property
     def longest(self) -> int:
@@ -62,15 +66,10 @@ class ReliableMixin(UploadingMixin):
         self.samples = Samples(self, prompts, self.longest)
         self.gate = Gate(self.model)
         self.movement: Any = None  # a `Movement`, from the start of training on
-        self.signal = 0  # that this rank got
-        self.stopped_by = 0  # that all ranks agree on
-        self.nonfinite_steps = 0
         self.saved_at, self.saved_step = time.monotonic(), None
         self.losses: list[torch.Tensor] = []  # of the step's micro-batches
         self.step_batches: list[Mapping] = []
         self.grad_norm: torch.Tensor | None = None
-        self.carried_loss = 0.0  # that was not logged before the checkpoint
-        self.resumed: Any = None  # the manifest, a dict
         self.hashes_order = self.hash_order()
         self.add_callback(_AfterEachStep(self))
         self.add_callback(self.samples)
@@ -475,6 +474,7 @@ class ReliableMixin(UploadingMixin):
         }
 
     unlogged: torch.Tensor | None = None
+    carried_loss = 0.0  # that was not logged before the checkpoint
     save_is_due = False
     passed: dict | None = None
 

@@ -129,6 +129,10 @@ def rotated_type() -> str:
     return name_of(RotaryPosEmbeddingHelperV2.apply(ones(1, 1, 4, 8, dtype=torch.bfloat16), table, table, None).dtype)
 
 
+def pinned_batch() -> torch.Tensor:
+    return next(iter(torch.utils.data.DataLoader([1], collate_fn=lambda rows: ones(1), pin_memory=True)))
+
+
 def questions() -> dict[str, tuple[Callable[[], Any], str]]:
     """What to ask, and what the emulator answers."""
     asked: dict[str, tuple[Callable[[], Any], str]] = {}
@@ -141,12 +145,24 @@ def questions() -> dict[str, tuple[Callable[[], Any], str]]:
         asked[f"{how} by -inf"] = partial(attention_with, -torch.inf, recompute), "finite"
         packed = f"attention, softmax {'recomputed' if recompute else 'kept'}, two samples in a row"
         asked[packed] = partial(packed_attention, recompute), "the same"
-    odd = 2**24 + 1
+    odd, whole = 2**24 + 1, ones(2, 4, dtype=torch.int32)
     return asked | {
         "attention: fast softmax with gradients in recompute mode": (fast_softmax_learns_in_recompute_mode, "refused"),
         "attention: arguments by name": (lambda: FusedSDPA.apply(*[ones(1, 1, 4, 8)] * 3, attn_mask=None), "refused"),
         "rotary: bfloat16 by float32 tables": (rotated_type, "float32"),
         "norm: bfloat16 by float32 weights": (normed_type, "float32"),
+        "norm: whole numbers": (lambda: FusedRMSNorm.apply(whole, ones(4), 1e-6).cpu(), "refused"),
+        "a tensor of the host: added": (lambda: str(ones(2) + torch.ones(2)), "refused"),
+        "a tensor of the host: compared": (lambda: torch.eq(torch.ones(2), ones(2)).cpu(), "refused"),
+        "a tensor of the host: where to copy": (
+            lambda: ones(2).index_copy_(0, torch.tensor([1]), ones(1)).cpu(),
+            "refused",
+        ),
+        "a tensor of the host: as a gradient": (
+            lambda: ones(2).requires_grad_().mul(2).backward(torch.ones(2)),
+            "refused",
+        ),
+        "a batch of the card is pinned": (pinned_batch, "refused"),
         "adamw: a negative rate": (lambda: FusedAdamW([ones(2).requires_grad_()], lr=-1.0), "refused"),
         "graphs: the second call writes into the first one's output": (second_call_in_the_first_ones_output, "True"),
         "hccl: all_reduce of 2^24 + 1, int64": (partial(reduced, dist.all_reduce, torch.int64, odd), str(odd - 1)),

@@ -108,3 +108,7 @@ def test_what_a_deepspeed_file_decides_in_place_of_the_flags_is_told(run, capsys
     said = capsys.readouterr().err
     assert "--deepspeed ds.json: its optimizer AdamW takes the place of --optim adamw_torch" in said
     assert "ds.json: bf16.enabled is true there, so the run computes in bfloat16 without --bf16" in said
+
+    Path("ds.json").write_text(json.dumps(BATCHES | {"bf16": {"enabled": "auto"}}))
+    fails(run, "nowhere is n", "--deepspeed", "ds.json")
+    assert "bf16" not in capsys.readouterr().err

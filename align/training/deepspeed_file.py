@@ -7,7 +7,8 @@ from align.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-WITH_ZERO = {"adam", "adamw", "adagrad", "lion"}  # of those that a file can name (deepspeed/runtime/zero/utils.py)
+WITH_ZERO = {"adam", "adamw", "adagrad"}  # of those that a file can name (deepspeed/runtime/zero/utils.py)
+NOT_ON_GAUDI = {"lion", "lamb"}  # kernels that DeepSpeed has for other cards (deepspeed/ops/op_builder/hpu)
 CALCULATED = "cards x --per_device_train_batch_size x --gradient_accumulation_steps"
 
 
@@ -27,18 +28,18 @@ def check_deepspeed(args) -> None:
         raise InputError(f'{file}: --bf16 is on, but bf16.enabled is false there; set it to "auto" there')
     if parsed.is_true("fp16.enabled"):
         raise InputError(f"{file}: fp16.enabled is true there, but Gaudi computes in bfloat16; use bf16 there")
-    if parsed.is_true("bf16.enabled") and not args.bf16:
+    if parsed.get_value("bf16.enabled") is True and not args.bf16:  # to `is_true` "auto" is true as well
         logger.warning(f"{file}: bf16.enabled is true there, so the run computes in bfloat16 without --bf16")
     for name, flag in (("optimizer", f"--optim {args.optim.value}"), ("scheduler", "--lr_scheduler_type")):
         if chosen := parsed.get_value(f"{name}.type"):
             logger.warning(f"{file}: its {name} {chosen} takes the place of {flag}")
     optimizer = parsed.get_value("optimizer.type")
     allowed = parsed.is_true("zero_allow_untested_optimizer")
+    known = f"name one of {', '.join(sorted(WITH_ZERO))} there, or none, and --optim decides"
+    if optimizer and optimizer.lower() in NOT_ON_GAUDI:
+        raise InputError(f"{file}: DeepSpeed has no {optimizer} for Gaudi; {known}")
     if optimizer and optimizer.lower() not in WITH_ZERO and parsed.get_value("zero_optimization.stage") and not allowed:
-        raise InputError(
-            f"{file}: ZeRO refuses the optimizer {optimizer}; name one of {', '.join(sorted(WITH_ZERO))} there, or "
-            "none, and --optim decides"
-        )
+        raise InputError(f"{file}: ZeRO refuses the optimizer {optimizer}; {known}")
 
 
 def describe(mismatch: str) -> str:

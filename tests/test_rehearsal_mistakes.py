@@ -57,12 +57,69 @@ BROKEN = {
         f"{SFT} chats.jsonl --deepspeed no_bf16.json --bf16",
         "--deepspeed no_bf16.json: --bf16 is on, but bf16.enabled is false there",
     ),
-    "an unknown column": (f"{SFT} unknown.jsonl", "--dataset_name"),
+    "an unknown column": (f"{SFT} unknown.jsonl", "--dataset_name: the columns colour, taste make no known format"),
+    # the same mistakes in other places
+    "an evaluation does not fit": (f"{SFT} chats.jsonl --do_eval --per_device_eval_batch_size 64", "does not fit: "),
+    "rows of pairs compile for ever": (
+        "dpo.py --model_name_or_path model --max_steps 60 --dataset_name varied.jsonl --share_prompts False "
+        "--num_buckets 60 --max_prompt_length 64 --max_length 200 --gradient_accumulation_steps 1",
+        "still compiling after warm-up: ",
+    ),
+    "no LoRA target matches": (
+        f"{SFT} chats.jsonl --lora-target-modules c_attn",
+        "--lora_target_modules: none of c_attn is a module of this llama model",
+    ),
+    "the template loses a turn": (
+        f"{SFT} turns.jsonl --chat_template first.jinja",
+        "--chat_template: the chat template does not show the user message, first turns.jsonl, row 1",
+    ),
+    "bf16 is off in the file and on by default": (
+        f"{DPO} --max_prompt_length 32 --max_length 64 --deepspeed no_bf16.json",
+        "--deepspeed no_bf16.json: --bf16 is on, but bf16.enabled is false there",
+    ),
+    "fp16 in the file": (f"{SFT} chats.jsonl --deepspeed fp16.json --bf16", "--deepspeed fp16.json: fp16.enabled is"),
+    "no room for answers in SFT": (
+        f"{SFT} chats.jsonl --max_seq_length 4",
+        "--dataset_name: no row of chats.jsonl is left; dropped: 600 nothing left to learn",
+    ),
+    "all samples are too long": (
+        f"{SFT} chats.jsonl --max_seq_length 6 --truncation drop",
+        "--dataset_name: no row of chats.jsonl is left; dropped: 600 longer than --max_seq_length",
+    ),
+    "an optimizer that Gaudi lacks": (
+        f"{SFT} chats.jsonl --deepspeed lion.json",
+        "--deepspeed lion.json: DeepSpeed has no Lion for Gaudi; name one of adagrad, adam, adamw there",
+    ),
+    "no disk for the whole model": (
+        f"{SFT} chats.jsonl --use_peft False --max-steps 2000000000 --save-steps 1",
+        "no disk for the save: 2000000000 checkpoints of ",
+    ),
+    "the micro-batch is another": (
+        f"{SFT} chats.jsonl --deepspeed micro_of_3.json",
+        "--deepspeed micro_of_3.json: train_micro_batch_size_per_gpu is 3 there, but 8",
+    ),
+    "pairs without a rejected answer": (
+        "dpo.py --model_name_or_path model --max_steps 4 --dataset_name chosen.jsonl",
+        "--dataset_name: the columns prompt, chosen make no known format",
+    ),
+    "a column that is not there": (
+        f"{SFT} unknown.jsonl --columns prompt=question,completion=taste",
+        "--columns: unknown.jsonl has no column 'question'",
+    ),
 }
+WARNS = ("it compiles for ever", "rows of pairs compile for ever", "a LoRA target matches nothing")
+TOO_SMALL = {"it does not fit": 1e-4, "an evaluation does not fit": 1e-2}  # GB of a card
 
 
 # What is not broken, but uses what a rehearsal must find its way through
-WHOLE = f"{DPO} --precompute_ref_log_probs --do_eval --sample_prompts 2 --max_prompt_length 32 --max_length 64"
+WHOLE = {
+    "stored references": f"{DPO} --precompute_ref_log_probs --do_eval --sample_prompts 2 --max_prompt_length 32 "
+    "--max_length 64",
+    "a mix": f"{SFT} chats.jsonl other.jsonl --dataset_mix 0.7 0.3",
+    "fused": f"{SFT} chats.jsonl",
+    "kept softmax": f"{SFT} chats.jsonl --use_flash_attention",
+    "upstream": f"{SFT} chats.jsonl --use_flash_attention False",
+}
 
 
 def make_run(command: str, port: int | None = None) -> Run:
@@ -88,7 +145,21 @@ def write_inputs() -> None:
         "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] + ': ' + m['content'] + '\n' }}"
         "{% endif %}{% endfor %}"
     )
+    more = [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": "More."}]
+    write_rows("turns.jsonl", [{"messages": [*chat["messages"], *more]} for chat in chats[:20]])
+    Path("first.jinja").write_text(
+        "{% for m in messages[:2] %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
+    write_rows("other.jsonl", [{"question": f"Why {i}?", "answer": "So. " * (i % 5 + 1)} for i in range(60)])
+    write_rows("chosen.jsonl", [{"prompt": "Why?", "chosen": "So."}] * 20)
+    answers = [("Fine. " * (i * 7 % 40 + 1), "No. " * (i * 11 % 40 + 1)) for i in range(400)]
+    write_rows(
+        "varied.jsonl", [{"prompt": "How?", "chosen": chosen, "rejected": rejected} for chosen, rejected in answers]
+    )
     for name, changes in {
+        "lion": {"optimizer": {"type": "Lion", "params": {"lr": "auto"}}},
+        "micro_of_3": {"train_micro_batch_size_per_gpu": 3},
+        "fp16": {"fp16": {"enabled": True}},
         "sgd": {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}},
         "batch_of_7": {"train_batch_size": 7},
         "no_bf16": {"bf16": {"enabled": False}},
@@ -103,13 +174,13 @@ def reports(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("broken"))
     try:
         write_inputs()
-        commands = {name: command for name, (command, _) in BROKEN.items()} | {"nothing": WHOLE}
+        commands = {name: command for name, (command, _) in BROKEN.items()} | WHOLE
         stages = {name: Stage(make_run(command)) for name, command in commands.items()}
         plans = {}
         for number, (name, stage) in enumerate(stages.items()):
             work = Path("work", str(number)).resolve()
             work.mkdir(parents=True)
-            most = 1 if name != "it compiles for ever" else 2
+            most = 2 if "compile" in name else 1
             plans[name] = make_plan(stage, work, {}) | {
                 "seen": str(work / "seen.json"),
                 "seconds": 0,
@@ -123,8 +194,8 @@ def reports(tmp_path_factory):
         for name, stage in stages.items():
             assert Path(plans[name]["seen"]).exists(), ended.stderr
             seen = json.loads(Path(plans[name]["seen"]).read_text()) | {"asked_output": "out"}
-            memory = 1e-4 if name == "it does not fit" else None
-            found[name] = judging.judge(stage, seen, argparse.Namespace(card="gaudi2", card_memory=memory))
+            card = argparse.Namespace(card="gaudi2", card_memory=TOO_SMALL.get(name))
+            found[name] = judging.judge(stage, seen, card)
         yield found
     finally:
         os.chdir(before)
@@ -134,16 +205,33 @@ def reports(tmp_path_factory):
 def test_a_broken_recipe_is_found_with_its_reason(reports, name):
     report = reports[name]
 
-    warns = name in ("it compiles for ever", "a LoRA target matches nothing")
-    assert report["verdict"] == ("warnings" if warns else "no-go"), report["reasons"]
-    assert any(reason.startswith(BROKEN[name][1]) for reason in report["reasons"]), report["reasons"]
+    assert report["verdict"] == ("warnings" if name in WARNS else "no-go"), report["reasons"]
+    assert report["reasons"][0].startswith(BROKEN[name][1]), report["reasons"]
+    if name == "an evaluation does not fit":
+        assert "a card in evaluation" in report["reasons"][0]
 
 
 def test_preferences_with_stored_references_and_samples_are_rehearsed_to_the_end(reports):
-    report = reports["nothing"]
+    report = reports["stored references"]
 
     assert report["verdict"] == "go", report["reasons"]
     assert {"forward", "backward", "optimizer", "evaluation", "saving"} <= set(report["memory_per_card_gb"]["by_phase"])
+
+
+def test_a_mix_of_data_sets_is_rehearsed_with_the_rows_of_each(reports):
+    report = reports["a mix"]
+
+    assert report["verdict"] == "go", report["reasons"]
+    assert [report["data"][f"train of {name}.jsonl"]["samples"] for name in ("chats", "other")] == [600, 60]
+    assert report["data"]["train"]["samples"] == 200  # all of the smaller one, and 7 to 3 of the other
+    assert report["data"]["train"]["steps"] == 40
+
+
+def test_the_default_attention_takes_less_memory_than_a_softmax_that_is_kept(reports):
+    names = ("fused", "kept softmax", "upstream")
+    fused, *others = (reports[name]["about"]["by_module_gb"]["self_attn"] for name in names)
+
+    assert fused < 0.6 * min(others)
 
 
 def test_a_port_in_use_is_found():

@@ -49,7 +49,7 @@ def judge(stage, seen: dict, args: argparse.Namespace, shrunken: dict | None = N
         elif high > usable:
             warnings.append(f"may not fit: {told}, and a card has {usable:g} GB")
     lora = lora_of(stage.run.script, seen)
-    if lora["dead"]:
+    if lora["dead"] and "--lora_target_modules" not in (error or {}).get("text", ""):
         warnings.append(f"--lora_target_modules: {', '.join(lora['dead'])} match no module; nothing is trained there")
     graphs, late = graphs_of(seen)
     warnings += late

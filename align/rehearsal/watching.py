@@ -101,6 +101,7 @@ def put_aside(stack: ExitStack) -> None:
     stack.callback(logging.setLogRecordFactory, logging.getLogRecordFactory())
     environment = dict(os.environ)
     stack.callback(os.environ.update, environment)
+    stack.callback(os.environ.clear)  # first: ACCELERATE_USE_DEEPSPEED would start DeepSpeed in the next one
     stack.callback(_forget_run)
 
 
@@ -116,7 +117,7 @@ def _keep_what_is_said(make: Callable, seen: dict, *args, **kwargs) -> logging.L
     record = make(*args, **kwargs)
     if record.name.startswith("align"):
         text = record.getMessage()
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.WARNING and NOT_SHOWN not in text:  # which `report_data` makes a reason of
             seen.setdefault("warnings", []).append(text)
         if match := re.match(r"(\w+): (?:[\d,]+ computed tokens a pair, )?([\d.]+)% of (?:the computed|them)", text):
             seen.setdefault("useful", {})[match[1]] = float(match[2]) / 100
@@ -350,9 +351,10 @@ class Watcher:
         about = {"dropped": prepared.dropped or {}, "told": {}}
         for note, (count, place) in prepared.notes.items():
             about["told"][note] = count
-            if note.startswith(NOT_SHOWN):
-                text = f"--chat_template: {note}, first {place}: the model would never see it"
-                self.seen.setdefault("stops", []).append(text)
+            stops = self.seen.setdefault("stops", [])
+            text = f"--chat_template: {note}, first"
+            if note.startswith(NOT_SHOWN) and not any(stop.startswith(text) for stop in stops):
+                stops.append(f"{text} {place}: the model would never see it")
         if hasattr(prepared.rows, "column_names") and hasattr(prepared.rows, "__len__"):
             lengths = read_numbers(prepared.rows, "length")
             about["samples"] = len(lengths)

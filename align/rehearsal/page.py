@@ -123,13 +123,14 @@ def memory_bars(report: dict, card_memory: float) -> str:
         return ""
     biggest = max(sum(kinds.values()) for kinds in phases.values())
     widest = max(biggest, card_memory) * 1.02 if biggest > card_memory / 8 else biggest * 1.02
-    bars = "".join(bar(name.replace("_", " "), kinds, widest, card_memory, COLORS) for name, kinds in phases.items())
+    order = {name: {kind: kinds[kind] for kind in [*COLORS, *kinds] if kind in kinds} for name, kinds in phases.items()}
+    bars = "".join(bar(name.replace("_", " "), kinds, widest, card_memory, COLORS) for name, kinds in order.items())
     used = [kind for kind in COLORS if any(kinds.get(kind, 0) > widest / 2000 for kinds in phases.values())]
     legend = "".join(f'<span><i style="background:{COLORS[kind]}"></i>{kind}</span>' for kind in used)
     line = f'<span><i style="background:var(--no-go);width:2px"></i>{card_memory:g} GB, what a card has</span>'
     modules = {name: size for name, size in report["about"]["by_module_gb"].items() if size > biggest / 500}
     most = max(modules.values(), default=1) * 1.02
-    parts = "".join(bar(name, {name: size}, most, most * 2, {name: "#2f9e44"}) for name, size in modules.items())
+    parts = "".join(bar(name, {name: size}, most, most * 2, {}) for name, size in modules.items())
     return (
         f"<section><h2>Memory of a card</h2>{bars}"
         f"<div class='legend'>{legend}{line if card_memory <= widest else ''}</div>"
@@ -143,7 +144,7 @@ def alternatives(report: dict) -> str:
     rows = "".join(
         f"<tr><td>{escape(each['change'])}</td><td class='n'>{show(each['peak'])}</td>"
         f"<td class='n'>{'× ' + format(each['computed_tokens'], 'g') if each['computed_tokens'] else '-'}</td>"
-        f"<td class='{'ok' if each['fits'] else 'no'}'>{'fits' if each['fits'] else 'no'}</td></tr>"
+        f"<td class='{'ok' if each['fits'] else 'no'}'>{'fits' if each['fits'] else 'does not fit'}</td></tr>"
         for each in report["fits_with"]
     )
     head = "<tr><th>Change</th><th class='n'>a card</th><th class='n'>computation</th><th></th></tr>"
@@ -177,6 +178,7 @@ def shape_steps(lengths: list[int]) -> str:
 def graphs(report: dict) -> str:
     curve, reads = report["graphs"]["by_step"], report["graphs"]["host_reads"]
     top, number = max(curve), len(curve)
+    unit = "token" if Path(report["about"]["command"][0]).name == "run_generation.py" else "step"
     points = [(60 + 390 * (i + 0.5) / number, 110 - 82 * count / top) for i, count in enumerate(curve)]
     dots = "".join(
         f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="#e8590c"/><text x="{x - 6:.0f}" y="{y - 8:.0f}">{count}</text>'
@@ -185,16 +187,19 @@ def graphs(report: dict) -> str:
     )
     line = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
     svg = (
-        f'<svg viewBox="0 0 460 132" role="img" aria-label="distinct graphs after each step"><polyline points="{line}" '
-        f'fill="none" stroke="#e8590c" stroke-width="2"/>{dots}<text x="0" y="128">step</text></svg>'
+        f'<svg viewBox="0 0 460 132" role="img" aria-label="distinct graphs after each {unit}"><polyline '
+        f'points="{line}" fill="none" stroke="#e8590c" stroke-width="2"/>{dots}<text x="0" y="128">{unit}</text></svg>'
     )
+    if number == 1:
+        svg = f"<p>{top:,}, of one {unit} that was rehearsed</p>"
     rows = "".join(
         f"<tr><td>{escape(read['file'])}:{read['line']} ({escape(read['function'])})</td>"
         f"<td class='n'>{read['times']}</td></tr>"
         for read in reads[:8]
     )
     table = f"<h3>Where the host reads from the card</h3><table>{rows}</table>" if rows else ""
-    return f"<section><h2>Distinct graphs after each step</h2>{svg}{table}</section>"
+    cost = '<p class="soft">A card compiles each of them: seconds to minutes.</p>'
+    return f"<section><h2>Distinct graphs after each {unit}</h2>{cost}{svg}{table}</section>"
 
 
 def data(report: dict) -> str:
@@ -202,8 +207,8 @@ def data(report: dict) -> str:
     for name, part in report["data"].items():
         for what, value in part.items():
             if isinstance(value, dict):
-                value = ", ".join(f"{count} {reason}" for reason, count in value.items()) or "none"
-            if what in ("shapes", "useful_share"):
+                value = ", ".join(f"{count:,} {reason}" for reason, count in value.items())
+            if what in ("shapes", "useful_share") or value == "":
                 continue
             value = f"{value:,}" if isinstance(value, int) else f"{value:.1%}" if isinstance(value, float) else value
             rows += (

@@ -194,6 +194,7 @@ def test_operations_do_not_mix_card_and_host(mix):
         lambda card, host: torch.optim.AdamW([torch.nn.Parameter(card)]).step(),
         lambda card, host: torch.nn.utils.clip_grad_norm_([torch.nn.Parameter(card)], 1.0),
         lambda card, host: card.to(host).add(host),
+        lambda card, host: torch._foreach_addcmul([card, card], [card, card], [card, card], host),  # numbers, packed
     ],
 )
 def test_operations_that_a_card_takes_are_taken(mix):

@@ -87,13 +87,15 @@ asked = Asked()
 class _Traits:
     """What the mode must know of an operation; looked up once."""
 
-    __slots__ = ("name", "checked", "indexing", "mutable", "random")
+    __slots__ = ("name", "checked", "from_host", "mutable", "random")
 
     def __init__(self, operation: torch._ops.OpOverload):
         schema = operation._schema
         namespace, _, self.name = schema.name.partition("::")
         self.checked = namespace not in ("c10d", "_c10d_functional", "profiler") and self.name not in CROSSING
-        self.indexing = self.name in INDEXING
+        # The argument that torch takes from the host: indices, and numbers for each tensor of a list.
+        packed = (place for place, argument in enumerate(schema.arguments) if argument.name == "scalars")
+        self.from_host = 1 if self.name in INDEXING else next(packed, None)
         self.mutable = schema.is_mutable
         self.random = torch.Tag.nondeterministic_seeded in operation.tags
 
@@ -168,11 +170,12 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
 
 
 def _check(traits: _Traits, args: tuple, tensors: list, places: list) -> None:
-    """Raises unless all that is on the host are numbers, which an operation takes along, or indices."""
-    indices = {id(index) for index in tensors_in((args[1],))} if traits.indexing else ()
+    """Raises unless all that is on the host are numbers, which an operation takes along, or its `from_host`."""
+    from_host = () if traits.from_host is None else args[traits.from_host : traits.from_host + 1]
+    taken = {id(tensor) for tensor in tensors_in(from_host)}
     for tensor, place in zip(tensors, places, strict=True):
         is_target = traits.mutable and tensor is tensors[0]
-        if place is HOST and (tensor.dim() or is_target) and id(tensor) not in indices:
+        if place is HOST and (tensor.dim() or is_target) and id(tensor) not in taken:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, hpu:0 and cpu! "
                 f"(when checking an argument of shape {list(tensor.shape)} on the host in method {traits.name}, "

@@ -1,5 +1,6 @@
 """One tiny random model for each row of the table in align/models/families.py."""
 
+import json
 from pathlib import Path
 
 SIZES = {
@@ -21,6 +22,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
 DEEPSEEK |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
 DEEPSEEK |= {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+DERIVED = {"deepseek_v3": ("qk_head_dim", "head_dim", "rope_interleave")}  # what published folders leave out
 HEAD = {"head_dim": 16}
 SOFT_CAPS = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 5.0}
 NO_DROPOUT = {"dropout": 0, "attention_dropout": 0, "activation_dropout": 0}
@@ -114,4 +116,8 @@ def save_family_model(folder: Path, row: str, **changes) -> Path:
             else:
                 parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in DERIVED.get(model_type, ()):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

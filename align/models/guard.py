@@ -24,6 +24,7 @@ from align.merge.checkpoints import (
     open_checkpoint,
     read_json,
 )
+from align.upstream_fixes import is_gaudi_class, transformers_config_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -210,7 +211,10 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
                     f"{flag}: {path} asks for {content.pop(key)}, which Gaudi does not have; its own are used"
                 )
         about = {"name_or_path": str(folder), "_commit_hash": extract_commit_hash(str(path.absolute()), None)}
-        return config_class.from_dict(translate_config(content, config_class, path, flag) | about)
+        content = translate_config(content, config_class, path, flag)
+        if is_gaudi_class(config_class):
+            content = transformers_config_class(content["model_type"]).from_dict(content).to_dict()
+        return config_class.from_dict(content | about)
     except InputError:
         raise
     except Exception as error:  # whatever a wrong value makes of a configuration's own code

@@ -37,7 +37,7 @@ with quiet_imports():
     from align.generation.config import DecodingArguments, GaudiArguments
     from align.generation.keeping import KeptAnswers, describe_settings, write_json
     from align.generation.model import ModelArguments, find_source
-    from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, plan_batches
+    from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, own_prompts, plan_batches
 
 logger = logging.getLogger("run_generation")
 
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Prompts
     prompts = load_prompts(prompt_args, world_size, model_args.token)
+    given = 0 if prompts == own_prompts(prompt_args.max_input_tokens) else len(prompts)
     if output_args.measures:  # as upstream's example: no part of a batch is empty
         prompts = list(islice(cycle(prompts), max(gaudi_args.batch_size, len(prompts))))
     output_dir = prepare_output_dir(output_args, rank)
@@ -150,10 +151,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # Answer
     answer = partial(answer_all, generator, prompts, encoded, seed=decoding_args.seed)
+    show = choose_display(generator) if speaks and output_dir is None else None
     if output_args.measures:
         each = generator.answers_per_prompt
         measured, as_upstream = measure(partial(answer, batches), output_args, len(batches), each)
         if speaks:
+            for (text,) in as_upstream["output"][: given * each] if output_dir is None else ():
+                print(f"{text}\n")
             print_table(results | measured)
         if rank == 0 and output_dir is not None:
             write_json(output_dir / "benchmark.json", results | measured)
@@ -164,7 +168,6 @@ def main(argv: list[str] | None = None) -> None:
         if kept is not None and not kept.is_finished:
             kept.open()
             results["answered_before"] = len(kept.answers)
-    show = choose_display(generator) if speaks and output_dir is None else None
     between = "\n" if prompt_args.use_chat_template else ""
     with count_graphs(output_args.show_graphs_count) as graphs:
         _, timings = answer(batches, show, between, kept=kept)

@@ -157,7 +157,10 @@ FLAGS: dict[str, dict[str, Flag]] = {
         ),
         # Prompts
         "prompt": Same(),
-        "dataset_name": Same("`openorca` and `mlcommons` have no special meaning"),
+        "dataset_name": Same(
+            "whole prompts of the `train` split, in order (`--dataset_split`, `--max_input_tokens`); upstream takes "
+            "`test`, shuffled, and 16 tokens of each; `openorca` and `mlcommons` have no special meaning"
+        ),
         "column_name": Same(),
         "dataset_max_samples": Same("the first ones, unshuffled"),
         "max_input_tokens": Same("0, as -1, cuts nothing; the eight prompts of ours are made that long"),
@@ -224,8 +227,8 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "dynamo_allow_unspec_int_on_nn_module": Refused("it belongs to `--torch_compile`", EAGER_GRAPHS),
         # Results
         "output_dir": Same("refused where it holds results, without `--overwrite_output_dir`"),
-        "warmup": Same("makes the run a benchmark"),
-        "n_iterations": Same("makes the run a benchmark"),
+        "warmup": Same("makes the run a benchmark, which prints answers to prompts of yours, as upstream"),
+        "n_iterations": Same("makes the run a benchmark, which prints answers to prompts of yours, as upstream"),
         "show_graphs_count": Same(),
         "verbose_workers": Same(),
         "profiling_warmup_steps": Refused(
@@ -242,6 +245,9 @@ FLAGS: dict[str, dict[str, Flag]] = {
         ),
         # Quantised models
         "quantize_with_bnb": Refused("bitsandbytes has no NF4 kernels for Gaudi on the package index", MORE_CARDS),
+        "fp8": Refused(FP8, MORE_CARDS),  # this one and the next two: of releases before 1.14
+        "kv_cache_fp8": Refused(FP8, MORE_CARDS),
+        "load_quantized_model": Refused(FP8, MORE_CARDS),
         "load_quantized_model_with_autogptq": Refused("AutoGPTQ's kernels for Gaudi are no longer made", MORE_CARDS),
         "load_quantized_model_with_autoawq": Refused("AutoAWQ's kernels for Gaudi are no longer made", MORE_CARDS),
         "load_quantized_model_with_inc": Refused(FP8, MORE_CARDS),

@@ -1,7 +1,8 @@
 """A rank of tests/test_run_generation.py: run_generation.py with one model after the other, whose imports take longest.
 
 generation_ranks.py FOLDER... -- PROMPT... writes to a folder with each model's name. The first one's answers are then
-lost but for those of one batch, and made again with --resume.
+lost but for those of one batch, and made again with --resume; and written to `spoilt` with a fault in the last rank's
+class.
 """
 
 import json
@@ -9,7 +10,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from test_probing import let_the_mask_leak
 
 from align.cli import run_script
 from run_generation import main
@@ -25,6 +30,11 @@ def answer() -> None:
             if os.environ["RANK"] == "0":
                 lose_answers(Path(model).name)
             main([*paths, *flags, "--resume", "--prompt", *sys.argv[end + 1 :]])
+            with pytest.MonkeyPatch.context() as patch:
+                if os.environ["RANK"] == "1":
+                    let_the_mask_leak(patch)
+                paths = ["--model_name_or_path", model, "--output_dir", "spoilt"]
+                main([*paths, *flags, "--prompt", *sys.argv[end + 1 :]])
 
 
 def lose_answers(folder: str) -> None:

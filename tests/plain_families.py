@@ -1,17 +1,26 @@
 """Log-probs and greedy answers of plain transformers; run by tests in a process that optimum-habana has not patched.
 
 python plain_families.py FOLDER makes FOLDER/<number of the row> for each row of the table, with a tiny model and in
-`plain.json` the logits of the samples and what the model answers to the prompts, each alone, without cache.
+`plain.json` the logits of the samples and what the model answers to the prompts, each alone, without cache. Beside it
+`adapter` is one on every linear module, `merged.safetensors` what PEFT's merge makes of all tensors, and `whole` what
+merge_peft_adapter.py makes of them where it cannot stream.
 """
 
 import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
 import torch
 from family_models import CONFIGS, save_family_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from align.merge.writing import merge_through_peft
 
 LENGTHS = (24, 17, 5)  # of samples: longer and shorter than a window of 8
 PROMPTS = (19, 7, 1)
@@ -55,6 +64,29 @@ def compute(folder: Path) -> None:
     logits = [logits(ids).log_softmax(-1).tolist() for ids in sequences()]
     result = {"logits": logits, "answers": answers, "beams": beams}
     (folder / "plain.json").write_text(json.dumps(result))
+    merge(model, folder)
+
+
+def merge(model, folder: Path) -> None:
+    """All linear modules and, where no head shares it, the embedding; PEFT refuses Mamba's `out_proj`."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    adapted = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    }
+    if model.config.model_type == "falcon_mamba":
+        adapted = {name: module for name, module in adapted.items() if not name.endswith("out_proj")}
+    elif not model.config.tie_word_embeddings:
+        adapted |= {name: module for name, module in model.named_modules() if module is embedding}
+    config = LoraConfig(r=2, target_modules=list(adapted), init_lora_weights=False, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    peft_model.save_pretrained(folder / "adapter")
+    tensors = peft_model.merge_and_unload().state_dict()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "merged.safetensors")
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    (folder / "whole").mkdir()
+    merge_through_peft(folder, model.config, folder / "adapter", settings, folder / "whole", None)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT, write_rows
 from family_models import CONFIGS
-from measure_families import RIGHT, describe, make_plain, measure
+from measure_families import RIGHT, describe, make_plain, measure, measure_ranks
 from tiny import make_tokenizer
 
 from align.errors import InputError
@@ -23,9 +23,22 @@ def test_a_family_is_right_or_refused_as_its_page_says(row, plain):
     trained = [result, result["without the kernel"]] if "without the kernel" in result else [result]
     assert all(difference < RIGHT for each in trained for _, difference in (each["packed"], each["shared"]))
     assert {result[way] for way in ("alone", "batch", "no cache")} == {"right"}
-    assert {result[flag] for flag in ("beams", "reuse_cache", "buckets")} <= {"right", "refused"}
-    page = [without_figures(line) for line in (ROOT / "docs" / "models.md").read_text().splitlines()]
-    assert without_figures(describe(row, result)) in page
+    assert result["beams"] in ("right", "refused")
+    assert {result[flag] for flag in ("reuse_cache", "buckets", "flash attention")} <= {"right", "no effect"}
+    assert result["merge"] in ("streamed, same bits", "through PEFT, same bits")
+    page = [line.rsplit(" | ", 1)[0] for line in read_page()]  # without two cards
+    assert without_figures(describe(row, result | {"two cards": ""})).rsplit(" | ", 1)[0] in page
+
+
+@pytest.mark.soak
+def test_two_cards_say_the_same_or_refuse_as_the_page_says(plain):
+    cells = measure_ranks(plain, *CONFIGS)
+
+    assert set(cells.values()) <= {"right", "right, not split", "refused"}
+    page = {
+        line.split(" | ")[0].removeprefix("| "): line.rsplit(" | ", 1)[-1].removesuffix(" |") for line in read_page()
+    }
+    assert {row: page[row] for row in cells} == cells
 
 
 @pytest.mark.soak
@@ -54,6 +67,10 @@ def test_a_family_is_trained_merged_and_says_the_same_merged(row, precision, pla
     adapted = run("run_generation.py", *model, "--peft_model", "sft", *ask).out
 
     assert adapted == run("run_generation.py", "--model_name_or_path", "merged", *ask, "--use_hpu_graphs").out
+
+
+def read_page():
+    return [without_figures(line) for line in (ROOT / "docs" / "models.md").read_text().splitlines()]
 
 
 def without_figures(line):

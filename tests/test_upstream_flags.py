@@ -3,12 +3,14 @@
 import io
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_rows
 from tiny import save_model
 
+import run_generation
 from align.cli import parse_arguments
 from align.errors import InputError
 from align.upstream_flags import FLAGS, Instead, Refused, Same, describe, translate
@@ -68,7 +70,7 @@ def test_a_refused_flag_says_why_and_what_works_and_its_neutral_value_passes(nam
     flag = FLAGS["run_generation.py"][name]
 
     for given in ([f"--{name}"], [f"--{name}", "7"], [f"--{name}=7"], [f"--{name.replace('_', '-')}", "7"]):
-        with pytest.raises(InputError, match=f"^--{name[:3]}[^\n`]*; [^\n]+$"):
+        with pytest.raises(InputError, match=f"^--{name[:2]}[^\n`]*; [^\n]+$"):
             translate("run_generation.py", ["--prompt", "Hi", *given, "--bf16"])
     for value in flag.neutral:
         assert translate("run_generation.py", [f"--{name}", value, "--bf16"]) == ["--bf16"]
@@ -108,6 +110,18 @@ def test_dpos_flags_of_upstream_say_what_ours_say(monkeypatch):
 
     assert parse(*upstream) == parse(*ours) != parse()
     assert parse(*upstream)["gradient_checkpointing_kwargs"] == "{'use_reentrant': True}"
+
+
+def test_the_flags_of_published_commands_pass_or_are_refused_where_they_cannot_work():
+    for line in (ROOT / "tests" / "published_flags.txt").read_text().splitlines()[1:]:
+        names = re.findall(r"--([\w-]+)", line)
+        refused = [name for name in names if isinstance(FLAGS["run_generation.py"].get(name), Refused)]
+        if refused:
+            with pytest.raises(InputError, match=f"^--({'|'.join(refused)}): not here"):
+                run_generation.parse_arguments(line.split())
+            continue
+        model, _, decoding, gaudi, output, _ = run_generation.parse_arguments([*line.split(), "--peft_model", "x"])
+        run_generation.check_arguments(model, decoding, gaudi, output)
 
 
 # Flags as published commands combine them, and what is told besides
@@ -161,6 +175,36 @@ def test_a_benchmark_writes_upstreams_results_of_a_full_batch(generate):
     assert results["output"][0] == results["output"][2]
     assert results["throughput"] == json.loads(Path("out/benchmark.json").read_text())["tokens_per_second"] > 0
     assert 0 < results["avg_first_token_latency"] < results["avg_e2e_latency"]
+
+
+def test_a_benchmark_of_prompts_of_ones_own_shows_the_answers(generate, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    flags = ["--n_iterations", 2, "--warmup", 0, "--batch_size", 3]
+
+    printed = generate(*flags, "--prompt", "Hello", "Hi")
+
+    assert printed.startswith(generate("--prompt", "Hello", "Hi", "--ignore_eos"))
+    assert generate(*flags).startswith("version ")
+
+
+def test_flags_of_speed_that_a_model_has_nothing_for_are_told(run, tmp_path, caplog):
+    model = save_model(tmp_path / "gemma", "gemma", head_dim=16)
+    ask = ["--model_name_or_path", model, "--max_new_tokens", 4, "--prompt", "Hi"]
+    flags = "--reuse_cache --bucket_size 16 --bucket_internal --use_flash_attention"
+
+    texts = [run("run_generation.py", *ask, *given).out for given in (flags.split(), [])]
+
+    assert texts[0] == texts[1]
+    told = "--reuse_cache, --bucket_size, --bucket_internal have no effect: gemma models run without static shapes."
+    assert told in caplog.messages
+    assert "--use_flash_attention has no effect: optimum-habana's gemma models have none." in caplog.messages
+
+
+def test_an_adapter_of_prompts_is_refused_as_it_changes_no_weights(generate, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+
+    with pytest.raises(InputError, match="is a PROMPT_TUNING adapter, which changes no weights but needs tokens"):
+        generate("--peft_model", tmp_path, "--prompt", "Hi")
 
 
 def test_a_causal_mask_alone_is_refused_where_a_prompt_would_be_padded(generate):

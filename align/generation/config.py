@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from align.errors import InputError
@@ -77,8 +77,9 @@ class GaudiArguments:
 
 
 # How attention is computed; arguments of the models that have the choice
-KERNELS: tuple[str, ...] = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
-KERNELS += ("flash_attention_fast_softmax", "attn_softmax_bf16", "attn_batch_split")
+FLASH: tuple[str, ...] = ("use_flash_attention", "flash_attention_recompute", "flash_attention_causal_mask")
+FLASH += ("flash_attention_fast_softmax",)
+KERNELS: tuple[str, ...] = (*FLASH, "attn_softmax_bf16", "attn_batch_split")
 # Fields of a generation_config.json that texts follow
 USED = tuple(
     """temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff renormalize_logits repetition_penalty
@@ -107,17 +108,28 @@ def find_end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     return sorted(stop_tokens.union(own if isinstance(own, list) else [own], [tokenizer.eos_token_id]) - {None})
 
 
-def check_support(model: "PreTrainedModel", gaudi: GaudiArguments) -> None:
-    """What optimum-habana can do with some models only."""
-    from align.models.families import can_reuse_cache, check_flash_attention
+def fit_to_class(model: "PreTrainedModel", gaudi: GaudiArguments) -> GaudiArguments:
+    """Without the flags that the model's class has nothing for: they change speed and memory alone, and are told."""
+    from align.models.families import can_reuse_cache, find_flash_fault
 
-    kind = model.config.model_type
-    if gaudi.use_flash_attention:
-        check_flash_attention(model)
-    if gaudi.reuse_cache and not can_reuse_cache(model):
-        raise InputError(f"--reuse_cache: optimum-habana has none for {kind} models; leave it out")
-    if gaudi.bucket_size > 0 and not has_static_shapes(model):
-        raise InputError(f"--bucket_size: optimum-habana has no static shapes for {kind} models; leave it out")
+    kind = f"{model.config.model_type} models"
+    if not has_static_shapes(model):
+        gaudi = _leave_out(
+            gaudi, ("reuse_cache", "bucket_size", "bucket_internal"), f"{kind} run without static shapes"
+        )
+    elif not can_reuse_cache(model):
+        gaudi = _leave_out(gaudi, ("reuse_cache",), f"optimum-habana has none for {kind}")
+    if fault := find_flash_fault(model):
+        gaudi = _leave_out(gaudi, FLASH, f"optimum-habana's leaves out {fault} in {kind}")
+    return gaudi
+
+
+def _leave_out(gaudi: GaudiArguments, names: tuple[str, ...], why: str) -> GaudiArguments:
+    defaults = {name: getattr(GaudiArguments, name) for name in names}
+    given = [f"--{name}" for name, default in defaults.items() if getattr(gaudi, name) != default]
+    if given:
+        logger.warning(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {why}.")
+    return replace(gaudi, **defaults)
 
 
 def choose_kernels(model: "PreTrainedModel", gaudi: GaudiArguments, world_size: int = 1) -> dict[str, bool | int]:
@@ -201,7 +213,7 @@ def make_generator(
     goes_on: bool = False,
 ) -> TextGenerator:
     """What generates as the flags say; texts that go on do so after end tokens. Prompts are `longest` at most."""
-    check_support(model, gaudi)
+    gaudi = fit_to_class(model, gaudi)
     end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)
     kernels = choose_kernels(model, gaudi, world_size)
     config = make_generation_config(model, tokenizer, decoding, end_tokens)
@@ -210,15 +222,6 @@ def make_generator(
     return TextGenerator(
         model, tokenizer, config, make_forward_options(gaudi, kernels), end_tokens, rows=rows, longest=longest
     )
-
-
-def without_static_shapes(gaudi: GaudiArguments) -> GaudiArguments:
-    """For a class of transformers in the place of optimum-habana's; tells which flags that leaves without effect."""
-    without = replace(gaudi, reuse_cache=False, bucket_size=-1, bucket_internal=False)
-    names = [each.name for each in fields(gaudi) if getattr(gaudi, each.name) != getattr(without, each.name)]
-    if names:
-        logger.warning(f"{', '.join(f'--{name}' for name in names)}: no effect on transformers' own class")
-    return without
 
 
 def make_forward_options(gaudi: GaudiArguments, kernels: dict[str, bool | int]) -> ForwardOptions:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OF_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 SWITCH = {"nargs": "?", "const": True}  # of a flag that has no value, or True or False
 
 
@@ -116,13 +117,19 @@ def find_source(arguments: ModelArguments, world_size: int = 1, flags: Flags = F
     guard.check_folder(tokenizer_folder, flag, trust_tokenizer)
     config = guard.load_config(folder, flags.model, trust)
     tokenizer = guard.load_tokenizer(tokenizer_folder, flag, trust_tokenizer)
-    if world_size > 1:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        if heads % world_size:
-            raise InputError(
-                f"gaudi_spawn.py --world_size: {world_size} cards cannot share {heads} key/value heads evenly"
-            )
+    check_shares(config, world_size)
     return Source(arguments, flags, folder, tokenizer_folder, adapter, config, tokenizer)
+
+
+def check_shares(config: "PretrainedConfig", world_size: int) -> None:
+    """Refuses a number of cards that cannot share the heads of attention evenly."""
+    from align.models.families import find_split_fault
+
+    if world_size == 1 or find_split_fault(config):
+        return
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % world_size:
+        raise InputError(f"gaudi_spawn.py --world_size: {world_size} cards cannot share {heads} key/value heads evenly")
 
 
 def find_folders(arguments: ModelArguments, flags: Flags) -> tuple[Path, Path, Path | None]:
@@ -136,8 +143,13 @@ def find_folders(arguments: ModelArguments, flags: Flags) -> tuple[Path, Path, P
     patterns = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
     adapter = peft_model and find_folder(peft_model, flags.adapter, *patterns, "adapter_model.bin", token=token)
     if adapter:
-        recorded = guard.check_adapter(adapter, flags.adapter).get("base_model_name_or_path")
-        name = name or recorded
+        settings = guard.check_adapter(adapter, flags.adapter)
+        if settings.get("peft_type") in OF_PROMPTS:
+            raise InputError(
+                f"{flags.adapter}: {adapter} is a {settings['peft_type']} adapter, which changes no weights but needs "
+                "tokens of its own in front of every prompt; only adapters that can be merged run here, such as LoRA"
+            )
+        name = name or settings.get("base_model_name_or_path")
     if not name:
         raise InputError(f"--model_name_or_path: missing, and {flags.adapter} {peft_model} names no base; give one")
     if revision not in (None, "main") and Path(name).is_dir():
@@ -195,8 +207,8 @@ def load_model(
     if plain_class:
         model_class = transformers_class(config.model_type)
     else:
-        model_class = choose_class(config, longest)
-        log_class(config, longest)
+        model_class = choose_class(config, longest, world_size > 1)
+        log_class(config, longest, world_size > 1)
     try:  # eager still runs the fused kernel; Mixtral's sdpa is not causal without padding
         model, loaded = model_class.from_pretrained(
             folder,
@@ -242,11 +254,19 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path, flag: str) -> "PreTra
 
 def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "PreTrainedModel":
     """This rank's part of the model under DeepSpeed's tensor parallelism."""
+    import torch
+
+    from align.models.families import find_split_fault
+
     with quiet_imports():
         import deepspeed
         from optimum.habana.checkpoint_utils import get_ds_injection_policy
 
     whole = model.num_parameters()
+    if fault := find_split_fault(model.config):
+        logger.warning(f"Each card holds all of the {model.config.model_type} model: one that is split {fault}.")
+        deepspeed.init_distributed()
+        return model.to(torch.device("hpu"))
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the layers it found
         engine = deepspeed.init_inference(
             model,

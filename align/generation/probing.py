@@ -16,7 +16,6 @@ from align.generation.config import (
     GaudiArguments,
     find_stop_tokens,
     make_generator,
-    without_static_shapes,
 )
 from align.generation.decoding import TextGenerator
 from align.generation.model import Source, load_model
@@ -47,8 +46,8 @@ def load_generator(
     """The model on its card and what generates as the flags say, tried with some of the prompts.
 
     No prompt will have more tokens than `longest`, or than these batches are wide; texts that go on do so after end
-    tokens. Where optimum-habana's class fails, transformers' takes its place; raises `ResultError` where that fails
-    too, or several cards share the model.
+    tokens. Where optimum-habana's class fails, transformers' takes its place, on all ranks together; raises
+    `ResultError` where that fails too.
     """
     stop_tokens = find_stop_tokens(decoding.stop_tokens, source.tokenizer)
     longest = longest or max(batch.width for batch in batches)
@@ -67,30 +66,36 @@ def load_generator(
             plain_class=plain_class,
             flags=source.flags,
         )
-        options = without_static_shapes(gaudi) if plain_class else gaudi
         rows = min(gaudi.batch_size, len(encoded))
-        return make_generator(
-            model, source.tokenizer, decoding, options, stop_tokens, rows, longest, world_size, goes_on
-        )
+        return make_generator(model, source.tokenizer, decoding, gaudi, stop_tokens, rows, longest, world_size, goes_on)
 
     generator = make(False)
     if source.arguments.skip_probe:
         return generator
     prompts, width = choose_prompts(encoded, batches)
-    fault = find_fault(generator, prompts, width)
+    fault = _agree(find_fault(generator, prompts, width), world_size)
     kind, is_gaudis = generator.model.config.model_type, is_gaudi_class(type(generator.model))
-    if fault is not None and is_gaudis and world_size == 1:
+    if fault is not None and is_gaudis:
         logger.warning(f"{kind}: runs with transformers' own class, slower on a card, as optimum-habana's {fault}")
         del generator
         gc.collect()
         generator = make(True)
-        fault = find_fault(generator, prompts, width)
+        fault = _agree(find_fault(generator, prompts, width), world_size)
     if fault is not None:
         raise ResultError(
             f"{source.flags.model}: this {kind} model {fault}; --use_kv_cache False with --batch_size 1 may be right, "
             "and --skip_probe has its answers all the same"
         )
     return generator
+
+
+def _agree(fault: str | None, world_size: int) -> str | None:
+    """A fault where any rank has found one, as all must run the same class."""
+    if world_size == 1:
+        return fault
+    found = torch.tensor([fault is not None], dtype=torch.int32, device="hpu")
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return fault or ("is wrong on another card" if found.item() else None)
 
 
 def choose_prompts(encoded: list[list[int]], batches: list[Batch]) -> tuple[list[list[int]], int]:

@@ -94,10 +94,16 @@ def load_prompts(arguments: PromptArguments, world_size: int, token: str | None 
         prompts = _read_prompt_column(arguments, token)
     else:
         logger.warning("No prompt was given (--prompt, --prompt_file, --dataset_name): eight sentences of our own.")
-        return [_lengthen(prompt, arguments.max_input_tokens) for prompt in OWN_PROMPTS]
+        return own_prompts(arguments.max_input_tokens)
     if not prompts:
         raise InputError(f"{source}: holds no prompt")
     return prompts
+
+
+def own_prompts(words: int) -> list[str]:
+    """Our own, each again and again until it has this many words and so at least as many tokens."""
+    split = [prompt.split() for prompt in OWN_PROMPTS]
+    return [" ".join(islice(cycle(own), max(words, len(own)))) for own in split]
 
 
 def _holds_text(stdin) -> bool:
@@ -121,12 +127,6 @@ def _read_stdin() -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"stdin: cannot be read as text: {error}") from error
     return [_whole(line, f"stdin, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _lengthen(prompt: str, words: int) -> str:
-    """The prompt again and again, until it has this many words and so at least as many tokens."""
-    own = prompt.split()
-    return " ".join(islice(cycle(own), max(words, len(own))))
 
 
 def _read_prompt_file(path: Path, column_name: str | None) -> list[str]:

@@ -31,6 +31,9 @@ class Family:
     no_reuse_cache: bool = False  # optimum-habana's class stops with an error with --reuse_cache
     wrong_flash_attention: str | None = None  # what optimum-habana's class leaves out with --use_flash_attention
     always_fused: bool = False  # optimum-habana's class has no other attention than Gaudi's fused kernel
+    right_when_split: bool = False  # over several cards optimum-habana's class is the one that is right
+    # What becomes of a model that DeepSpeed 0.16.9 splits over cards, in either class: it is not split
+    split_fault: str | Callable[[PretrainedConfig], str | None] | None = None
 
 
 def _falcon(config: PretrainedConfig) -> str | None:
@@ -43,15 +46,20 @@ def _phi(config: PretrainedConfig) -> str | None:
     return None if config.num_key_value_heads == config.num_attention_heads else "stops at grouped key/value heads"
 
 
+def _split_falcon(config: PretrainedConfig) -> str | None:
+    return None if config.new_decoder_architecture else STOPS
+
+
 STOPS = "stops with an error"
 # What optimum-habana 1.21.2 does; types that are not named follow the rule.
 FAMILIES = {
-    "bloom": Family(STOPS),
-    "codegen": Family(STOPS),
+    "bloom": Family(STOPS, right_when_split=True),
+    "codegen": Family(STOPS, split_fault=STOPS),
     "cohere": Family(STOPS),
     "deepseek_v2": Family(STOPS, wrong_attention=("gaudi_fused_sdpa",)),
     "deepseek_v3": Family("cannot be trained", wrong_attention=("gaudi_fused_sdpa",)),
-    "falcon": Family(_falcon, wrong_attention=("sdpa", "gaudi_fused_sdpa")),
+    "falcon": Family(_falcon, wrong_attention=("sdpa", "gaudi_fused_sdpa"), split_fault=_split_falcon),
+    "falcon_mamba": Family(split_fault=STOPS),
     "gemma": Family("adds the residual after the second norm"),
     "gemma2": Family(
         additive=True,
@@ -61,13 +69,17 @@ FAMILIES = {
     ),
     "gemma3_text": Family("sees beyond its window"),
     "gpt2": Family(flattened=True),
-    "gpt_bigcode": Family("drops attention weights when it should not"),
+    "gpt_bigcode": Family("drops attention weights when it should not", split_fault=STOPS),
     "gpt_neo": Family("says other text with a cache"),
-    "gpt_oss": Family("sees beyond its window", wrong_attention=("gaudi_fused_sdpa",)),  # no attention sinks
+    "gpt_oss": Family("sees beyond its window", wrong_attention=("gaudi_fused_sdpa",), split_fault=STOPS),  # no sinks
     "gptj": Family("says other text in padded batches"),
+    "mamba": Family(split_fault=STOPS),
     "mixtral": Family(wrong_attention=("sdpa",), always_fused=True),  # sdpa: not causal where nothing is padded
+    "olmo2": Family(split_fault=STOPS),
     "opt": Family("says other text with a cache"),
+    "persimmon": Family(split_fault="says other text"),
     "phi": Family(_phi),
+    "phi3": Family(split_fault=STOPS),
     "starcoder2": Family(STOPS),
     "xglm": Family(STOPS),
 }
@@ -82,12 +94,19 @@ def check_attention(config: PretrainedConfig, attn_implementation: str | None) -
         )
 
 
+def find_flash_fault(model: PreTrainedModel) -> str | None:
+    """What --use_flash_attention leaves out in the class of this loaded model; None where it is right."""
+    if not is_gaudi_class(type(model)):
+        return None
+    return FAMILIES.get(model.config.model_type, Family()).wrong_flash_attention
+
+
 def check_flash_attention(model: PreTrainedModel) -> None:
-    """For --use_flash_attention, on the loaded model."""
-    kind = model.config.model_type
-    left_out = FAMILIES.get(kind, Family()).wrong_flash_attention
-    if left_out is not None and is_gaudi_class(type(model)):
-        raise InputError(f"--use_flash_attention: leaves out {left_out} in {kind} models; leave the flag out")
+    """For --use_flash_attention, in training."""
+    if left_out := find_flash_fault(model):
+        raise InputError(
+            f"--use_flash_attention: leaves out {left_out} in {model.config.model_type} models; leave the flag out"
+        )
 
 
 def is_exact_in_fused_kernel(config: PretrainedConfig, longest: int) -> bool:
@@ -111,11 +130,11 @@ def find_window(config: PretrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def find_fault(config: PretrainedConfig, longest: int) -> str | None:
+def find_fault(config: PretrainedConfig, longest: int, is_split: bool = False) -> str | None:
     """What is wrong with optimum-habana's class of this model, for texts of up to `longest` tokens."""
-    if gaudi_class(config) is None:
-        return None
     family, window = FAMILIES.get(config.model_type, Family()), find_window(config)
+    if gaudi_class(config) is None or (is_split and family.right_when_split):
+        return None
     fault = family.fault(config) if callable(family.fault) else family.fault
     if fault is not None:
         return fault
@@ -124,16 +143,24 @@ def find_fault(config: PretrainedConfig, longest: int) -> str | None:
     return None
 
 
-def choose_class(config: PretrainedConfig, longest: int) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
+def find_split_fault(config: PretrainedConfig) -> str | None:
+    """What is wrong with this model when DeepSpeed splits it over cards."""
+    fault = FAMILIES.get(config.model_type, Family()).split_fault
+    return fault(config) if callable(fault) else fault
+
+
+def choose_class(
+    config: PretrainedConfig, longest: int, is_split: bool = False
+) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
     """The class to load this model with, for texts of up to `longest` tokens: transformers' own where it must be."""
-    if find_fault(config, longest) is not None:
+    if find_fault(config, longest, is_split) is not None:
         return transformers_class(config.model_type)
     return gaudi_class(config) or AutoModelForCausalLM
 
 
-def log_class(config: PretrainedConfig, longest: int) -> None:
+def log_class(config: PretrainedConfig, longest: int, is_split: bool = False) -> None:
     """Says where the model runs without the fused kernels and static shapes of optimum-habana's class, and why."""
-    fault = find_fault(config, longest)
+    fault = find_fault(config, longest, is_split)
     if fault is not None:
         logger.warning(
             f"{config.model_type}: runs with transformers' own class, slower on a card, as optimum-habana's {fault}"

@@ -226,6 +226,16 @@ def test_a_stream_in_buckets_keeps_its_samples_and_groups_them():
     assert sum(len(shape) > 1 for shape in shapes) <= 4  # at most two a window
 
 
+def test_a_stream_in_buckets_has_an_order_that_the_seed_fixes():
+    samples = make_samples(np.random.default_rng(0).integers(1, ROW_LENGTH + 1, 64).tolist())
+
+    def order(seed):
+        grouped = group_stream(samples.to_iterable_dataset(), [8, 16, 24], batch_size=4, window=30, seed=seed)
+        return [sample["input_ids"] for sample in grouped]
+
+    assert order(0) == order(0) != order(1)
+
+
 def test_packing_in_loader_workers_gives_the_same_batches():
     packed = RowDataset(make_samples([5, 9, 13, 20, 3, 7, 24, 1] * 4), ROW_LENGTH)
     collator = PackedCollator.for_sft(2, ROW_LENGTH, pad_token_id=0)

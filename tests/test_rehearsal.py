@@ -64,11 +64,19 @@ def test_tensors_on_a_dry_card_have_a_place_but_no_data():
         print(card.device, (card * 2).device, card.cpu().device, host.device, own.device, torch.zeros_like(own).device)
         print(torch.zeros_like(card, device="meta").device, card.to(torch.bfloat16).device, card.cpu().hpu().device)
         print(torch.empty(1 << 40).device, torch.empty(1 << 40, device="hpu").cpu().shape)
+
+        from habana_frameworks.emulator import dry_kernels
+        from habana_frameworks.torch.hpex.normalization import FusedRMSNorm
+        dry_kernels.uninstall()
+        with torch.autocast("hpu", torch.bfloat16):
+            rows = torch.nn.functional.embedding(torch.zeros(3, dtype=torch.long, device="hpu"), card[:, None])
+            print(FusedRMSNorm.apply(rows, torch.ones(1, device="hpu"), 1e-6).device)
     """)
 
     assert said.split("\n")[0] == "hpu:0 hpu:0 cpu cpu meta meta"
     assert said.split("\n")[1] == "meta hpu:0 hpu:0"
     assert said.split("\n")[2] == f"cpu torch.Size([{1 << 40}])"
+    assert said.split("\n")[3] == "hpu:0"
 
 
 def test_a_host_reads_what_it_put_there_and_else_one_zero_or_false():

@@ -198,12 +198,15 @@ def caller() -> str:
 
 def require_card(name: str, *tensors: torch.Tensor | None) -> None:
     """For what has an implementation on the card alone."""
-    for tensor in tensors:
-        if strict and isinstance(tensor, _Tensor) and not _is_meta(tensor) and not on_card(tensor):
-            raise RuntimeError(
-                f"{name}: expected all tensors on hpu, got one of shape {list(tensor.shape)} on cpu "
-                f"(called at {caller()})"
-            )
+    if not strict:
+        return
+    with torch._C.DisableTorchFunction():  # a dry card's autocast would answer that no tensor is meta
+        on_host = [each for each in tensors if isinstance(each, _Tensor) and not _is_meta(each) and not on_card(each)]
+    if on_host:
+        raise RuntimeError(
+            f"{name}: expected all tensors on hpu, got one of shape {list(on_host[0].shape)} on cpu "
+            f"(called at {caller()})"
+        )
 
 
 def start() -> None:

@@ -5,16 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from plain_generation import END_TOKENS
 from tiny import save_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from align.errors import InputError
-from align.generation.config import DecodingArguments, GaudiArguments, find_bad_words, make_generator
+from align.generation.config import DecodingArguments, GaudiArguments, check_fields, find_bad_words, make_generator
 from align.generation.model import ModelArguments, load_model
 from align.generation.stepping import StaticShapes
 from align.upstream_fixes import adapt_transformers
@@ -203,6 +204,31 @@ def test_fields_that_change_nothing_are_named_and_others_are_not(model, plain, g
     assert said == [
         "The model's generation_config.json: guidance_scale, num_beam_groups, watermarking_config have no effect here."
     ]
+
+
+WRONG_FIELDS = {
+    "top_k": -5,
+    "min_p": 2.0,
+    "temperature": "hot",
+    "no_repeat_ngram_size": 1.5,
+    "bad_words_ids": [[]],
+    "suppress_tokens": 5,
+    "sequence_bias": {"5": 2.0},
+    "repetition_penalty": 0,
+    "eos_token_id": "</s>",
+    "min_length": "9",
+    "stop_strings": [5],
+    "length_penalty": "x",
+}
+
+
+def test_values_that_no_text_can_follow_are_refused_by_name(model, loaded):
+    for name, value in WRONG_FIELDS.items():
+        changed = SimpleNamespace(generation_config=GenerationConfig(), name_or_path="here")
+        setattr(changed.generation_config, name, value)
+        with pytest.raises(InputError, match=f"generation_config.json of here: {name} is "):
+            check_fields(changed)
+    check_fields(loaded)
 
 
 @pytest.mark.parametrize("length", [1, 2], ids=["a token", "two tokens"])

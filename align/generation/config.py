@@ -2,8 +2,10 @@
 
 import inspect
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
 from align.generation.decoding import TextGenerator
@@ -91,6 +93,65 @@ REPLACED = tuple(
     """max_length max_new_tokens do_sample use_cache bos_token_id eos_token_id pad_token_id transformers_version
     _from_model_config""".split()
 )
+
+
+def _is_number(value: Any, least: float, most: float = math.inf) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(word and _are_tokens(word) for word in value)
+
+
+def _are_biases(value: Any) -> bool:
+    pairs = value if isinstance(value, list) else list(value.items()) if isinstance(value, dict) else [None]
+    return all(
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and isinstance(pair[0], (list, tuple))
+        and _are_words([list(pair[0])])
+        and _is_number(pair[1], -math.inf)
+        for pair in pairs
+    )
+
+
+SHARE = "a number from 0 to 1", lambda value: _is_number(value, 0, 1)
+AT_LEAST_0 = "a number, 0 or more", lambda value: _is_number(value, 0)
+COUNT = "a whole number, 0 or more", lambda value: type(value) is int and value >= 0
+TOKENS = "a list of tokens' numbers", _are_tokens
+ENDS = "a token's number, or several", lambda value: type(value) is int or _are_tokens(value)
+# What the fields of a generation_config.json must be where they are given: a sentence's end, and a test
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
+    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "min_length", "min_new_tokens"), COUNT),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), TOKENS),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), ENDS),
+    "temperature": AT_LEAST_0,
+    "repetition_penalty": ("a number above 0", lambda value: _is_number(value, 1e-9)),
+    "length_penalty": ("a number", lambda value: _is_number(value, -math.inf)),
+    "bad_words_ids": ("lists of tokens' numbers, none empty", _are_words),
+    "sequence_bias": ("pairs of tokens' numbers and a bias", _are_biases),
+    "stop_strings": (
+        "text, or several that are not empty",
+        lambda value: (
+            isinstance(value, str) or (isinstance(value, list) and all(v and isinstance(v, str) for v in value))
+        ),
+    ),
+}
+
+
+def check_fields(model: "PreTrainedModel") -> None:
+    """Refuses values of the model's own generation config that no text can follow."""
+    for name, value in model.generation_config.to_dict().items():
+        if value is not None and name in KINDS and not KINDS[name][1](value):
+            raise InputError(
+                f"--model_name_or_path: generation_config.json of {model.name_or_path}: {name} is "
+                f"{repr(value)[:40]}, not {KINDS[name][0]}; mend that entry, or take it out"
+            )
 
 
 def find_stop_tokens(tokens: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -213,6 +274,7 @@ def make_generator(
     goes_on: bool = False,
 ) -> TextGenerator:
     """What generates as the flags say; texts that go on do so after end tokens. Prompts are `longest` at most."""
+    check_fields(model)
     gaudi = fit_to_class(model, gaudi)
     end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)
     kernels = choose_kernels(model, gaudi, world_size)

@@ -13,7 +13,7 @@ from align.quiet import quiet_imports
 from align.upstream_fixes import adapt_transformers
 
 ROOT = Path(__file__).parent.parent
-CHATTER = ("hl-smi", "Multiple distributions", "experimental", "fused kernel", "CTCLoss", "ds_accelerator")
+CHATTER = ("hl-smi", "Multiple distributions", "experimental", "HPU fused kernel", "CTCLoss", "ds_accelerator")
 
 
 def terminal(script, *flags):

@@ -158,6 +158,14 @@ def puts_its_classes_into_transformers():
     return "transformers.models.gemma.modeling_gemma.GemmaForCausalLM = GaudiGemmaForCausalLM" in adapt
 
 
+def puts_a_shorter_configuration_into_transformers():
+    adapt = ast.unparse(find("optimum.habana.transformers.modeling_utils", "adapt_transformers_to_gaudi"))
+    name = "optimum.habana.transformers.models.deepseek_v3.configuration_deepseek_v3"
+    takes = [arg.arg for arg in find(name, "DeepseekV3Config.__init__").args.args]
+    puts = "transformers.models.deepseek_v3.configuration_deepseek_v3.DeepseekV3Config = DeepseekV3Config" in adapt
+    return puts and "rope_interleave" not in takes
+
+
 def registers_a_kernel_without_a_mask():
     adapt = ast.unparse(find("optimum.habana.transformers.modeling_utils", "adapt_transformers_to_gaudi"))
     return "ALL_ATTENTION_FUNCTIONS.register('gaudi_fused_sdpa'" in adapt and "ALL_MASK_ATTENTION" not in adapt
@@ -199,6 +207,7 @@ FAULTS = {
     "computes_in_autocast": [switches_autocast_off_under_deepspeed],
     "gaudi_class": [puts_its_classes_into_transformers],
     "is_gaudi_class": [puts_its_classes_into_transformers],
+    "transformers_config_class": [puts_a_shorter_configuration_into_transformers],
     "transformers_class": [puts_its_classes_into_transformers],
     "mend_transformers": [registers_a_kernel_without_a_mask, passes_a_number_of_logits_that_is_none],
     "attention_inputs": [passes_flash_attention_to_some_families_alone],

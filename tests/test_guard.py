@@ -181,7 +181,11 @@ WAYS = {
         "holds a model and an adapter",
     ),
     "quantised weights": ("config.json", {"quantization_config": {"quant_method": "awq"}}, r"is quantised \(awq\)"),
-    "sizes that are words": ("config.json", {"hidden_size": "wide"}, "config.json cannot be used"),
+    "sizes that are words": (
+        "config.json",
+        {"hidden_size": "wide"},
+        "hidden_size is 'wide', not a whole number above 0",
+    ),
     "broken JSON": ("generation_config.json", "{", "is not valid JSON"),
     "JSON without end": ("config.json", "[" * 100_000, "is not valid JSON"),
     "a list": ("config.json", "[]", "holds a list where a JSON object is expected"),
@@ -458,6 +462,48 @@ REFUSED = {
 def test_what_cannot_be_translated_is_refused(run, copy, message):
     write_as_5(copy, REFUSED[message])
     fails(run, message, "sft.py", *command("sft.py", copy))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number above 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, not"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings is '512', not"),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused(copy, entries, message):
+    change("model/config.json", **entries)
+
+    with pytest.raises(InputError, match=f"--model_name_or_path: model/config.json: {message}"):
+        guard.load_config(copy, "--model_name_or_path")
+
+
+@pytest.mark.parametrize(
+    ("settings", "content", "message"),
+    [
+        ({"padding_side": "middle"}, None, "Padding side should be selected between 'right' and 'left'"),
+        ({"model_max_length": "x"}, None, "model_max_length is 'x', not a number"),
+        ({}, "{", "EOF while parsing"),
+        ({}, "", "there is no tokenizer.json"),
+    ],
+)
+def test_a_damaged_tokenizer_is_told_by_its_own_reason(copy, settings, content, message):
+    change("model/tokenizer_config.json", **settings)
+    if content:
+        Path("model/tokenizer.json").write_text(content)
+    elif content == "":
+        Path("model/tokenizer.json").unlink()
+
+    with pytest.raises(InputError, match=message):
+        guard.load_tokenizer(copy, "--tokenizer_name_or_path")
+
+
+def test_a_chat_template_that_is_damaged_is_one_line(run, copy):
+    Path("model/chat_template.jinja").write_text("{% if messages %")
+
+    with pytest.raises(InputError, match="--use_chat_template: prompt 1: the tokenizer's chat template refuses it"):
+        run("run_generation.py", "--model_name_or_path", "model", "--use_chat_template", "--prompt", "Hello")
 
 
 def test_an_entry_that_only_transformers_5_knows_is_told(copy, caplog):

@@ -196,6 +196,11 @@ def test_an_upload_that_fails_is_told_and_the_run_does_not_end_as_if_all_went_we
     assert Path("out/adapter_model.safetensors").exists()
 
 
+def test_a_name_for_the_hub_is_refused_where_nothing_is_uploaded(train):
+    with pytest.raises(InputError, match="--hub_model_id has no effect here: nothing is uploaded without"):
+        train("sft.py", "--hub_model_id", "me/model")
+
+
 def test_no_login_for_an_upload_is_one_line_before_a_model_loads(train):
     with pytest.raises(InputError, match="--push_to_hub: me/model: "):
         train("sft.py", *PUSH, "--model_name_or_path", "nowhere")

@@ -122,7 +122,12 @@ class Speaker:
             print(f"{self.name} has no chat template; it is asked as `Question: ...`, as after training on questions.")
 
     def encode(self) -> list[int]:
-        ids = self.generator.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        from jinja2 import TemplateError
+
+        try:
+            ids = self.generator.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InputError(f"{self.name}: its chat template refuses the chat: {error}") from None
         vocabulary_size = self.generator.model.config.vocab_size
         if max(ids) >= vocabulary_size:
             raise InputError(f"{self.name}: token {max(ids)} is beyond the model's vocabulary of {vocabulary_size}")

@@ -206,6 +206,8 @@ def encode_prompts(
 
     Beyond `max_input_tokens` a prompt is cut.
     """
+    from jinja2 import TemplateError
+
     from align.data.tokenization import encode_prompt
 
     if max_input_tokens and max_input_tokens > max_length:
@@ -217,7 +219,13 @@ def encode_prompts(
         raise InputError("--use_chat_template: the tokenizer has no chat template; leave the flag out")
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}] if use_chat_template else prompt)
+        try:
+            ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}] if use_chat_template else prompt)
+        except TemplateError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"--use_chat_template: prompt {number}: the tokenizer's chat template refuses it: {reason}"
+            ) from None
         if not ids:
             raise InputError(f"prompt {number}: {prompt!r} has no tokens; write something")
         if max_input_tokens and len(ids) > max_input_tokens:

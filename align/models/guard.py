@@ -38,6 +38,7 @@ ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implemen
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SIZES = (*LAYER_COUNTS, "hidden_size", "vocab_size", "num_attention_heads", "max_position_embeddings")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # one thing in three spellings
 # Entries of transformers 5 that say what 4.55 does anyway, or finds out by itself
 NEW_AND_HARMLESS = ("head_dim", "qk_head_dim", "num_nextn_predict_layers", "_sliding_window_pattern")
@@ -191,6 +192,12 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
         raise InputError(f"{flag}: no model at {folder}: there is no config.json{hint}")
     path = folder / "config.json"
     content = read_json(path)
+    for name in SIZES:
+        value = content.get(name)
+        if isinstance(value, str) or (isinstance(value, (int, float)) and value < 1):
+            raise InputError(
+                f"{flag}: {path}: {name} is {value!r}, not a whole number above 0; copy or download it again"
+            )
     try:
         own_code = (trust_remote_code and content.get("auto_map")) or {}
         if "AutoConfig" in own_code:
@@ -348,6 +355,8 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
     changes: dict[str, Any] = {}
+    if isinstance(most := settings.get("model_max_length"), str):
+        raise InputError(f"{flag}: {path}: model_max_length is {most!r}, not a number; mend that entry, or take it out")
     if isinstance(settings.get("extra_special_tokens"), list):  # transformers 5's additional_special_tokens
         more = settings.get("additional_special_tokens") or []
         changes["additional_special_tokens"] = [*more, *settings["extra_special_tokens"]]
@@ -364,7 +373,11 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
     try:
         return loader.from_pretrained(folder, trust_remote_code=trust_remote_code, **changes)
     except Exception as error:  # whatever a damaged file makes of a tokenizer's own code
-        raise InputError(f"{flag}: no tokenizer at {folder}: {one_line(error)}") from error
+        # What reads older formats fails for want of a package; why the format at hand was not read stands before it.
+        reason = one_line(error.__context__ if isinstance(error, ImportError) and error.__context__ else error)
+        if not (folder / "tokenizer.json").is_file():
+            reason = f"there is no tokenizer.json ({reason})"
+        raise InputError(f"{flag}: no tokenizer at {folder}: {reason}; copy or download it again") from error
     finally:
         logging_of_transformers.set_verbosity(verbosity)
 

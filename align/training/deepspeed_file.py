@@ -20,6 +20,8 @@ def check_deepspeed(args) -> None:
     """
     if args.deepspeed is None:
         return
+    if not args.deepspeed:
+        raise InputError("--deepspeed: is empty; give a file of configs/, or leave it out")
     file = f"--deepspeed {args.deepspeed}" if isinstance(args.deepspeed, str) else "--deepspeed"
     parsed = args.hf_deepspeed_config
     for mismatch in parsed.mismatches:

@@ -13,6 +13,7 @@ from align.training.optimizers import check_optimizer
 from align.training.unused import check_unused
 from align.upstream_fixes import gaudi_config
 
+HUB_FLAGS = ("hub_model_id", "hub_private_repo", "hub_always_push", "hub_revision")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*")
 RUN_FILES = (*WEIGHTS, "adapter_config.json", "checkpoint-*")
 LEFTOVERS = (f"{UNFINISHED}*", "failed-*", ".*.[0-9]*.partial", "bad_batch.jsonl", checkpoints.MANIFEST)
@@ -60,6 +61,9 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError(
             "--auto_find_batch_size: batches have few fixed shapes here; try --per_device_train_batch_size by hand"
         )
+    for name in HUB_FLAGS if not args.push_to_hub else ():
+        if getattr(args, name):
+            raise InputError(f"--{name} has no effect here: nothing is uploaded without --push_to_hub")
     if args.push_to_hub and args.process_index == 0:
         check_login(args.hub_model_id or folder.absolute().name, args.hub_token)
     if args.should_save and folder.is_dir():

@@ -160,7 +160,10 @@ def rehearse_stage(stage: Stage, args: argparse.Namespace, work: Path, produced:
 def make_plan(stage: Stage, work: Path, produced: dict[Path, Path]) -> dict:
     """What a stage's process is to run; where it would write is noted in `produced`."""
     arguments = alternatives.with_flags(stage.run.script[1:], dict.fromkeys(OUTWARD_FLAGS))
-    if dropped := [word.partition("=")[0] for word in stage.run.script if word.partition("=")[0] in OUTWARD_FLAGS]:
+    given = {word.partition("=")[0] for word in stage.run.script}
+    if dropped := [
+        flag for flag in OUTWARD_FLAGS if flag in given and judging.flag_values(stage.run.script, flag) != ["none"]
+    ]:
         print(f"Nothing leaves this machine: {', '.join(dropped)} is left out", file=sys.stderr)
     asked, arguments = redirect(arguments, work / "files", produced)
     if stage.script in ("sft.py", "dpo.py") and asked is None:

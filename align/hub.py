@@ -1,10 +1,9 @@
 """The Hugging Face Hub, for scripts that were asked to upload: tried before the work, one line when it fails."""
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from align.errors import InputError
+from align.models.guard import one_line
 
-FAILURES = (OSError, HfHubHTTPError, HFValidationError)  # no login, no way there, no right to write, no such name
+FAILURES = (OSError, ValueError)  # no login, no way there, no right to write; a name that cannot be one
 
 
 def check_login(repository: str, token: str | None = None) -> None:
@@ -16,8 +15,4 @@ def check_login(repository: str, token: str | None = None) -> None:
         validate_repo_id(repository)
         HfApi(token=token).whoami()
     except FAILURES as error:
-        raise InputError(f"--push_to_hub: {repository}: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--push_to_hub: {repository}: {one_line(error)}") from None

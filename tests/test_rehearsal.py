@@ -114,6 +114,7 @@ def test_a_rehearsal_reports_memory_adapter_data_graphs_and_disk():
             "--save_steps",
             10,
             "--push-to-hub",  # a rehearsal uploads nothing
+            "--hub-model-id=me/model",
             "--report_to=none",
         ),
         *("--deepspeed", ROOT / "configs/llama2_ds_zero3_config.json", "--bf16", "--max_seq_length", 64, *TARGETS),

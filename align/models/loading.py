@@ -289,9 +289,10 @@ def set_attention_inputs(model: PreTrainedModel, args: ModelArguments, training_
     """Notes what the forward of this model is to be given for Gaudi's fused attention."""
     check_flash_attention(model)
     by_default, kind = args.use_flash_attention is None, model.config.model_type
+    fast = training_args.flash_attention_fast_softmax  # has no gradients with recompute (folders.py)
     wanted = {
         "use_flash_attention": True,
-        "flash_attention_recompute": by_default or training_args.flash_attention_recompute,
+        "flash_attention_recompute": training_args.flash_attention_recompute or (by_default and not fast),
         "flash_attention_causal_mask": training_args.flash_attention_causal_mask,
     }
     taken = inspect.signature(type(model).forward).parameters

@@ -26,7 +26,9 @@ PATH_FLAGS = (
     *("--model_name_or_path", "--tokenizer_name_or_path", "--ref_model", "--peft_model", "--dataset_name"),
     *("--base_model_name", "--adapter_model_name"),
 )
-OUTWARD_FLAGS = ("--push_to_hub", "--report_to")  # nothing of a rehearsal leaves the machine
+# Nothing of a rehearsal leaves the machine
+OUTWARD_FLAGS = ("--push_to_hub", "--report_to")
+HUB_FLAGS = tuple(f"--{name}" for name in ("hub_model_id", "hub_private_repo", "hub_always_push", "hub_revision"))
 SCRIPTS = ("sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py")
 
 
@@ -159,8 +161,9 @@ def rehearse_stage(stage: Stage, args: argparse.Namespace, work: Path, produced:
 
 def make_plan(stage: Stage, work: Path, produced: dict[Path, Path]) -> dict:
     """What a stage's process is to run; where it would write is noted in `produced`."""
-    arguments = alternatives.with_flags(stage.run.script[1:], dict.fromkeys(OUTWARD_FLAGS))
     given = {word.partition("=")[0] for word in stage.run.script}
+    left_out = OUTWARD_FLAGS + (HUB_FLAGS if "--push_to_hub" in given else ())  # without it the script refuses them
+    arguments = alternatives.with_flags(stage.run.script[1:], dict.fromkeys(left_out))
     if dropped := [
         flag for flag in OUTWARD_FLAGS if flag in given and judging.flag_values(stage.run.script, flag) != ["none"]
     ]:

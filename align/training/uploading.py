@@ -15,7 +15,8 @@ from transformers.utils import PushInProgress
 
 from align import output
 from align.errors import InputError, ResultError
-from align.hub import FAILURES, first_line
+from align.hub import FAILURES
+from align.models.guard import one_line
 from align.training.checkpoints import MANIFEST, UNFINISHED
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class UploadingMixin(Trainer):
             super().init_hf_repo(token)
         except FAILURES as error:
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-            raise InputError(f"--push_to_hub: {name} cannot be made: {first_line(error)}") from None
+            raise InputError(f"--push_to_hub: {name} cannot be made: {one_line(error)}") from None
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> None:
         """The output folder without rows and checkpoints. Raises a ResultError where it does not get there."""
@@ -51,7 +52,7 @@ class UploadingMixin(Trainer):
         except FAILURES as error:
             raise ResultError(
                 f"--push_to_hub: the model is saved in {self.args.output_dir} but not uploaded to {self.hub_model_id}: "
-                f"{first_line(error)}"
+                f"{one_line(error)}"
             ) from None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -85,4 +86,4 @@ class UploadingMixin(Trainer):
 
     def _tell_failure(self, job: Future) -> None:
         if error := job.exception():
-            logger.warning(f"--push_to_hub: a checkpoint was not uploaded to {self.hub_model_id}: {first_line(error)}")
+            logger.warning(f"--push_to_hub: a checkpoint was not uploaded to {self.hub_model_id}: {one_line(error)}")

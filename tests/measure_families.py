@@ -50,6 +50,7 @@ TRAINING = SimpleNamespace(
     use_zero3_leaf_promotion=False,
     flash_attention_recompute=False,
     flash_attention_causal_mask=False,
+    flash_attention_fast_softmax=False,
 )  # those that load_model reads
 TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=None)
 

@@ -227,7 +227,9 @@ def test_attention_is_computed_in_the_fused_kernel_unless_the_flag_says_no_with_
     save_model(Path("model"), family)
     flags = ["--model_name_or_path", "model", "--dataset_name", questions, "--do_train", "--lora_dropout", 0, *FLAGS]
     called = {}
-    for name, more in {"default": [], "on": ["--use_flash_attention"], "off": ["--use_flash_attention", False]}.items():
+    ways = {"default": [], "on": ["--use_flash_attention"], "off": ["--use_flash_attention", False]}
+    ways["fast"] = ["--attn_implementation", "gaudi_fused_sdpa", "--flash_attention_fast_softmax"]
+    for name, more in ways.items():
         run("sft.py", *flags, *more, "--skip_probe", True, "--output_dir", name)
         called[name] = recomputes[:]
         recomputes.clear()
@@ -237,7 +239,7 @@ def test_attention_is_computed_in_the_fused_kernel_unless_the_flag_says_no_with_
     assert losses("default") == pytest.approx(losses("off"), abs=1e-6)
     assert losses("on") == pytest.approx(losses("off"), abs=1e-6)
     if family == "llama":  # mistral's class says it to the card by a context
-        assert {*called["default"]} == {(True,)} != {*called["on"]}
+        assert {*called["default"]} == {(True,)} != {*called["on"]} == {*called["fast"]}  # no gradients else
 
 
 def test_the_loss_of_an_evaluation_is_the_mean_over_its_tokens_in_any_batches(sft):

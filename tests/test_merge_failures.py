@@ -129,6 +129,10 @@ BAD_INPUTS = {
         lambda: change_tensors(FIRST_SHARD, **{Q_PROJ.replace(".", "__") + "__weight": None}),
         f"looks for {Q_PROJ}.weight in model-00001.safetensors, which does not hold it",
     ),
+    "a tensor in two shards": (
+        lambda: change_tensors(FIRST_SHARD, lm_head__weight=torch.zeros(32, 8).bfloat16()),
+        f"{FIRST_SHARD} holds lm_head.weight as well, with other values than model-00002.safetensors",
+    ),
     "quantised base": (
         lambda: change_json("base/config.json", quantization_config={"quant_method": "gptq"}),
         "base is quantised (gptq)",

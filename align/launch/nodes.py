@@ -32,7 +32,7 @@ TOKEN_FLAGS = ("--token", "--hub_token", "--hub-token", "--push_to_hub_token", "
 def read_hostfile(path: str) -> dict[str, int]:
     """Reads lines `host slots=8`; blank lines and comments are fine. Returns host -> slots, in the file's order."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     hosts: dict[str, int] = {}

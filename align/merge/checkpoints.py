@@ -1,5 +1,6 @@
 """Checkpoints as files: where each tensor lies, from headers alone."""
 
+import itertools
 import json
 import math
 import zipfile
@@ -162,6 +163,16 @@ def _read_torch_file(path: Path) -> list[StoredTensor]:
     return tensors
 
 
+def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.path.open("rb") as one, second.path.open("rb") as two:
+        one.seek(first.offset)
+        two.seek(second.offset)
+        sizes = itertools.chain(itertools.repeat(1 << 20, first.nbytes >> 20), [first.nbytes % (1 << 20)])
+        return all(one.read(size) == two.read(size) for size in sizes)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The model weights in `folder`, in transformers' order of preference; InputError where they are not whole."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
@@ -179,10 +190,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if missing:
             raise InputError(f"{index} names {missing[0]}, which is not there: copy or download it again")
         checkpoint = Checkpoint(folder, {file: read_tensors(folder / file) for file in sorted(set(places.values()))})
-        held = {file: {tensor.name for tensor in tensors} for file, tensors in checkpoint.files.items()}
+        held = {file: {tensor.name: tensor for tensor in tensors} for file, tensors in checkpoint.files.items()}
         for name, file in places.items():
             if name not in held[file]:
                 raise InputError(f"{index} looks for {name} in {file}, which does not hold it: copy both again")
+        for tensor in (tensor for tensors in checkpoint.files.values() for tensor in tensors):
+            named = places.get(tensor.name)
+            if named not in (None, tensor.path.name) and not same_bytes(tensor, held[named][tensor.name]):
+                raise InputError(
+                    f"{tensor.path} holds {tensor.name} as well, with other values than {named}, where {index.name} "
+                    "looks for it: copy all three again"
+                )
         return checkpoint
     hint = "an adapter, merge that one first" if (folder / "adapter_config.json").exists() else "a model"
     raise InputError(f"{folder} has no model.safetensors or pytorch_model.bin, whole or with an index: is it {hint}?")

@@ -18,6 +18,7 @@ from align.merge.checkpoints import (
     NotStreamableError,
     StoredTensor,
     read_tensors,
+    same_bytes,
 )
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -313,7 +314,7 @@ class _Planner:
     def _stores_its_tied_head(self) -> bool:
         tied = self.config.get("tie_word_embeddings")
         return bool(
-            _same_bytes(self.tensors[self.embedding].source, self.tensors[self.head].source) if tied is None else tied
+            same_bytes(self.tensors[self.embedding].source, self.tensors[self.head].source) if tied is None else tied
         )
 
     def _become_classifier(self) -> None:
@@ -350,7 +351,7 @@ class _Planner:
         if not (self.embedding and causal and (updated or any(values))):
             return
         tied = self.config.get("tie_word_embeddings") is True or self.head not in self.tensors
-        if tied and not updated and all(values) and _same_bytes(*values):
+        if tied and not updated and all(values) and same_bytes(*values):
             del self.adapter.values[self.head]
             self.tensors.pop(self.head, None)
             return
@@ -452,13 +453,3 @@ def _is_zero(tensor: StoredTensor) -> bool:
 
 def _safetensors_name(file: str) -> str:
     return file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-
-
-def _same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with first.path.open("rb") as one, second.path.open("rb") as two:
-        one.seek(first.offset)
-        two.seek(second.offset)
-        sizes = itertools.chain(itertools.repeat(1 << 20, first.nbytes >> 20), [first.nbytes % (1 << 20)])
-        return all(one.read(size) == two.read(size) for size in sizes)

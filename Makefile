@@ -48,7 +48,7 @@ chat: setup  ## Talk to a model: MODEL=FOLDER, and COMPARE=FOLDER for two side b
 		--use_hpu_graphs --max_new_tokens 256
 
 test: $(VENV)/.dev  ## Run the tests (no card, no network needed); TESTS="tests/test_sft.py" runs some
-	$(BIN)/python -m pytest -m "not soak" --cov=align --cov-report=term:skip-covered $(TESTS)
+	$(BIN)/python -m slipcover -m pytest -m "not soak" $(TESTS)
 
 test-hpu: $(VENV)/.dev  ## Smoke run for CI on a single Gaudi card; figures in runs/test-hpu/report.json
 	$(BIN)/python -m pytest -m hpu $(TESTS)

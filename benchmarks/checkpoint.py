@@ -18,6 +18,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from _figures import add_json_flag, keep
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -82,7 +84,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512, help="hidden size of the model, which has 8 layers")
     parser.add_argument("--rounds", type=int, default=8, help="checkpoints of each way; the first of each is left out")
+    add_json_flag(parser)
     args = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # a disk, where /tmp may be memory
         os.chdir(folder)
         sizes = {"hidden_size": args.width, "intermediate_size": 11 * args.width // 4, "num_hidden_layers": 8}
@@ -97,7 +101,10 @@ def main() -> None:
                 each, tenth = ((n * step + seconds[way]) / (n * step + seconds[PLAIN]) for n in (1, 10))
                 figures = f"{watch.bytes[way] / 1e6:.2f} | {seconds[way]:.3f} | {step:.3f} | {each:.3f} | {tenth:.3f}"
                 print(f"| {kind} | {way} | {figures} |", flush=True)
+                rows.append({"kind": kind, "way": way, "mb": watch.bytes[way] / 1e6, "seconds": seconds[way]})
+                rows[-1] |= {"step": step, "each_step": each, "each_tenth": tenth}
         os.chdir(ROOT)
+    keep(args.json, rows)
 
 
 if __name__ == "__main__":

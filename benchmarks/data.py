@@ -24,6 +24,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from _figures import add_json_flag, keep
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HABANA_EMULATOR_STRICT", "0")
@@ -217,7 +219,7 @@ class Peer:
 
     def run(self, steps: int) -> dict[str, float]:
         paths = [self.folder / name for name in ("model", "samples.jsonl", "out")]
-        command = [self.python, ROOT / "benchmarks/peer.py", *paths, steps, BATCH_SIZE, LONGEST]
+        command = [self.python, ROOT / "benchmarks/_peer.py", *paths, steps, BATCH_SIZE, LONGEST]
         environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"}
         command = [str(word) for word in command]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -289,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=6000, help="samples in each data set")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the fastest counts")
-    parser.add_argument("--json", type=Path, default=ROOT / "runs/benchmarks/data.json", help="where the figures go")
+    add_json_flag(parser)
     parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
@@ -326,9 +328,7 @@ def main() -> None:
                 "ways": compare(make, rounds, peer),
             }
             print_table(title, report[title])
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\nfigures: {options.json}")
+    keep(options.json, report)
 
 
 if __name__ == "__main__":

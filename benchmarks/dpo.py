@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _figures import add_json_flag, keep
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HABANA_EMULATOR_STRICT", "0")  # for the processes that it starts
@@ -318,7 +320,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all variants run")
     parser.add_argument("--pairs", type=int, default=128, help="synthetic pairs")
     parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")
-    parser.add_argument("--json", type=Path, help="write what was measured here as well")
+    add_json_flag(parser)
     parser.add_argument("--measure", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--what", default="speed", help=argparse.SUPPRESS)
@@ -353,8 +355,7 @@ def main() -> None:
     for name in ("accuracies", "margins"):
         pairs = zip(*(curve[name] for curve in curves.values()), strict=True)
         print(f"largest difference of {name} at one step: {max(abs(ours - trl) for ours, trl in pairs):.2g}")
-    if args.json:
-        args.json.write_text(json.dumps({"rounds": measured, "curves": curves}, indent=1))
+    keep(args.json, {"rounds": measured, "curves": curves})
 
 
 if __name__ == "__main__":

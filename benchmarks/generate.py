@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from _figures import add_json_flag, keep
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HABANA_EMULATOR_STRICT", "0")
@@ -185,7 +187,8 @@ def measure_ours(folder: str, prompts: list[str], new_tokens: int = NEW_TOKENS, 
     with tempfile.TemporaryDirectory() as output:
         flags = ["--model_name_or_path", folder, "--output_dir", output, "--max_new_tokens", str(new_tokens)]
         flags += ["--num_beams", str(num_beams)]
-        flags += ["--batch_size", str(BATCH_SIZE), "--use_hpu_graphs", "--benchmark", "--warmup", "1"]
+        flags += ["--batch_size", str(min(BATCH_SIZE, len(prompts)))]
+        flags += ["--use_hpu_graphs", "--benchmark", "--warmup", "1"]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             run_generation.main([*flags, "--n_iterations", str(RUNS[len(prompts)]), "--prompt", *prompts])
         return json.loads(Path(output, "benchmark.json").read_text())
@@ -234,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--prompts", type=int, nargs="+", choices=RUNS, default=list(RUNS), help="numbers of prompts")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs/benchmarks/generate.json", help="for the figures")
+    add_json_flag(parser)
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # of the model, for the child processes below
     parser.add_argument("--say", choices=[PLAIN, UPSTREAM], help=argparse.SUPPRESS)
     parser.add_argument("--plain_speed", type=int, help=argparse.SUPPRESS)  # of that many prompts
@@ -267,9 +270,7 @@ def main() -> None:
         print(
             f"{way}: {BEAMS} beams, {' and '.join(map(str, BEAM_STEPS))} steps: {' and '.join(map(str, graphs))} graphs"
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print(f"\nfigures: {args.output}")
+    keep(args.json, rows)
 
 
 if __name__ == "__main__":

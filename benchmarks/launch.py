@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _figures import add_json_flag, keep
+
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
@@ -63,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="ranks of each launch")
     parser.add_argument("--rounds", type=int, default=3, help="launches of each kind")
+    add_json_flag(parser)
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as name:
@@ -91,6 +94,7 @@ def main() -> None:
             " | ".join(f"{min(column):.1f}" for column in zip(*worked, strict=True)) if worked else f"{measured[0]} | -"
         )
         print(f"| {engine} | {launcher} | {best} |")
+    keep(args.json, [{"engine": engine, "launcher": way, "rounds": each} for (engine, way), each in results.items()])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _figures import add_json_flag, keep
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 GB = 1 << 30
@@ -107,7 +109,8 @@ def activations(seen: dict) -> float:
     return (fullest(seen)["total"] - min(step["total"] for step in seen["steps"])) / GB
 
 
-def show_memory(seen: dict[tuple[str, int, str], dict]) -> None:
+def show_memory(seen: dict[tuple[str, int, str], dict]) -> list[dict]:
+    rows = []
     print(f"{'a step, GB':12}{'vocabulary':>11}{'blocks':>9}{'whole':>9}{'upstream':>10}", end="")
     print(f"{'/ whole':>10}{'/ upstream':>12}")
     for script in SCRIPTS:
@@ -115,12 +118,15 @@ def show_memory(seen: dict[tuple[str, int, str], dict]) -> None:
             blocks, whole, upstream = (activations(seen[script, vocabulary, side]) for side in SIDES)
             print(f"{script:12}{vocabulary:>11,}{blocks:>9.2f}{whole:>9.2f}{upstream:>10.2f}", end="")
             print(f"{blocks / whole:>10.2f}{blocks / upstream:>12.2f}")
+            rows.append({"script": script, "vocabulary": vocabulary, "blocks": blocks, "whole": whole})
+            rows[-1]["upstream"] = upstream
     print("\nWhat is left in blocks, GB by the module that made it")
     for (script, vocabulary, side), each in seen.items():
         modules = {name: size / GB for name, size in fullest(each)["by_module"].items() if name}
         parts = [f"{name} {size:.2f}" for name, size in modules.items() if size > 0.04]
         if side == "blocks":
             print(f"{script:12}{vocabulary:>11,}  {', '.join(parts)}")
+    return rows
 
 
 # Time
@@ -158,7 +164,8 @@ def take_turns(script: str, answer) -> None:
     answer.send(seconds)
 
 
-def show_time() -> None:
+def show_time() -> list[dict]:
+    rows = []
     print(f"\n{'a pass, s':12}{'vocabulary':>11}{'blocks':>9}{'whole':>9}{'/ whole':>20}")
     # The emulator then does not tell the card's tensors from the host's, which takes as long as a small model's step
     os.environ |= {"HABANA_EMULATOR_STRICT": "0", "HABANA_EMULATOR_DRY": "0", "OMP_NUM_THREADS": "1"}
@@ -174,16 +181,20 @@ def show_time() -> None:
             raise SystemExit(f"{script}: the timed run ended with an error, see above") from None
         process.join()
         print(f"{script:12}{SMALL['vocab_size']:>11,}{blocks:>9.2f}{whole:>9.2f}{blocks / whole:>20.2f}", flush=True)
+        rows.append({"script": script, "blocks": blocks, "whole": whole})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    add_json_flag(parser)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_inputs()
-        show_memory(count_memory())
-        show_time()
+        figures = {"gb": show_memory(count_memory()), "seconds": show_time()}
+        os.chdir(ROOT)
+    keep(args.json, figures)
 
 
 if __name__ == "__main__":

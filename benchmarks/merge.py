@@ -9,13 +9,14 @@ Each row is a process of its own. Wall time includes its start and flushing to d
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from _figures import add_json_flag, keep
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 4096, 11008, 32000, 16
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the fastest counts")
     parser.add_argument("--skip_upstream", action="store_true", help="leave out the way that loads the whole model")
     parser.add_argument("--folder", help="where to work, about three times the size (default: the temporary folder)")
-    parser.add_argument("--output", default="runs/benchmarks/merge.json", help="where the figures go")
+    add_json_flag(parser)
     parser.add_argument("--make_inputs", nargs=2, help=argparse.SUPPRESS)  # in a process of its own: peaks stay apart
     args = parser.parse_args()
     if args.make_inputs:
@@ -192,11 +193,7 @@ def main() -> None:
         f"\nAt the rate of the last row Llama-2-70B ({LLAMA_70B_GB} GB) takes "
         f"{last['seconds'] / last['gigabytes'] * LLAMA_70B_GB / 60:.0f} minutes and {last['peak_mb']:.0f} MB."
     )
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    host = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-    output.write_text(json.dumps({"host": host, "rows": rows}, indent=2) + "\n")
-    print(f"\nWrote {output}")
+    keep(args.json, rows)
 
 
 if __name__ == "__main__":

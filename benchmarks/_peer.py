@@ -1,6 +1,6 @@
 """Plain trl's newest release on samples that are tokenized: benchmarks/data.py --peer runs this in trl's environment.
 
-    runs/peer/bin/python benchmarks/peer.py MODEL SAMPLES OUTPUT STEPS BATCH_SIZE LONGEST
+    runs/peer/bin/python benchmarks/_peer.py MODEL SAMPLES OUTPUT STEPS BATCH_SIZE LONGEST
 
 Prints useful and computed tokens of the steps, shapes, and CPU seconds, as JSON. Packed samples of a batch are one row
 without padding (packing_strategy "bfd"), whose length is another one at each step.

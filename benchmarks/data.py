@@ -271,7 +271,7 @@ def print_table(title: str, figures: dict) -> None:
         line = f"{name:30}{row['useful_share']:8.1%}{row['shapes']:8}"
         if slowest:
             speed = row["useful_tokens_per_cpu_second"]
-            line += f"{row['graphs']:8}{speed:21,.0f}{speed / slowest:11.2f}"
+            line += f"{row['graphs']:>8}{speed:21,.0f}{speed / slowest:11.2f}"
         print(line)
     cut = figures["samples_cut_by_upstream_packing"]
     print(

@@ -136,6 +136,14 @@ def test_a_signal_to_one_rank_stops_all_after_a_step_with_a_checkpoint(bench, wa
     bench.assert_same(f"signal {way}", bench.whole(way))
 
 
+def test_the_loss_of_a_run_is_the_mean_over_its_ranks_however_often_it_is_logged(bench):
+    whole = bench.whole("sft ddp")
+
+    bench.finish("sft ddp", "each step is logged", "--logging_steps", 1)
+
+    bench.assert_same("each step is logged", whole)
+
+
 @pytest.mark.parametrize("way", ["sft ddp", "sft zero2", "sft full zero3"])
 def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none_and_its_rows_are_kept(bench, way):
     run = bench.start(way, f"poison {way}", "--max_steps", 4, before="poison_rank_1_in_step_2")

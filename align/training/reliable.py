@@ -493,6 +493,8 @@ class ReliableMixin(UploadingMixin):
         self.carried_loss, self.unlogged = 0.0, tr_loss
         self.logged = self._globalstep_last_logged, self._total_loss_scalar
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if self.control.should_training_stop:  # optimum-habana 1.21.2 adds what is left on the first rank alone
+            tr_loss.copy_(self._nested_gather(tr_loss).mean())  # (transformers/trainer.py:1184)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the whole loss, of which optimum-habana 1.21.2 leaves four digits (transformers/trainer.py:1350)."""

@@ -63,13 +63,12 @@ CURVES = {
 }
 
 
-# Flags of GaudiDPOConfig that other flags or the trainer take over
 @dataclass
 class PreferenceArguments:
     """How the preferences are learnt. --beta, --loss_type, --max_length and others are optimum-habana's.
 
     --per_device_train_batch_size counts pairs: a step takes that many x --gradient_accumulation_steps x ranks. How they
-    are cut into micro-batches changes neither loss nor gradient, so they are cut into rows of few shapes, as many at
+    are cut into micro-batches changes neither loss nor gradient, so they are cut into rows of few lengths, as many at
     once as fit into the tokens of that many padded pairs.
     """
 
@@ -87,7 +86,7 @@ class PreferenceArguments:
         default=True,
         metadata={"help": "Compute the prompt of a pair once; False pads each answer."},
     )
-    num_buckets: int = field(default=8, metadata={"help": "Rows have at most this many lengths."})
+    num_buckets: int = field(default=8, metadata={"help": "Rows are padded to at most this many lengths."})
     skip_probe: bool = field(
         default=False,
         metadata={"help": "Do not test whether the loaded model is causal and keeps shared answers apart."},
@@ -150,15 +149,15 @@ def count_pairs(args: GaudiDPOConfig) -> int:
 
 def lay_out(rows, lengths, models: dict, args: GaudiDPOConfig, preference_args: PreferenceArguments, pad_token_id: int):
     """Rows that the answers to a prompt share where the loaded `models`, by flag, keep them apart; else padded ones."""
-    shapes, cost = preference_args.num_buckets, pairs.column_cost(models["--model_name_or_path"].config)
-    layout = pairs.separate_rows(lengths, shapes, args.max_length)
+    num_buckets, cost = preference_args.num_buckets, pairs.column_cost(models["--model_name_or_path"].config)
+    layout = pairs.separate_rows(lengths, num_buckets, args.max_length)
     if preference_args.share_prompts:
-        most = preference.most_columns(args, args.per_device_train_batch_size)
-        layout = pairs.share_rows(lengths, count_pairs(args), most, shapes, cost, args.seed)
+        budget = preference.token_budget(args, args.per_device_train_batch_size)
+        layout = pairs.share_rows(lengths, count_pairs(args), budget, num_buckets, cost, args.seed)
     for flag, model in {} if preference_args.skip_probe else models.items():
         probe = partial(probe_rows, model, device=args.device, autocast=computes_in_autocast(args), flag=flag)
         if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model)):
-            layout = pairs.separate_rows(lengths, shapes, args.max_length)
+            layout = pairs.separate_rows(lengths, num_buckets, args.max_length)
             probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model))
     return layout
 

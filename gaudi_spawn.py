@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     rehearse.add_flags(parser)
     # Everything from the script on is one positional, so that argparse neither reads nor drops any of it.
-    parser.add_argument("command", nargs=argparse.PARSER, metavar="script", help="the script and its arguments")
+    parser.add_argument("script", nargs=argparse.PARSER, metavar="script", help="the script and its arguments")
     limit(parser)
     return parser.parse(arguments)
 
@@ -82,8 +82,8 @@ def plan_run(args: argparse.Namespace) -> Run:
             )
         if args.use_mpi:  # which gives this host the first ranks wherever it stands in the file
             nodes = dict(sorted(nodes.items(), key=lambda node: not is_this_host(node[0])))
-    check_script(args.command[0])
-    script, token = take_token(args.command)
+    check_script(args.script[0])
+    script, token = take_token(args.script)
     if token:
         os.environ["HF_TOKEN"] = token
     return Run(

@@ -165,7 +165,7 @@ def train_ours(folder: Path, rows: list[dict], flags: dict, callbacks: list, sto
     lengths = {"train": pairs.measure(samples)}
     batch = args.per_device_train_batch_size
     cost = pairs.column_cost(AutoConfig.from_pretrained(folder.parent / "llama"))
-    layout = pairs.share_rows(lengths, batch, preference.most_columns(args, batch), 8, cost)
+    layout = pairs.share_rows(lengths, batch, preference.token_budget(args, batch), 8, cost)
     kept = Stored(folder / "stored.safetensors", None) if stored else None
     trainer = preference.PreferenceTrainer(
         model=load_policy(folder),

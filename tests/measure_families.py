@@ -36,7 +36,7 @@ from align.models.attention import find_samples, probe_rows, segment_mask
 from align.models.families import find_fault, is_exact_in_fused_kernel
 from align.models.guard import check_adapter, load_config
 from align.models.loading import ModelArguments, load_model
-from align.training.pairs import Layout, PairCollator, Shape
+from align.training.pairs import Bucket, Layout, PairCollator
 from align.upstream_fixes import adapt_transformers, attention_inputs, gaudi_class
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def pair_rows(shared: bool) -> list[dict[str, torch.Tensor]]:
     prompt, *answers = map(torch.tensor, draw_pair())
     pair = {"index": 0, "prompt": prompt.numpy(), "answers": [answer.numpy() for answer in answers]}
     pair["labels"] = pair["answers"]
-    batch = PairCollator(Layout(shared, 1, (Shape(32, 24),), {}), 0)([pair])
+    batch = PairCollator(Layout(shared, 1, (Bucket(32, 24),), {}), 0)([pair])
     names = ("input_ids", "position_ids", "segment_ids", "branch_ids") if shared else ("input_ids", "attention_mask")
     return [{name: batch[name][row] for name in names} for row in range(1 if shared else 2)]
 

@@ -16,13 +16,13 @@ from align.data.packing import (
     IGNORED,
     NONE,
     BucketCollator,
-    GroupedSampler,
+    BucketSampler,
     PackedCollator,
     RowDataset,
     batches_per_bucket,
     best_fit_decreasing,
+    bucket_stream,
     choose_buckets,
-    group_stream,
     pack_stream,
 )
 
@@ -130,7 +130,7 @@ def test_no_bucket_is_longer_than_the_limit():
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 8), st.integers(0, 3))
 @quickly
 def test_a_batch_comes_from_one_bucket_and_every_sample_once(groups, batch_size, epoch):
-    sampler = GroupedSampler(np.array(groups), batch_size)
+    sampler = BucketSampler(np.array(groups), batch_size)
     sampler.set_epoch(epoch)
     order = list(sampler)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -143,7 +143,7 @@ def test_a_batch_comes_from_one_bucket_and_every_sample_once(groups, batch_size,
 
 
 def test_each_epoch_has_its_own_order_and_evaluation_none():
-    sampler, plain = GroupedSampler(np.zeros(52), 4), GroupedSampler(np.zeros(52), 4, shuffle=False)
+    sampler, plain = BucketSampler(np.zeros(52), 4), BucketSampler(np.zeros(52), 4, shuffle=False)
     first = list(sampler)
     sampler.set_epoch(1)
     assert sorted(first) == sorted(sampler) == list(plain) == list(range(52))
@@ -153,7 +153,7 @@ def test_each_epoch_has_its_own_order_and_evaluation_none():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resuming_in_a_later_epoch_continues_with_the_next_row(ranks):
     def load(epoch: int, skip: int) -> list[list[int]]:
-        loader = DataLoader(range(40), 4, sampler=GroupedSampler(np.zeros(40), 4 * ranks), collate_fn=list)
+        loader = DataLoader(range(40), 4, sampler=BucketSampler(np.zeros(40), 4 * ranks), collate_fn=list)
         loader = prepare_data_loader(loader, num_processes=ranks, process_index=ranks - 1)
         loader.set_epoch(epoch)  # as the trainer does
         return list(skip_first_batches(loader, skip) if skip else loader)
@@ -165,7 +165,7 @@ def test_resuming_in_a_later_epoch_continues_with_the_next_row(ranks):
 def test_all_ranks_compute_the_same_shape_in_a_step():
     lengths = np.random.default_rng(0).integers(1, ROW_LENGTH + 1, 64)
     buckets = choose_buckets(lengths, 4, ROW_LENGTH, 1)
-    sampler = GroupedSampler(np.searchsorted(buckets, lengths), 8)
+    sampler = BucketSampler(np.searchsorted(buckets, lengths), 8)
     loaders = [
         prepare_data_loader(DataLoader(lengths, 4, sampler=sampler, collate_fn=list), num_processes=2, process_index=i)
         for i in range(2)
@@ -178,7 +178,7 @@ def test_all_ranks_compute_the_same_shape_in_a_step():
 
 def test_two_ranks_share_an_epoch_without_repeating_a_row():
     rows = RowDataset(make_samples([20] * 9), ROW_LENGTH)
-    sampler = GroupedSampler(np.zeros(9), 4, shuffle=False)
+    sampler = BucketSampler(np.zeros(9), 4, shuffle=False)
     collator = PackedCollator.for_sft(2, ROW_LENGTH, pad_token_id=0)
     seen, steps = [], []
     for rank in range(2):
@@ -197,7 +197,7 @@ def test_a_bucketed_epoch_computes_the_announced_shapes(num_samples):
     loader = DataLoader(
         samples,
         4,
-        sampler=GroupedSampler(np.searchsorted(buckets, lengths), 4),
+        sampler=BucketSampler(np.searchsorted(buckets, lengths), 4),
         collate_fn=BucketCollator(4, buckets, 0),
     )
     batches = list(loader)
@@ -219,10 +219,10 @@ def test_a_partial_batch_keeps_its_shape_and_its_loss():
 def test_a_stream_in_buckets_keeps_its_samples_and_groups_them():
     lengths = np.random.default_rng(0).integers(1, ROW_LENGTH + 1, 64).tolist()
     samples = make_samples(lengths)
-    grouped = list(group_stream(samples.to_iterable_dataset(), [8, 16, 24], batch_size=4, window=30))
-    batches = [grouped[start : start + 4] for start in range(0, 64, 4)]
+    ordered = list(bucket_stream(samples.to_iterable_dataset(), [8, 16, 24], batch_size=4, window=30))
+    batches = [ordered[start : start + 4] for start in range(0, 64, 4)]
     shapes = [{np.searchsorted([8, 16, 24], len(sample["labels"])) for sample in batch} for batch in batches]
-    assert sorted(sample["input_ids"] for sample in grouped) == samples["input_ids"]
+    assert sorted(sample["input_ids"] for sample in ordered) == samples["input_ids"]
     assert sum(len(shape) > 1 for shape in shapes) <= 4  # at most two a window
 
 
@@ -230,8 +230,8 @@ def test_a_stream_in_buckets_has_an_order_that_the_seed_fixes():
     samples = make_samples(np.random.default_rng(0).integers(1, ROW_LENGTH + 1, 64).tolist())
 
     def order(seed):
-        grouped = group_stream(samples.to_iterable_dataset(), [8, 16, 24], batch_size=4, window=30, seed=seed)
-        return [sample["input_ids"] for sample in grouped]
+        ordered = bucket_stream(samples.to_iterable_dataset(), [8, 16, 24], batch_size=4, window=30, seed=seed)
+        return [sample["input_ids"] for sample in ordered]
 
     assert order(0) == order(0) != order(1)
 

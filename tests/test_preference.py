@@ -103,8 +103,8 @@ def make_trainer(folders, tmp_path):
         lengths = {"train": pairs.measure(rows)}
         if shared:
             per_device = batch * args.gradient_accumulation_steps
-            most = preference.most_columns(args, batch)
-            layout = pairs.share_rows(lengths, per_device, most, 4, pairs.column_cost(model.config))
+            budget = preference.token_budget(args, batch)
+            layout = pairs.share_rows(lengths, per_device, budget, 4, pairs.column_cost(model.config))
         else:
             layout = pairs.separate_rows(lengths, 1, args.max_length)
         trainer = preference.PreferenceTrainer(

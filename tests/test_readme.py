@@ -33,7 +33,7 @@ def parse(arguments: list[str], monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", arguments)
     module = importlib.import_module(script.removesuffix(".py"))
     if script == "gaudi_spawn.py":
-        parse(module.parse_arguments().command, monkeypatch)
+        parse(module.parse_arguments().script, monkeypatch)
     elif script in ("sft.py", "dpo.py"):
         parser = cli.make_parser(module.ARGUMENTS, module.__doc__, module.RECIPE)
         parsed, unknown = parser.parse_known_args(flags)

@@ -29,7 +29,7 @@ def take(values: np.ndarray, indices: np.ndarray, nothing: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SampleRows:
     """Which samples share a row: row r holds `members[starts[r] : starts[r + 1]]`. Flat, as there may be millions."""
 
     members: np.ndarray
@@ -42,10 +42,10 @@ class Rows:
         return self.members[self.starts[row] : self.starts[row + 1]]
 
 
-def best_fit_decreasing(lengths: np.ndarray, row_length: int, seed: int = 0) -> Rows:
+def best_fit_decreasing(lengths: np.ndarray, row_length: int, seed: int = 0) -> SampleRows:
     """Assigns each sample, longest first, to the row that it leaves the fewest free tokens in; none is split.
 
-    Samples of one length are alike, so rows with the same content are handled as one group: the work grows with the
+    Samples of one length are alike, so rows with the same content are handled as one kind: the work grows with the
     number of distinct lengths, not of samples. `seed` decides which of the equally long samples goes where.
     """
     lengths = np.asarray(lengths)
@@ -53,13 +53,13 @@ def best_fit_decreasing(lengths: np.ndarray, row_length: int, seed: int = 0) -> 
         raise ValueError(f"lengths must be 1 to {row_length}, got {lengths.min()} to {lengths.max()}")
     counts = np.bincount(lengths, minlength=1)
 
-    groups: dict[int, list[tuple[int, tuple]]] = {}  # free tokens -> [(number of rows, ((length, times), ...)), ...]
-    free: list[int] = []  # the keys of groups, sorted
+    kinds: dict[int, list[tuple[int, tuple]]] = {}  # free tokens -> [(number of rows, ((length, times), ...)), ...]
+    free: list[int] = []  # the keys of kinds, sorted
 
-    def add_group(space: int, number: int, content: tuple) -> None:
-        if space not in groups:
+    def add_kind(space: int, number: int, content: tuple) -> None:
+        if space not in kinds:
             insort(free, space)
-        groups.setdefault(space, []).append((number, content))
+        kinds.setdefault(space, []).append((number, content))
 
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
@@ -67,27 +67,27 @@ def best_fit_decreasing(lengths: np.ndarray, row_length: int, seed: int = 0) -> 
             tightest = bisect_left(free, length)
             if tightest < len(free):
                 space = free[tightest]
-                number, content = groups[space].pop()
-                if not groups[space]:
-                    del groups[space], free[tightest]
+                number, content = kinds[space].pop()
+                if not kinds[space]:
+                    del kinds[space], free[tightest]
             else:
                 space, number, content = row_length, -(-left // (row_length // length)), ()
             times = space // length  # a row that took one sample is the tightest fit for the next
             full = min(number, left // times)
             if full:
-                add_group(space - times * length, full, (*content, (length, times)))
+                add_kind(space - times * length, full, (*content, (length, times)))
                 number, left = number - full, left - full * times
             if number and left:
-                add_group(space - left * length, 1, (*content, (length, left)))
+                add_kind(space - left * length, 1, (*content, (length, left)))
                 number, left = number - 1, 0
             if number:
-                add_group(space, number, content)
+                add_kind(space, number, content)
 
     order = np.random.default_rng(seed).permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]
     taken = np.cumsum(counts) - counts  # where the next unused sample of each length stands in order
     members, sizes = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
-    for number, content in (group for space in free for group in groups[space]):
+    for number, content in (kind for space in free for kind in kinds[space]):
         columns = []
         for length, times in content:
             columns.append(order[taken[length] : taken[length] + number * times].reshape(number, times))
@@ -95,7 +95,7 @@ def best_fit_decreasing(lengths: np.ndarray, row_length: int, seed: int = 0) -> 
         table = np.concatenate(columns, axis=1)
         members.append(table.ravel())
         sizes.append(np.full(number, table.shape[1]))
-    return Rows(np.concatenate(members), np.cumsum(np.concatenate(sizes)))
+    return SampleRows(np.concatenate(members), np.cumsum(np.concatenate(sizes)))
 
 
 def _join(input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
@@ -141,7 +141,7 @@ class RowDataset(torch.utils.data.Dataset):
 
     def __init__(self, samples: "Dataset", row_length: int | None = None, seed: int = 0):
         self.lengths = read_numbers(samples, "length")
-        single = Rows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
+        single = SampleRows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
         self.rows = best_fit_decreasing(self.lengths, row_length, seed) if row_length else single
         self.samples = samples.select_columns(["input_ids", "labels"]).with_format("arrow")
 
@@ -214,62 +214,62 @@ def choose_buckets(lengths: np.ndarray, num_buckets: int, longest: int, multiple
     return buckets[::-1]
 
 
-def _grouped_order(groups: np.ndarray, batch_size: int, rng: np.random.Generator | None) -> np.ndarray:
-    """All samples, such that each `batch_size` in a row share a group; the last, partial batch is left short.
+def _order_by_bucket(bucket_of: np.ndarray, batch_size: int, rng: np.random.Generator | None) -> np.ndarray:
+    """All samples, such that each `batch_size` in a row share a bucket; the last, partial batch is left short.
 
-    What is left of a group joins the next one, whose bucket is longer. Without `rng` nothing is shuffled.
+    What is left of a bucket joins the next one, which is longer. Without `rng` nothing is shuffled.
     """
-    order = np.arange(len(groups)) if rng is None else rng.permutation(len(groups))
-    order = order[np.argsort(groups[order], kind="stable")]
+    order = np.arange(len(bucket_of)) if rng is None else rng.permutation(len(bucket_of))
+    order = order[np.argsort(bucket_of[order], kind="stable")]
     batches, left = [], order[:0]
-    for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+    for members in np.split(order, np.flatnonzero(np.diff(bucket_of[order])) + 1):
         members = np.concatenate([left, members])
         full = len(members) // batch_size * batch_size
         batches.append(members[:full].reshape(-1, batch_size))
         left = members[full:]
     batches = np.concatenate(batches)
-    if rng is not None and groups.any():  # one group is shuffled already, however it is cut
+    if rng is not None and bucket_of.any():  # one bucket is shuffled already, however it is cut
         rng.shuffle(batches)
     return np.concatenate([batches.ravel(), left])
 
 
-class GroupedSampler(torch.utils.data.Sampler):
-    """Every row once an epoch, in an order that seed and epoch fix, in batches from one group.
+class BucketSampler(torch.utils.data.Sampler):
+    """Every row once an epoch, in an order that seed and epoch fix, in batches from one bucket.
 
-    `groups` numbers each row's bucket from short to long (all zeros for packed rows); `batch_size` counts the rows of
-    all ranks in a step, so that every rank computes the same shape (but where what is left of one bucket joins the
-    next). The last batch is filled up with `NONE`: no rank is left without a batch, and no row is repeated.
+    `bucket_of` has the number of each row's bucket, from short to long (all zeros for packed rows). `batch_size` counts
+    the rows of all ranks in a step, so every rank computes the same shape; only what is left of one bucket may join the
+    next. The last batch is filled up with `NONE`: no rank is left without a batch, and no row is repeated.
     """
 
-    def __init__(self, groups: np.ndarray, batch_size: int, seed: int = 0, shuffle: bool = True):
-        self.groups, self.batch_size, self.seed, self.shuffle = np.asarray(groups), batch_size, seed, shuffle
+    def __init__(self, bucket_of: np.ndarray, batch_size: int, seed: int = 0, shuffle: bool = True):
+        self.bucket_of, self.batch_size, self.seed, self.shuffle = np.asarray(bucket_of), batch_size, seed, shuffle
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-len(self.groups) // self.batch_size) * self.batch_size
+        return -(-len(self.bucket_of) // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
-        yield from _grouped_order(self.groups, self.batch_size, rng).tolist()
-        yield from [NONE] * (len(self) - len(self.groups))
+        yield from _order_by_bucket(self.bucket_of, self.batch_size, rng).tolist()
+        yield from [NONE] * (len(self) - len(self.bucket_of))
 
     def set_epoch(self, epoch: int) -> None:
         """Never backwards: on a resume accelerate 1.10.1 (`skip_first_batches`) starts a copied loader at epoch 0."""
         self.epoch = max(self.epoch, epoch)
 
 
-def group_stream(
+def bucket_stream(
     stream: "IterableDataset", buckets: Sequence[int], batch_size: int, window: int = 1000, seed: int = 0
 ) -> "IterableDataset":
     """Reorders each `window` consecutive samples (rounded up to whole batches) so that a batch is of one bucket."""
 
-    def group_window(samples: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def bucket_window(samples: dict[str, list], indices: list[int]) -> dict[str, list]:
         lengths = [len(ids) for ids in samples["input_ids"]]
         rng = np.random.default_rng([seed, indices[0]])
-        order = _grouped_order(np.searchsorted(buckets, lengths), batch_size, rng)
+        order = _order_by_bucket(np.searchsorted(buckets, lengths), batch_size, rng)
         return {name: [column[i] for i in order] for name, column in samples.items()}
 
-    return _map_windows(stream, group_window, -(-window // batch_size) * batch_size)
+    return _map_windows(stream, bucket_window, -(-window // batch_size) * batch_size)
 
 
 def _map_windows(stream: "IterableDataset", function: Callable, window: int) -> "IterableDataset":
@@ -279,11 +279,11 @@ def _map_windows(stream: "IterableDataset", function: Callable, window: int) -> 
 
 
 def batches_per_bucket(lengths: np.ndarray, buckets: Sequence[int], batch_size: int) -> dict[int, int]:
-    """How many batches an epoch of `GroupedSampler` computes at each length: its shapes, and what they cost."""
-    groups = np.searchsorted(buckets, lengths)
-    order = _grouped_order(groups, batch_size, None)
-    longest = np.maximum.reduceat(groups[order], np.arange(0, len(order), batch_size))
-    return {buckets[group]: number for group, number in zip(*np.unique(longest, return_counts=True), strict=True)}
+    """How many batches an epoch of `BucketSampler` computes at each length: its shapes, and what they cost."""
+    bucket_of = np.searchsorted(buckets, lengths)
+    order = _order_by_bucket(bucket_of, batch_size, None)
+    longest = np.maximum.reduceat(bucket_of[order], np.arange(0, len(order), batch_size))
+    return {buckets[bucket]: number for bucket, number in zip(*np.unique(longest, return_counts=True), strict=True)}
 
 
 def _stack(rows: Sequence[Sequence[int]], batch_size: int, width: int, padding: int) -> np.ndarray:

@@ -269,20 +269,20 @@ def plan_batches(
     batch is as long as the others.
     """
     order = range(len(lengths)) if batch_size == 1 else sorted(range(len(lengths)), key=lengths.__getitem__)
-    groups = [list(order[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
-    longest = [max(lengths[place] for place in group) for group in groups]
+    members = [list(order[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
+    longest = [max(lengths[place] for place in places) for places in members]
     if not pads:
-        for group, length in zip(groups, longest, strict=True):
-            shortest = min(group, key=lengths.__getitem__)
+        for places, length in zip(members, longest, strict=True):
+            shortest = min(places, key=lengths.__getitem__)
             if lengths[shortest] < (width or length):
                 raise InputError(
                     f"--flash_attention_causal_mask: forgets padding, and prompt {shortest + 1} of {lengths[shortest]} "
                     f"tokens would be padded to {width or length}; leave the flag out, or give --batch_size 1"
                     + (" without --max_input_tokens" if width else "")
                 )
-        return [Batch(group, length) for group, length in zip(groups, longest, strict=True)]
+        return [Batch(places, length) for places, length in zip(members, longest, strict=True)]
     if width:
-        widths = [width] * len(groups)
+        widths = [width] * len(members)
     elif bucket_size > 0:
         widths = [-(-(length + 1) // bucket_size) * bucket_size - 1 for length in longest]
     else:
@@ -292,8 +292,8 @@ def plan_batches(
         buckets = choose_buckets(longest, number, max_width, multiple_of=-(-max(longest) // WIDTH_CHOICES))
         widths = [buckets[bisect_left(buckets, length)] for length in longest]
     return [
-        Batch(group, max(length, min(width, max_width)))
-        for group, length, width in zip(groups, longest, widths, strict=True)
+        Batch(places, max(length, min(width, max_width)))
+        for places, length, width in zip(members, longest, widths, strict=True)
     ]
 
 

@@ -235,7 +235,7 @@ class Script:
         self.guard = guard
         tag = f"[rank {rank}] ".encode() if rank and work["tag_output"] else b""
         self.process = subprocess.Popen(
-            [sys.executable, "-u", *work["command"]],
+            [sys.executable, "-u", *work["script"]],
             cwd=work["directory"],
             env=os.environ | distributed_variables(work),
             stdin=None if rank == 0 else subprocess.DEVNULL,

@@ -85,7 +85,7 @@ class Supervisor:
     def __init__(self, run: Run, master_port: int):
         self.run = run
         self.work = {
-            "command": run.script,
+            "script": run.script,
             "directory": os.getcwd(),
             "master_addr": run.master_addr,
             "master_port": master_port,

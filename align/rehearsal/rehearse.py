@@ -66,8 +66,8 @@ def rehearse(args: argparse.Namespace, parse: Callable[[list[str]], Run]) -> int
     folder = Path(args.rehearsal_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--rehearsal_dir {folder} is a file; name a folder")
-    is_recipe = args.command[0].endswith(".sh")
-    stages = read_recipe(args.command[0], parse) if is_recipe else [Stage(parse(sys.argv[1:]))]
+    is_recipe = args.script[0].endswith(".sh")
+    stages = read_recipe(args.script[0], parse) if is_recipe else [Stage(parse(sys.argv[1:]))]
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # what an earlier rehearsal left there
     work.mkdir(parents=True)

@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
-from align.data.packing import IGNORED, NONE, GroupedSampler, choose_buckets, take
+from align.data.packing import IGNORED, NONE, BucketSampler, choose_buckets, take
 from align.errors import InputError
 from align.training.reference import Stored
 
@@ -43,24 +43,24 @@ COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 LABELS = ("chosen_labels", "rejected_labels")  # the answer's tokens that are scored, IGNORED the others
 ROW_IDS = ("input_ids", "attention_mask", "position_ids", "segment_ids", "branch_ids")
 EMPTY = np.empty(0, np.int64)
-WORTHWHILE = 0.85  # share of useful columns from which on no further shape is added
+WORTHWHILE = 0.85  # share of useful columns from which on no further bucket is added
 WEIGHTS = (0, 0.5, 1, 2)  # of a scored column beside any column, tried for rows of the same size
 SAMPLED = 100_000  # pairs that a layout is chosen on
 
 
-class Shape(NamedTuple):
-    """Of a row: its columns, and how many of the last ones go through the head."""
+class Bucket(NamedTuple):
+    """What rows are padded to: so many columns, of which the last `scored` go through the head."""
 
     columns: int
     scored: int
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which pairs stand in each row, `[rows, pairs_per_row]` (`NONE` where none does), and the number of its shape."""
+class PairRows:
+    """Which pairs stand in each row, `[rows, pairs_per_row]` (`NONE` where none does), and the number of its bucket."""
 
     members: np.ndarray
-    groups: np.ndarray
+    bucket_of: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Layout:
 
     shared: bool
     pairs_per_row: int
-    shapes: tuple[Shape, ...]
-    rows: Mapping[str, Rows]  # by split
+    buckets: tuple[Bucket, ...]  # from short to long
+    rows: Mapping[str, PairRows]  # by split
 
 
 def collect(rows: Dataset | IterableDataset, limit: int) -> Dataset:
@@ -97,7 +97,7 @@ def measure(pairs: Dataset) -> np.ndarray:
 
 
 def column_cost(config: PretrainedConfig) -> Callable[[int, int], float]:
-    """What a row of a shape costs in multiply-adds, about: layers and attention for its columns, the head for some."""
+    """About what a row costs in multiply-adds: layers and attention for all columns, the head for `scored` ones."""
     config = config.get_text_config()
     width, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
 
@@ -110,15 +110,15 @@ def column_cost(config: PretrainedConfig) -> Callable[[int, int], float]:
 def share_rows(
     lengths: Mapping[str, np.ndarray],
     pairs_per_step: int,
-    most_columns: int,
-    num_shapes: int,
+    token_budget: int,
+    num_buckets: int,
     cost: Callable[[int, int], float],
     seed: int = 0,
 ) -> Layout:
     """Puts the same number of pairs into every row, long ones with short ones, so that all rows are about as long.
 
-    That number divides `pairs_per_step`, what one device computes for a step, and its rows fit `most_columns`. Of those
-    it needs the fewest shapes, at most `num_shapes`, then costs least. `lengths` are `measure`d, by split; the first
+    That number divides `pairs_per_step`, what one device computes for a step, and its rows fit `token_budget`. Of those
+    it needs the fewest buckets, at most `num_buckets`, then costs least. `lengths` are `measure`d, by split; the first
     split decides.
     """
     first = next(iter(lengths.values()))
@@ -127,26 +127,27 @@ def share_rows(
     for number in (number for number in range(1, pairs_per_step + 1) if pairs_per_step % number == 0):
         for weight in WEIGHTS if number > 1 else (0,):
             sizes = _sizes(sample, _balance(sample, number, weight, seed))
-            shapes = _choose_shapes(sizes, num_shapes)
-            if number == 1 or shapes[-1].columns <= most_columns:
-                total = sum(cost(*shapes[group]) for group in _assign(sizes, shapes))
-                plans.append((len(shapes), total / (number * len(sizes)), number, weight))
+            buckets = _choose_buckets(sizes, num_buckets)
+            if number == 1 or buckets[-1].columns <= token_budget:
+                total = sum(cost(*buckets[bucket]) for bucket in _assign(sizes, buckets))
+                plans.append((len(buckets), total / (number * len(sizes)), number, weight))
     *_, number, weight = min(plans)
     members = {name: _balance(split, number, weight, seed) for name, split in lengths.items()}
     sizes = {name: _sizes(split, members[name]) for name, split in lengths.items()}
-    shapes = _choose_shapes(np.concatenate(list(sizes.values())), num_shapes)
-    rows = {name: Rows(members[name], _assign(sizes[name], shapes)) for name in lengths}
-    return Layout(True, number, tuple(shapes), rows)
+    buckets = _choose_buckets(np.concatenate(list(sizes.values())), num_buckets)
+    rows = {name: PairRows(members[name], _assign(sizes[name], buckets)) for name in lengths}
+    return Layout(True, number, tuple(buckets), rows)
 
 
-def separate_rows(lengths: Mapping[str, np.ndarray], num_shapes: int, longest: int) -> Layout:
-    """Gives each answer a row of its own behind its prompt, padded to one of at most `num_shapes` lengths."""
+def separate_rows(lengths: Mapping[str, np.ndarray], num_buckets: int, longest: int) -> Layout:
+    """Gives each answer a row of its own behind its prompt, padded to one of at most `num_buckets` lengths."""
     widths = {name: split[:, 0] + split[:, 1:].max(axis=1) for name, split in lengths.items()}
-    buckets = choose_buckets(np.concatenate(list(widths.values())), num_shapes, longest)
+    columns = choose_buckets(np.concatenate(list(widths.values())), num_buckets, longest)
     rows = {
-        name: Rows(np.arange(len(width))[:, None], np.searchsorted(buckets, width)) for name, width in widths.items()
+        name: PairRows(np.arange(len(width))[:, None], np.searchsorted(columns, width))
+        for name, width in widths.items()
     }
-    return Layout(False, 1, tuple(Shape(bucket, bucket) for bucket in buckets), rows)
+    return Layout(False, 1, tuple(Bucket(number, number) for number in columns), rows)
 
 
 def take_row(
@@ -167,12 +168,13 @@ def log_layout(layout: Layout, lengths: Mapping[str, np.ndarray]) -> None:
     for name, rows in layout.rows.items():
         pairs = (rows.members != NONE).sum()
         needed = lengths[name].sum() - pairs + (0 if layout.shared else (lengths[name][:, 0] + 1).sum())
-        computed = np.array([shape.columns for shape in layout.shapes])[rows.groups].sum() * (2 - layout.shared)
+        computed = np.array([bucket.columns for bucket in layout.buckets])[rows.bucket_of].sum() * (2 - layout.shared)
         logger.info(
             f"{name}: {computed / pairs:.0f} computed tokens a pair, {needed / computed:.1%} of them useful; "
             f"{layout.pairs_per_row} pair(s) to a row" + (", the prompt once" if layout.shared else " and answer")
         )
-    logger.info(f"shapes: {', '.join(f'{shape.columns} columns, {shape.scored} scored' for shape in layout.shapes)}")
+    shapes = ", ".join(f"{bucket.columns} columns, {bucket.scored} scored" for bucket in layout.buckets)
+    logger.info(f"shapes: {shapes}")
 
 
 def _balance(lengths: np.ndarray, number: int, weight: float, seed: int) -> np.ndarray:
@@ -200,20 +202,21 @@ def _sizes(lengths: np.ndarray, members: np.ndarray) -> np.ndarray:
     return take(sizes, members, nothing=0).sum(axis=1)
 
 
-def _choose_shapes(sizes: np.ndarray, num_shapes: int, multiple_of: int = 8) -> list[Shape]:
+def _choose_buckets(sizes: np.ndarray, num_buckets: int, multiple_of: int = 8) -> list[Bucket]:
     """As few as are worthwhile for rows of these `_sizes`."""
     columns, longest = sizes[:, 0], _round_up(sizes[:, 0].max(), multiple_of)
-    for number in range(1, num_shapes + 1):
-        buckets = choose_buckets(columns, number, longest, multiple_of)
-        groups = np.searchsorted(buckets, columns)
-        if columns.sum() >= WORTHWHILE * np.array(buckets)[groups].sum():
+    for number in range(1, num_buckets + 1):
+        padded = choose_buckets(columns, number, longest, multiple_of)
+        bucket_of = np.searchsorted(padded, columns)
+        if columns.sum() >= WORTHWHILE * np.array(padded)[bucket_of].sum():
             break
-    scored = [_round_up(sizes[groups == group, 1].max(), multiple_of) for group in range(len(buckets))]
-    return [Shape(*shape) for shape in zip(buckets, np.maximum.accumulate(scored).tolist(), strict=True)]
+    scored = [_round_up(sizes[bucket_of == bucket, 1].max(), multiple_of) for bucket in range(len(padded))]
+    return [Bucket(*size) for size in zip(padded, np.maximum.accumulate(scored).tolist(), strict=True)]
 
 
-def _assign(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
-    return np.searchsorted([shape.columns for shape in shapes], sizes[:, 0])
+def _assign(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """The number of each row's bucket, `[rows]`."""
+    return np.searchsorted([bucket.columns for bucket in buckets], sizes[:, 0])
 
 
 def _round_up(number: int, multiple_of: int) -> int:
@@ -223,7 +226,7 @@ def _round_up(number: int, multiple_of: int) -> int:
 class PairDataset(torch.utils.data.Dataset):
     """Pairs as the collator takes them, with the reference's log-probs where they are `stored`."""
 
-    def __init__(self, pairs: Dataset, rows: Rows, stored: Stored | None = None):
+    def __init__(self, pairs: Dataset, rows: PairRows, stored: Stored | None = None):
         self.pairs = pairs.select_columns([*COLUMNS, *LABELS]).with_format("numpy")
         self.rows = rows
         self.stored = stored
@@ -250,9 +253,9 @@ class PairSampler(torch.utils.data.Sampler):
     `rows_per_batch` counts the rows of all ranks. Nothing is repeated at the end of an epoch: evaluations are exact.
     """
 
-    def __init__(self, rows: Rows, rows_per_batch: int, seed: int = 0, shuffle: bool = True):
+    def __init__(self, rows: PairRows, rows_per_batch: int, seed: int = 0, shuffle: bool = True):
         self.members = rows.members
-        self.order = GroupedSampler(rows.groups, rows_per_batch, seed, shuffle)
+        self.order = BucketSampler(rows.bucket_of, rows_per_batch, seed, shuffle)
 
     def __len__(self) -> int:
         return len(self.order) * self.members.shape[1]
@@ -271,7 +274,7 @@ def no_slot(pairs: int) -> int:
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Pairs, `pairs_per_row` to a row, to one batch of the smallest shape that holds them.
+    """Pairs, `pairs_per_row` to a row, to one batch in the smallest bucket that holds them.
 
     Beside what the model takes: `targets` and `slots` of the scored columns (the token to predict, and 2 * pair, + 1
     for the rejected answer; `no_slot` where nothing is scored), and by pair `answer_lengths` (0 where there is none),
@@ -293,10 +296,10 @@ class PairCollator:
         """Rows as the picture at the top of this file shows them."""
         number = self.layout.pairs_per_row
         rows = [pairs[start : start + number] for start in range(0, len(pairs), number)]
-        shape = self._choose_shape(max(sum(map(_columns, row)) for row in rows))
-        batch = self._empty(len(rows), shape, len(pairs))
+        bucket = self._choose_bucket(max(sum(map(_columns, row)) for row in rows))
+        batch = self._empty(len(rows), bucket, len(pairs))
         for name in ("position_ids", "segment_ids", "branch_ids"):
-            batch[name] = np.zeros((len(rows), shape.columns), np.int64)
+            batch[name] = np.zeros((len(rows), bucket.columns), np.int64)
 
         def put(row: int, start: int, tokens: np.ndarray, position: int, segment: int, branch: int) -> slice:
             columns = slice(start, start + len(tokens))
@@ -306,7 +309,7 @@ class PairCollator:
             return columns
 
         for row, members in enumerate(rows):
-            left, right = 0, shape.columns
+            left, right = 0, bucket.columns
             for place, pair in enumerate(members):
                 if pair["index"] == NONE:
                     continue
@@ -319,8 +322,8 @@ class PairCollator:
         return batch
 
     def _fill_separate(self, pairs: list[dict]) -> dict[str, np.ndarray]:
-        shape = self._choose_shape(max(len(pair["prompt"]) + max(map(len, pair["answers"])) for pair in pairs))
-        batch = self._empty(2 * len(pairs), shape, len(pairs))
+        bucket = self._choose_bucket(max(len(pair["prompt"]) + max(map(len, pair["answers"])) for pair in pairs))
+        batch = self._empty(2 * len(pairs), bucket, len(pairs))
         batch["attention_mask"] = np.zeros_like(batch["input_ids"])
         for place, pair in enumerate(pairs):
             for branch, answer in enumerate(pair["answers"] if pair["index"] != NONE else ()):
@@ -332,14 +335,14 @@ class PairCollator:
         batch["attention_mask"][:, 0] = 1  # a row without a pair must not be without a key
         return batch
 
-    def _choose_shape(self, columns: int) -> Shape:
-        return next(shape for shape in self.layout.shapes if shape.columns >= columns)
+    def _choose_bucket(self, columns: int) -> Bucket:
+        return next(bucket for bucket in self.layout.buckets if bucket.columns >= columns)
 
-    def _empty(self, rows: int, shape: Shape, pairs: int) -> dict[str, np.ndarray]:
+    def _empty(self, rows: int, bucket: Bucket, pairs: int) -> dict[str, np.ndarray]:
         return {
-            "input_ids": np.full((rows, shape.columns), self.pad_token_id),
-            "targets": np.zeros((rows, shape.scored), np.int64),
-            "slots": np.full((rows, shape.scored), no_slot(pairs)),
+            "input_ids": np.full((rows, bucket.columns), self.pad_token_id),
+            "targets": np.zeros((rows, bucket.scored), np.int64),
+            "slots": np.full((rows, bucket.scored), no_slot(pairs)),
         }
 
     @staticmethod

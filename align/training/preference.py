@@ -53,8 +53,8 @@ def needs_copy(
     return ref_model is not None or (trains_all and (resumes or not args.precompute_ref_log_probs))
 
 
-def most_columns(args: GaudiDPOConfig, batch_size: int) -> int:
-    """Columns that a micro-batch may have: as many as `batch_size` pairs padded to --max_length, and an eighth more."""
+def token_budget(args: GaudiDPOConfig, batch_size: int) -> int:
+    """Tokens that a micro-batch may have: those of `batch_size` pairs padded to --max_length, and an eighth more."""
     return int(SLACK * batch_size * 2 * args.max_length)
 
 
@@ -62,11 +62,11 @@ def fit_batches(args: GaudiDPOConfig, layout: Layout) -> GaudiDPOConfig:
     """A copy of `args` that cuts the same pairs of a step into micro-batches of whole rows, of about the same size."""
     if not layout.shared:
         return args
-    number, longest = layout.pairs_per_row, layout.shapes[-1].columns
+    number, longest = layout.pairs_per_row, layout.buckets[-1].columns
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps // number
-    fitting = most_columns(args, args.per_device_train_batch_size) // longest
+    fitting = token_budget(args, args.per_device_train_batch_size) // longest
     rows_at_once = max(count for count in range(1, rows + 1) if rows % count == 0 and count <= max(1, fitting))
-    eval_rows_at_once = max(1, most_columns(args, args.per_device_eval_batch_size) // longest)
+    eval_rows_at_once = max(1, token_budget(args, args.per_device_eval_batch_size) // longest)
     fitted = dataclasses.replace(
         args,
         per_device_train_batch_size=rows_at_once * number,

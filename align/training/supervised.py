@@ -15,12 +15,12 @@ from optimum.habana.trl import GaudiSFTTrainer
 from align.data.packing import (
     IGNORED,
     BucketCollator,
-    GroupedSampler,
+    BucketSampler,
     PackedCollator,
     RowDataset,
     batches_per_bucket,
+    bucket_stream,
     choose_buckets,
-    group_stream,
     pack_stream,
     read_numbers,
 )
@@ -43,11 +43,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batches:
-    """Rows, what makes batches of them, and each row's group (its bucket), which a batch does not mix."""
+    """Rows, what makes batches of them, and the number of each row's bucket, which a batch does not mix."""
 
     rows: RowDataset | IterableDataset
     collator: PackedCollator | BucketCollator
-    groups: np.ndarray | None
+    bucket_of: np.ndarray | None
 
     def take_row(self) -> dict[str, torch.Tensor]:
         """The row `[T]` that asks most of a model: with the longest sample beside others, or with the most padding."""
@@ -87,11 +87,11 @@ def make_batches(
     stream = isinstance(samples, IterableDataset)
     if packing:
         rows = pack_stream(samples, longest, seed=seed) if stream else RowDataset(samples, longest, seed)
-        groups = None if stream else np.zeros(len(rows), np.int64)
+        bucket_of = None if stream else np.zeros(len(rows), np.int64)
         collator = PackedCollator.for_sft(batch_size, longest, pad_token_id)
         if not stream:
             _log_waste(name, int(rows.lengths.sum()), {longest: -(-len(rows) // batch_size)}, batch_size)
-        return Batches(rows, collator, groups)
+        return Batches(rows, collator, bucket_of)
     lengths: Any = None if stream else read_numbers(samples, "length")
     if args.pad_max or (stream and args.world_size > 1):  # of a stream accelerate joins all ranks' batches: one shape
         buckets = [longest]
@@ -101,7 +101,7 @@ def make_batches(
         buckets = choose_buckets(lengths, num_buckets, longest)
     bucketed = BucketCollator(batch_size, buckets, pad_token_id)
     if stream:
-        return Batches(group_stream(samples, buckets, batch_size, seed=seed), bucketed, None)
+        return Batches(bucket_stream(samples, buckets, batch_size, seed=seed), bucketed, None)
     _log_waste(name, int(lengths.sum()), batches_per_bucket(lengths, buckets, batch_size), batch_size)
     return Batches(RowDataset(samples), bucketed, np.searchsorted(buckets, lengths))
 
@@ -141,14 +141,14 @@ class SupervisedTrainer(
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):
-        groups = self.batches["train"].groups
+        bucket_of = self.batches["train"].bucket_of
         world = self.args.world_size
-        return None if groups is None else GroupedSampler(groups, self._train_batch_size * world, self.args.seed)
+        return None if bucket_of is None else BucketSampler(bucket_of, self._train_batch_size * world, self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
-        groups = self.batches["eval"].groups
+        bucket_of = self.batches["eval"].bucket_of
         size = self.args.eval_batch_size * self.args.world_size
-        return None if groups is None else GroupedSampler(groups, size, shuffle=False)
+        return None if bucket_of is None else BucketSampler(bucket_of, size, shuffle=False)
 
     def get_eval_dataloader(self, eval_dataset=None):
         for_training, self.data_collator = self.data_collator, self.batches["eval"].collator

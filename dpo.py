@@ -179,7 +179,7 @@ def main() -> None:
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
     ref_args = replace(model_args, model_name_or_path=preference_args.ref_model or model_args.model_name_or_path)
     ref_config = modeling.load_config(ref_args, "--ref_model")
-    preference.check_same_vocabulary(config, ref_config)
+    preference.check_same_vocabulary(config, ref_config, "--ref_model")
     if not data_args.show_examples:
         modeling.check_weights(model_args, args, config, "--model_name_or_path")
         if preference_args.ref_model:

@@ -74,7 +74,7 @@ def plan_run(args: argparse.Namespace) -> Run:
     if args.hostfile is None:
         nodes = {"localhost": args.world_size or 1}
     else:
-        nodes = read_hostfile(args.hostfile)
+        nodes = read_hostfile(args.hostfile, "--hostfile")
         if args.world_size not in (None, sum(nodes.values())):
             raise InputError(
                 f"--world_size {args.world_size}, but --hostfile {args.hostfile} has {sum(nodes.values())} slots; "
@@ -83,6 +83,8 @@ def plan_run(args: argparse.Namespace) -> Run:
         if args.use_mpi:  # which gives this host the first ranks wherever it stands in the file
             nodes = dict(sorted(nodes.items(), key=lambda node: not is_this_host(node[0])))
     check_script(args.script[0])
+    if missing := [name for name in args.export if name not in os.environ]:
+        raise InputError(f"--export {missing[0]}: no such variable is set")
     script, token = take_token(args.script)
     if token:
         os.environ["HF_TOKEN"] = token

@@ -1,4 +1,6 @@
-"""No message names a flag that its script lacks. Run: pytest tests/test_blamed_flags.py
+"""No message names a flag that its script lacks, and align/ blames none that a script declares itself.
+
+Run: pytest tests/test_blamed_flags.py
 
 Each function that a script's `main` leads to is searched for texts with flags; what a script leads to is read from the
 names in the code, so it is rather too much than too little.
@@ -109,6 +111,38 @@ def test_no_message_names_a_flag_that_its_script_lacks(script):
                 missing += [(module, name, f"--{flag}") for flag in named if flag not in known | absent]
 
     assert missing == []
+
+
+def find_declared(script: str) -> set[str]:
+    """The flags that stand in the script's own file: arguments of its parser, fields of its dataclasses."""
+    declared = set()
+    for node in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            names = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            declared |= {name[2:] for name in names if name.startswith("--")}
+        elif isinstance(node, ast.ClassDef):
+            declared |= {each.target.id for each in node.body if isinstance(each, ast.AnnAssign)}
+    return declared
+
+
+def find_blamed(tree: ast.AST) -> Iterator[str]:
+    """The flags that errors begin with."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and is_name(node.func) and node.func.id in ("InputError", "ResultError"):
+            text = next((part for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)), None)
+            yield from re.findall(r"^--([a-z]\w+)", str(text.value)) if text else ()
+
+
+def test_a_flag_that_a_script_declares_is_blamed_in_no_other_file():
+    declared = {script: find_declared(script) for script in SCRIPTS}
+    elsewhere = set.union(*(find_flags(script) - declared[script] for script in SCRIPTS))
+    files = [path for path in (ROOT / "align").rglob("*.py") if path.name != "upstream_flags.py"]
+    blamed = [(path.name, flag) for path in files for flag in find_blamed(ast.parse(path.read_text(encoding="utf-8")))]
+    assert len(blamed) > 50  # or nothing is read
+
+    of_scripts = set.union(*declared.values()) - elsewhere
+    assert {"verify", "ref_model", "hostfile"} <= of_scripts
+    assert [each for each in blamed if each[1] in of_scripts] == []
 
 
 def test_a_flag_of_another_script_is_found():

@@ -421,7 +421,7 @@ def test_open_mpi_accepts_the_binding_on_any_host(topology, ranks):
 
 def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
     (tmp_path / "hosts").write_text("\ufeff# all of them\nnode-a slots=8\n\n  node-b   slots=4  # half\n")
-    assert nodes.read_hostfile("hosts") == {"node-a": 8, "node-b": 4}
+    assert nodes.read_hostfile("hosts", "--hostfile") == {"node-a": 8, "node-b": 4}
 
 
 # Wrong input
@@ -436,7 +436,7 @@ def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
         ("--world_size two script.py", "--world_size.*two"),
         ("--world_size 0 script.py", "--world_size: got 0; give 1 to 65536"),
         ("--world_size=-1 script.py", "--world_size: got -1; give 1"),
-        ("--world_size 5 script.py", "--world_size 5 is more than the 4 Gaudi cards"),
+        ("--world_size 5 script.py", "5 ranks are more than the 4 Gaudi cards of this host; lower --world_size"),
         ("--use_mpi --use_deepspeed script.py", "--use_deepspeed and --use_mpi"),
         ("--master_port 70000 --world_size 2 script.py", "--master_port: got 70000; give 1 to 65535"),
         ("--grace_period=-1 script.py", "--grace_period: got -1; give 0 to"),
@@ -468,7 +468,7 @@ def test_a_port_in_use_is_named(run, tmp_path):
     (tmp_path / "script.py").touch()
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(InputError, match=f"--master_port {port} is in use"):
+        with pytest.raises(InputError, match=f"port {port} is in use; leave --master_port out"):
             run("gaudi_spawn.py", "--world_size", 2, "--master_port", port, "script.py")
 
 

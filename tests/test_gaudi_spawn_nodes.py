@@ -149,7 +149,7 @@ def test_a_node_with_too_few_cards_is_named(nodes):
         code, _, errors = launch.wait()
         assert (code, launch.noted("up")) == (2, {})
         host = next(iter(nodes.hosts))
-        problem = "slots=2 in the hostfile is more than the 1 Gaudi cards of this host"
+        problem = "2 ranks are more than the 1 Gaudi cards of this host; lower its slots in the hostfile"
         assert errors == f"gaudi_spawn.py: error: host {host}: {problem}\n"
 
 

@@ -242,4 +242,4 @@ def test_a_port_in_use_is_found():
 
         mistake = find_mistake(Stage(make_run(f"{SFT} chats.jsonl", port)))
 
-    assert mistake.startswith(f"--master_port {port} is in use")
+    assert mistake.startswith(f"port {port} is in use")

@@ -29,12 +29,15 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
 TOKEN_FLAGS = ("--token", "--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
 
 
-def read_hostfile(path: str) -> dict[str, int]:
-    """Reads lines `host slots=8`; blank lines and comments are fine. Returns host -> slots, in the file's order."""
+def read_hostfile(path: str, flag: str) -> dict[str, int]:
+    """Reads lines `host slots=8` of the file that `flag` names. Returns host -> slots, in the file's order.
+
+    Blank lines and comments are fine.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{flag} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         line = line.split("#")[0].strip()
@@ -42,12 +45,12 @@ def read_hostfile(path: str) -> dict[str, int]:
             continue
         match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s+slots=([1-9]\d*)", line)
         if match is None:
-            raise InputError(f"--hostfile {path}, line {number}: expected `host slots=8`, got `{line}`")
+            raise InputError(f"{flag} {path}, line {number}: expected `host slots=8`, got `{line}`")
         if match[1] in hosts:
-            raise InputError(f"--hostfile {path}, line {number}: {match[1]} is there twice; give all its slots at once")
+            raise InputError(f"{flag} {path}, line {number}: {match[1]} is there twice; give all its slots at once")
         hosts[match[1]] = int(match[2])
     if not hosts:
-        raise InputError(f"--hostfile {path} names no host; it needs lines like `host slots=8`")
+        raise InputError(f"{flag} {path} names no host; it needs lines like `host slots=8`")
     return hosts
 
 
@@ -86,7 +89,7 @@ def choose_port(wanted: int | None) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
             return port
-    raise InputError(f"--master_port {wanted} is in use; leave the flag out and a free one is chosen")
+    raise InputError(f"port {wanted} is in use; leave --master_port out and a free one is chosen")
 
 
 def check_script(script: str) -> None:
@@ -102,7 +105,7 @@ def inspect_node(engine: str, script: str, slots: int, asked_by: str, master_por
     if not ENGINES[engine].is_installed():
         raise InputError(f"{ENGINES[engine].name} is not installed: {ENGINES[engine].package}")
     if (cards := count_cards()) < slots:
-        raise InputError(f"{asked_by} is more than the {cards} Gaudi cards of this host")
+        raise InputError(f"{slots} ranks are more than the {cards} Gaudi cards of this host; lower {asked_by}")
     return {"port": choose_port(master_port), "cores": count_cores()}
 
 
@@ -139,9 +142,7 @@ def inspect_over_ssh(host: str, request: dict) -> dict[str, int]:
 
 
 def exported_variables(environment: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    """The variables of this process that ranks on other nodes get as well."""
-    if missing := [name for name in names if name not in environment]:
-        raise InputError(f"--export {missing[0]}: no such variable is set")
+    """The variables of `environment` that ranks on other nodes get as well: the usual ones, and those of `names`."""
     names = [*names, *EXPORTED_NAMES]
     return {key: environment[key] for key in sorted(environment) if key.startswith(EXPORTED_PREFIXES) or key in names}
 
@@ -153,7 +154,7 @@ def inspect_nodes(run: Run) -> tuple[int, int]:
             "engine": run.engine.key,
             "script": run.script[0],
             "slots": slots,
-            "asked_by": f"slots={slots} in the hostfile" if run.over_ssh else f"--world_size {slots}",
+            "asked_by": "its slots in the hostfile" if run.over_ssh else "--world_size",
             "master_port": None,
         }
         for host, slots in run.nodes.items()

@@ -220,13 +220,13 @@ def merge_through_peft(
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:  # PEFT's words for an adapter that does not fit
-        raise InputError(f"--adapter_model_name: {adapter}: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"{adapter}: {str(error).strip().splitlines()[0]}") from None
     if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise InputError(f"--adapter_model_name: {adapter}: {config['peft_type']} changes no weights, so cannot merge")
+        raise InputError(f"{adapter}: {config['peft_type']} changes no weights, so cannot merge")
     has_bases = bool(rows) or any(map(BASE_WRAPPER.search, weights))
     placed = get_peft_model_state_dict(adapted, save_embedding_layers=has_bases)
     if homeless := sorted(set(weights) - set(placed)):
-        raise InputError(f"--adapter_model_name: {adapter}: {homeless[0]} finds no place in {base}")
+        raise InputError(f"{adapter}: {homeless[0]} finds no place in {base}")
     merged = merge_as_trained(adapted)
     merged.generation_config = GenerationConfig()  # an invalid one could not be saved; the base's own file is copied
     merged.save_pretrained(folder)

@@ -37,10 +37,10 @@ SYNCED_REFERENCE = "reference.safetensors"
 SLACK = 1.125  # a micro-batch may be this much larger than the padded pairs that it replaces
 
 
-def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig) -> None:
+def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig, flag: str) -> None:
     sizes = [each.get_text_config().vocab_size for each in (config, ref_config)]
     if sizes[0] != sizes[1]:
-        raise InputError(f"--ref_model: its vocabulary has {sizes[1]} tokens, the model's has {sizes[0]}")
+        raise InputError(f"{flag}: its vocabulary has {sizes[1]} tokens, the model's has {sizes[0]}")
 
 
 def needs_copy(

@@ -60,11 +60,11 @@ def _load(path: Path, pairs: int) -> np.ndarray:
         with safe_open(path, framework="numpy") as file:
             told, values = file.metadata() or {}, file.get_tensor("log_probs")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"--ref_log_probs_dir: {path} is damaged ({error}); delete it to compute it anew") from error
+        raise InputError(f"{path} is damaged ({error}); delete it to compute it anew") from error
     if told.get("key") != path.stem or values.shape != (pairs, 2) or not np.isfinite(values).all():
-        raise InputError(f"--ref_log_probs_dir: {path} is of another run or broken; delete it to compute it anew")
+        raise InputError(f"{path} is of another run or broken; delete it to compute it anew")
     if told.get("xxh3_128") != _checksum(values):
-        raise InputError(f"--ref_log_probs_dir: {path} is damaged: not what was written; delete it to compute it anew")
+        raise InputError(f"{path} is damaged: not what was written; delete it to compute it anew")
     return values
 
 

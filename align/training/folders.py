@@ -57,6 +57,10 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError(
             "--save_safetensors False: weights are saved as safetensors alone, which run no code when read"
         )
+    if args.remove_unused_columns:
+        raise InputError(
+            "--remove_unused_columns True has no effect here: the log names the columns that are not used; leave it out"
+        )
     if args.auto_find_batch_size:
         raise InputError(
             "--auto_find_batch_size: batches have few fixed shapes here; try --per_device_train_batch_size by hand"

@@ -49,10 +49,10 @@ def rows(tmp_path_factory):
 MISTAKES = {
     "a mask built on the host": (
         SFT,
-        ("supervised.SupervisedTrainer", "_prepare_inputs"),
+        ("rows.RowsMixin", "_prepare_inputs"),
         (
-            'inputs.pop("segment_ids"), inputs["position_ids"])',
-            'inputs.pop("segment_ids").cpu(), inputs["position_ids"].cpu())',
+            'inputs.pop("segment_ids"), inputs["position_ids"], ',
+            'inputs.pop("segment_ids").cpu(), inputs["position_ids"].cpu(), ',
         ),
         "modeling_llama.py",
     ),
@@ -117,10 +117,12 @@ MISTAKES = {
 def test_a_planted_mistake_is_refused_and_its_line_named(run, monkeypatch, model, rows, mistake):
     from align.models import attention
     from align.training import preference, samples, supervised
+    from align.training import rows as of_both
 
     command, (owner, method), change, place = MISTAKES[mistake]
     module, _, name = owner.partition(".")
-    module = {"attention": attention, "preference": preference, "samples": samples, "supervised": supervised}[module]
+    modules = {each.__name__.split(".")[-1]: each for each in (attention, of_both, preference, samples, supervised)}
+    module = modules[module]
     plant(monkeypatch, getattr(module, name) if name else module, method, *change)
 
     with pytest.raises((RuntimeError, TypeError)) as caught:

@@ -19,13 +19,11 @@ from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
 
 from align.data.packing import NONE
 from align.errors import InputError
-from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs
 from align.models.loading import find_padding
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler, no_slot
 from align.training.reference import Stored, store
-from align.training.reliable import ReliableMixin
-from align.upstream_fixes import GraphedAccumulationMixin, StepsInPartsMixin, WholeStepsMixin, attention_inputs
+from align.training.rows import RowsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +117,7 @@ def sum_by_slot(values: torch.Tensor, slots: torch.Tensor, pairs: int) -> torch.
     return sums.index_add(0, slots.flatten(), values.flatten())[: no_slot(pairs)].view(pairs, 2)
 
 
-class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumulationMixin, GaudiDPOTrainer):
+class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
     """GaudiDPOTrainer's losses on `PairDataset`s; the base under a LoRA adapter is the reference.
 
     Loss, gradient and metrics are means over the pairs of a whole step (rpo_alpha's: over its chosen tokens), however
@@ -204,9 +202,6 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
         rows_per_batch = self.args.eval_batch_size // self.pairs_per_row * self.args.world_size
         return PairSampler(eval_dataset.rows, rows_per_batch, shuffle=False)
 
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return data_collator
-
     def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
         """A step's micro-batches, and the divisors of its loss: its pairs and chosen tokens, averaged over ranks."""
         batches, _ = super().get_batch_samples_transformers(epoch_iterator, num_batches, device)
@@ -219,21 +214,17 @@ class PreferenceTrainer(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, Graph
     def without_loss(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {**batch, "answer_lengths": torch.zeros_like(batch["answer_lengths"])}
 
-    def _prepare_inputs(self, inputs: Mapping) -> dict:
+    def _prepare_inputs(self, batch: Mapping) -> dict:
         """On the device: what the model takes apart from what its logits are scored with."""
-        inputs = dict(inputs)
+        inputs = dict(batch)
         reference = inputs.pop("reference", None)  # super would round it to the half precision of DeepSpeed's weights
-        inputs = dict(super()._prepare_inputs(inputs))
+        inputs = super()._prepare_inputs(inputs)
         prepared = {name: inputs.pop(name) for name in ("targets", "slots", "answer_lengths", "indices")}
         if reference is not None:
             prepared["reference"] = reference.to(self.args.device)
-        if "segment_ids" in inputs:
-            ids = inputs.pop("segment_ids"), inputs["position_ids"], inputs.pop("branch_ids")
-            with self.compute_loss_context_manager():
-                inputs["attention_mask"] = segment_mask(self.model, *ids)
         if self.keeps_logits and None in self.heads.values():
             inputs["logits_to_keep"] = prepared["targets"].shape[1]
-        return {**prepared, "model_inputs": {**inputs, **attention_inputs(self.model), "use_cache": False}}
+        return {**prepared, "model_inputs": inputs}
 
     # Log-probs
 

@@ -26,17 +26,9 @@ from align.data.packing import (
 )
 from align.data.preparing import Prepared
 from align.errors import InputError
-from align.models.attention import segment_mask
 from align.models.head import find_head, look_up_as_stored, records_graphs, shift
-from align.training.reliable import ReliableMixin
-from align.upstream_fixes import (
-    GraphedAccumulationMixin,
-    RightScaleMixin,
-    StepsInPartsMixin,
-    WholeStepsMixin,
-    attention_inputs,
-    smoothed_loss,
-)
+from align.training.rows import RowsMixin
+from align.upstream_fixes import RightScaleMixin, smoothed_loss
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +104,7 @@ def _log_waste(name: str, tokens: int, batches: dict[int, int], batch_size: int)
     logger.info(f"{name}: {tokens / computed:.1%} of the computed tokens are useful; shapes: {len(batches)} ({shapes})")
 
 
-class SupervisedTrainer(
-    ReliableMixin, RightScaleMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumulationMixin, GaudiSFTTrainer
-):
+class SupervisedTrainer(RowsMixin, RightScaleMixin, GaudiSFTTrainer):
     """GaudiSFTTrainer on `Batches`: packed samples do not see each other, and every token of a loss weighs the same."""
 
     def __init__(self, *, args, train: Batches | None, validation: Batches | None, **kwargs):
@@ -157,12 +147,6 @@ class SupervisedTrainer(
         finally:
             self.data_collator = for_training
 
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return data_collator  # the collators return what the step needs and nothing else
-
-    def _remove_unused_columns(self, dataset, description=None):
-        return dataset
-
     def without_loss(self, batch):
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
@@ -186,15 +170,6 @@ class SupervisedTrainer(
         alike = np.flatnonzero(rows.lengths == len(ids))
         found = (int(row) for row in alike if np.array_equal(rows.samples[[row]]["input_ids"][0].as_py(), ids))
         return next(found, None)
-
-    def _prepare_inputs(self, inputs):
-        """On the device: segment ids become the mask that keeps packed samples apart; nothing is cached in training."""
-        inputs = super()._prepare_inputs(inputs)
-        if "segment_ids" in inputs:
-            with self.compute_loss_context_manager():
-                mask = segment_mask(self.model, inputs.pop("segment_ids"), inputs["position_ids"])
-            inputs["attention_mask"] = mask
-        return {**inputs, **attention_inputs(self.model), "use_cache": False}
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.head is None:

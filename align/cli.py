@@ -31,7 +31,7 @@ TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # 
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """A flag, what it takes, what it means and its default: in one line where it fits."""
+    """Shows a flag, what it takes, what it means and its default, in one line where they fit."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=max(100, shutil.get_terminal_size((140, 24)).columns))
@@ -57,7 +57,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ParserMixin(_Parser):
-    """What the parsers of all scripts share: an error is one line, either spelling of a flag, --version, --help_all."""
+    """What the parsers of all scripts share: errors of one line, both spellings of a flag, --version, --help_all."""
 
     shows_all = False
     groups: Mapping[str, Mapping[str, str]] = {}  # of flags whose own help is not ours: by group, what they mean
@@ -95,7 +95,7 @@ class ParserMixin(_Parser):
         return formatter.format_help()
 
     def _find_sections(self) -> dict[str, list[argparse.Action]]:
-        """Actions by the title of their group; of a library's flags those that are described by `groups`, or all."""
+        """Actions by the title of their group. Of a library's flags only those in `groups`, unless all are shown."""
         names = {name: title for title, flags in self.groups.items() for name in flags}
         rare = self.groups.get(REST, {})
         sections: dict[str, list[argparse.Action]] = {}
@@ -233,7 +233,7 @@ def is_eager() -> bool:
 
 
 def check_mode(flags: argparse.Namespace) -> None:
-    """What there is in one mode alone; the plugin lacks the names of HPU graphs in eager mode."""
+    """Refuses flags that need the other mode: in eager mode the plugin has no HPU graphs."""
     if not is_eager() and getattr(flags, "torch_compile", False):
         raise InputError("--torch_compile: needs eager mode; set the variable PT_HPU_LAZY_MODE=0 before the command")
     for name in OF_LAZY_MODE:
@@ -242,7 +242,7 @@ def check_mode(flags: argparse.Namespace) -> None:
 
 
 def start_logging(args) -> None:
-    """Rank 0 tells what it does, in the log level that --log_level names (default: info); the others only warn."""
+    """Rank 0 logs at the level that --log_level names (default: info); the other ranks log errors alone."""
     import transformers
 
     quiet_libraries()
@@ -262,7 +262,7 @@ def start_logging(args) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`. Exit codes: 2 for an `InputError`, 3 for a `ResultError`, 128 + signal when `Stopped`.
 
-    Every rank says why, as any of them may be the first to end; gaudi_spawn.py shows it once.
+    Every rank says why it ends, as any of them may be the first; gaudi_spawn.py shows it once.
     """
     try:
         main()
@@ -280,7 +280,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _leave_ranks() -> None:
-    """Or the threads of the connections may abort a process that has done all and ends ("terminate called")."""
+    """Closes the connections to other ranks: their threads may abort a process as it ends ("terminate called")."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

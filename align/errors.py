@@ -1,8 +1,8 @@
-"""How a run ends otherwise than well, in one clear line on standard error: align/cli.py gives the exit codes."""
+"""The ways in which a run fails, each one clear line on standard error; align/cli.py gives the exit codes."""
 
 import errno
 
-# The disk takes no more, or nothing at all.
+# The disk is full, or cannot be written to at all.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 

@@ -1,13 +1,13 @@
-"""The Hugging Face Hub, for scripts that were asked to upload: tried before the work, one line when it fails."""
+"""The Hugging Face Hub, for scripts that upload: they try their login before the work."""
 
 from align.errors import InputError
 from align.models.guard import one_line
 
-FAILURES = (OSError, ValueError)  # no login, no way there, no right to write; a name that cannot be one
+FAILURES = (OSError, ValueError)  # no login, no connection, no right to write; an impossible name
 
 
 def check_login(repository: str, token: str | None = None) -> None:
-    """Raises an InputError where there is no Hub to upload to, or nobody who may."""
+    """Raises an InputError where the Hub is not reached, or this user may not write to it."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 

@@ -34,7 +34,7 @@ def prepare(output: Path) -> None:
 
 
 def lock(output: Path) -> None:
-    """Keeps other runs out of the folder while this process lives; of a process that died nothing is left to remove."""
+    """Keeps other runs out of the folder while this process lives. A process that dies loses its lock."""
     path = output.resolve() / LOCK
     while path not in _locks:
         try:
@@ -54,10 +54,10 @@ def lock(output: Path) -> None:
                 f"--output_dir: another run writes into {output} ({who}); wait for its end, or name another folder"
             ) from error
         if not path.exists() or not os.path.samestat(os.fstat(held), path.stat()):
-            os.close(held)  # of a run that has just ended and removed it: the next one would lock another file
+            os.close(held)  # a run that has just ended has removed it, so the next run would lock another file
             continue
         os.truncate(held, 0)
-        with suppress(OSError):  # a full disk, which `prepare` tells
+        with suppress(OSError):  # a full disk, which `prepare` reports
             os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
         _locks[path] = held
         atexit.register(lambda: path.unlink(missing_ok=True))

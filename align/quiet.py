@@ -1,4 +1,4 @@
-"""Keeps back what libraries say of themselves, so that a user reads what the run says. --log_level debug shows it all.
+"""Keeps back what libraries print, so that a user reads what the run says. --log_level debug shows it all.
 
 Only light imports: this comes before all others.
 """
@@ -20,7 +20,7 @@ def wants_all() -> bool:
 
 
 class _KeptBack(io.TextIOBase):
-    """Takes what is written to it. Loggers that were made meanwhile hold on to it: later it is standard error."""
+    """Keeps what is written to it. Later it is standard error, for loggers that were made meanwhile hold on to it."""
 
     def __init__(self):
         self.texts: list[str] = []
@@ -39,9 +39,9 @@ class _KeptBack(io.TextIOBase):
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Nothing is shown of what libraries say while they are imported, unless all is wanted or the import fails.
+    """Hides what libraries print while they are imported.
 
-    Then it goes to standard error; standard output is the script's own.
+    Where all is wanted, or the import fails, it goes to standard error; standard output is the script's own.
     """
     from align.upstream_fixes import known_plugin
 
@@ -64,9 +64,9 @@ def quiet_imports() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Later too, DeepSpeed logs nothing but warnings, and what is said to developers is left out, unless all is wanted.
+    """From here on DeepSpeed logs warnings alone, and warnings for developers are left out, unless all is wanted.
 
-    DeepSpeed 0.16.9 logs every step of its start, and that on standard output (utils/logging.py:45).
+    DeepSpeed 0.16.9 logs every step of its start on standard output (utils/logging.py:45).
     """
     deepspeed = logging.getLogger("DeepSpeed")
     if _filter_deepspeed not in deepspeed.filters:  # its level is set anew when it is imported

@@ -33,7 +33,7 @@ def flush(path: Path) -> None:
 def replace_file(path: Path) -> Iterator[Path]:
     """
     Gives a hidden path beside `path` to write a file to. When the block ends well, the file is flushed to disk and
-    takes the place of `path`; when it fails, the file vanishes, and an `OSError` is told as one of `path`.
+    takes the place of `path`; when it fails, the file vanishes, and an `OSError` names `path`.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -104,7 +104,7 @@ def _clear(folder: Path) -> None:
 
 
 class HeldSignals:
-    """Within the block, signals whose handlers would end it wait for `let_in`, or for its end: nothing is half done."""
+    """Within the block, signals that would end it wait for `let_in`, or for its end: nothing is half done."""
 
     def __enter__(self) -> "HeldSignals":
         self.waiting, self.lets_in = 0, False
@@ -142,7 +142,7 @@ class HeldSignals:
 
 
 def put_in_place(folder: Path, final: Path) -> None:
-    """Gives a flushed folder its final name, in one step; what had that name before is removed."""
+    """Gives a flushed folder its final name in one step, and removes what had that name before."""
     if not final.exists():
         folder.rename(final)
         flush(final.parent)

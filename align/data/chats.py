@@ -1,8 +1,8 @@
 """Where in a chat's text the model speaks, for any template: found by comparing what the template writes.
 
-A turn begins where the generation prompt for the messages before it ends, so that it is learnt right behind what the
-model is asked with, and ends with the first special token behind what is said. Plain chats of the same roles are
-rendered once each: what the template writes around their turns is known from the first ones.
+A turn begins where the generation prompt for the messages before it ends, right behind what the model is asked with. It
+ends with the first special token behind what is said. Plain chats of the same roles are rendered once each: the first
+ones show what the template writes around their turns.
 """
 
 import json
@@ -20,7 +20,7 @@ MARK = "\ue000\ue001"
 THOUGHTS = re.compile(r"</?think(?:ing)?>")
 NOT_SHOWN = "the chat template does not show"  # begins each note about something that the model never sees
 APART = "turns of the assistant that the chat template shows otherwise once others follow are samples of their own"
-SURELY = 20  # characters of a text that stands in a chat by no coincidence
+SURELY = 20  # a text of so many characters does not stand in a chat by coincidence
 ALIKE = 3  # chats of the same roles that are compared before the others are rendered once
 
 
@@ -73,9 +73,9 @@ class ChatTemplate:
         self.shapes: dict[tuple, list[Shape | None]] = {}
 
     def render(self, prompt: Messages, answer: Messages, tools: list | None = None) -> list[Rendering]:
-        """The chat with spans on the assistant's turns in `answer`.
+        """The chat as one text, with spans on the assistant's turns in `answer`.
 
-        It is one text; a turn that this shows otherwise than it is asked for has a text of its own.
+        A turn that this text shows otherwise than it is asked for has a text of its own.
         """
         messages = prompt + answer
         turns = [number for number in range(len(prompt), len(messages)) if is_learnt(messages[number])]
@@ -95,7 +95,7 @@ class ChatTemplate:
         return renderings
 
     def find_end(self) -> str | None:
-        """The special token that ends a turn of the assistant, None where a turn ends without one or asks for more."""
+        """The special token that ends a turn of the assistant; None where a turn ends without one."""
         try:
             closing = self._find_frame([{"role": "user", "content": "Hello"}], None)[1]
         except RowError:
@@ -135,7 +135,7 @@ class ChatTemplate:
         if tools is not None or not isinstance(self.source, str):  # the tokenizer may have another template for tools
             options = {"tools": tools, "add_generation_prompt": ask, "tokenize": False}
             return self.tokenizer.apply_chat_template(shown, **options)
-        # The same without looking up the tokenizer's special tokens for each chat, which takes longer than the template
+        # The same, without looking up the tokenizer's special tokens for each chat: that takes longer than the template
         template = _compile_jinja_template(self.source)
         return template.render(messages=shown, add_generation_prompt=ask, **self.variables)
 
@@ -144,7 +144,7 @@ class ChatTemplate:
     def _compare(
         self, messages: Messages, turns: list[int], tools: list | None
     ) -> tuple[list[Rendering], Shape | None]:
-        """The spans of any chat: each turn as it is asked for and said, and where that stands in the whole text."""
+        """Finds the spans of any chat: how each turn is asked for and said, and where that stands in the whole text."""
         text, notes = self.write(messages, tools), []
         found, others = [], []  # turns that the whole text shows as asked for, and those that it shows otherwise
         for number in turns:
@@ -251,7 +251,7 @@ class ChatTemplate:
         return None
 
     def _find_unseen(self, messages: Messages, tools: list | None, text: str, shown: str) -> list[str]:
-        """What the row says and neither the chat's `text` nor that of its single turns (`shown`) has."""
+        """Names what the row says and neither the chat's `text` nor its single turns (`shown`) have."""
         notes = []
         for number, message in enumerate(messages):
             content = (message["content"] or "").strip()
@@ -281,7 +281,7 @@ class ChatTemplate:
             return False
 
     def _follow(self, shape: Shape, messages: Messages, turns: list[int]) -> Rendering | None:
-        """The spans of a chat that is like others before, from its text alone; None where it is not like them."""
+        """The spans of a chat that is like earlier ones, from its text alone; None where it is not."""
         text, spans, end = self.write(messages), [], 0
         if tuple(map(text.count, shape.openings)) != shape.counts:
             return None  # somebody quotes the template
@@ -383,7 +383,7 @@ def _name(tool: Any) -> str:
 
 
 def _leaves(value: Any) -> list[str]:
-    """What of a message's key must be seen: names of called functions, or the value itself."""
+    """What must be seen of a message's key: the names of called functions, or the value itself."""
     if isinstance(value, list):
         return [_name(each) for each in value]
     return [str(value)]

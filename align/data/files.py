@@ -1,7 +1,7 @@
 """Files of rows, as they come: JSON lines, JSON, CSV and Parquet, compressed or not, each row with its place.
 
-A row travels as the JSON text that it is, so that no column has to have one type in all rows: a date, a number or a
-list in a column that nobody asked for stops nothing, and an object has the keys that it has in the file.
+A row stays JSON text until it is used, so a column may have another type in each row: a date, a number or a list in a
+column that nobody asked for stops nothing, and an object has just the keys that it has in the file.
 """
 
 import bz2
@@ -54,7 +54,7 @@ def is_readable(path: Path) -> bool:
 
 
 def read_rows(file: str) -> Iterator[dict[str, str]]:
-    """The rows of a file that hold anything: each as JSON text, its place, and why it cannot be read if it cannot."""
+    """The rows of a file that are not empty: each as JSON text, with its place, and why it cannot be read if so."""
     path = Path(file)
     readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
     try:
@@ -77,7 +77,7 @@ def _open_zstd(path: Path, mode: str) -> IO[bytes]:
 
 
 class _ZstandardFile(io.RawIOBase):
-    """All frames of a file; its library's own reader takes a file that breaks off for one that ends."""
+    """All frames of a file. The library's own reader takes a file that breaks off for a whole one."""
 
     def __init__(self, path: Path):
         self.file, self.ready = path.open("rb"), b""
@@ -225,7 +225,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_characters(text: str, row: Mapping[str, Any], columns: Iterable[str]) -> None:
-    """JSON can hold halves of characters; `row` is what `text` says, and `columns` are those that are used."""
+    """Refuses halves of characters, which JSON can hold, in the `columns` that are used of `row`, read from `text`."""
     if "\\ud" not in text and "\\uD" not in text:
         return
     for column in columns:
@@ -236,7 +236,7 @@ def check_characters(text: str, row: Mapping[str, Any], columns: Iterable[str]) 
 
 
 def show_rows(batch: Mapping[str, list]) -> dict[str, list]:
-    """What a data set of rows shows to whom asks it for rows: their columns."""
+    """Gives whoever reads a data set of such rows their columns."""
     rows = [parse_row(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
     columns = dict.fromkeys(column for row in rows for column in row)
     return {column: [row.get(column) for row in rows] for column in columns}
@@ -246,7 +246,7 @@ def show_rows(batch: Mapping[str, list]) -> dict[str, list]:
 
 
 def load_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
-    """The rows of all files, written down once for each content that they have had."""
+    """The rows of all files, written to the cache once for each content."""
     names = list(map(str, files))
     if streaming:
         return IterableDataset.from_generator(_generate, gen_kwargs={"files": names})
@@ -279,7 +279,7 @@ def _generate(files: list[str]) -> Iterator[dict[str, str]]:
 
 
 def find_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split of a folder, by their names, as `datasets` tells them; others are named in the log."""
+    """The files of each split of a folder: `datasets` finds the split in a file's name. The log names the others."""
     splits = {}
     for split, patterns in get_data_patterns(str(folder)).items():
         files = [file for pattern in patterns for file in _resolve(pattern, folder)]
@@ -318,7 +318,7 @@ def seal(target: Path, files: Iterable[Path]) -> None:
 
 
 def is_sound(target: Path) -> bool:
-    """Whether the files of `target` are there as they were sealed; others are named in the log and removed."""
+    """Whether the files of `target` are as they were sealed; damaged ones are named in the log and removed."""
     seal = target.with_suffix(".sums")
     try:
         sums = json.loads(seal.read_text(encoding="utf-8"))

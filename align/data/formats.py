@@ -1,4 +1,4 @@
-"""Which columns make which format, and a row of each as one thing: a prompt and its answers.
+"""Which columns make which format; a row of any of them becomes a prompt and its answers.
 
 Adding a format is adding a row to `FORMATS`.
 """
@@ -444,7 +444,7 @@ def _read_question(*columns: str) -> Callable[[Row, bool], Sample]:
 
 
 def _answer(row: Row, column: str) -> str:
-    """An answer's text; SQuAD has a list of equally good ones, of which the first counts."""
+    """An answer's text; SQuAD has a list of equally good ones, and the first counts."""
     value = row.get(column) if column != "answers" else _parse(row.get(column))
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
         if not value["text"]:
@@ -472,7 +472,7 @@ def _read_instruction(context: str, *answers: str) -> Callable[[Row, bool], Samp
 
 
 def _read_completions(preference: bool) -> Callable[[Row, bool], Sample]:
-    """UltraFeedback: several answers with scores, of which the best is chosen and the worst rejected."""
+    """UltraFeedback: several answers with scores; the best one is chosen, the worst rejected."""
 
     def read(row: Row, as_chat: bool = False) -> Sample:
         rated = _parse(row.get("completions"))
@@ -611,8 +611,8 @@ FORMATS = (
 def recognise(columns: Collection[str], preference: bool, name: str | None = None) -> Format:
     """The format that these columns make; `name` (from --data_format) chooses where several fit.
 
-    Preference tuning takes preference formats alone. Fine-tuning prefers the others and else learns the chosen answer.
-    A format whose columns are some of another's gives way to it.
+    Preference tuning takes preference formats alone. Fine-tuning prefers the others; of a preference format it learns
+    the chosen answer. A format whose columns are some of another's gives way to it.
     """
     known = {format.name: format for format in FORMATS if format.preference or not preference}
     if name is not None:

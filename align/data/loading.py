@@ -148,11 +148,10 @@ def load_splits(
     folder: str,
     token: str | None = None,
 ) -> Splits:
-    """Reads what the run asks for, from one data set.
+    """Reads what the run asks for from one data set.
 
-    `folder` is the script's conventional folder inside a data set, used where it exists; `streams` says whether a
-    stream can end the run (--max_steps is given). A validation split that exists is used, else one is cut off, the
-    same one for the same seed.
+    `folder` inside it is the script's usual one, taken where it exists. `streams` says whether the data may be a
+    stream, because --max_steps ends the run. Without a validation split one is cut off, the same for the same seed.
     """
     if args.dataset_name is None:
         raise InputError("--dataset_name: missing; give a hub name, a folder or a file")
@@ -190,8 +189,8 @@ def load_rows(
 ) -> dict[str, Any]:
     """The splits of a data set, by name.
 
-    They are those of its folder `subset`, which `subset_flag` has named, else of its `folder` where that is there,
-    else, unless they are `optional`, of all of it.
+    They are those of its folder `subset`, which `subset_flag` has named; else of its `folder`, where that is there;
+    else of all of it, unless they are `optional`.
     """
     local = Path(name).expanduser()
     if subset == "None":  # upstream's word for the whole data set

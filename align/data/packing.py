@@ -149,7 +149,7 @@ class RowDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def hardest(self) -> list[int]:
-        """The row whose samples are the longest beside others; without packing, a short sample after the longest."""
+        """The packed row with the longest sample beside others; without packing, the longest sample and a short one."""
         longest = np.maximum.reduceat(self.lengths[self.rows.members], self.rows.starts[:-1])
         shared = np.diff(self.rows.starts) > 1
         if shared.any():

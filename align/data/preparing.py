@@ -1,6 +1,6 @@
-"""Prepares the rows of data sets once for all ranks of a host: tokens from the cache where nothing has changed.
+"""Prepares the rows of data sets once for all ranks of a host; tokens come from the cache where nothing has changed.
 
-Whatever a row says is used, or told in the log: what was dropped, cut or not shown, how often and where first.
+Whatever a row says is used, or the log names it: what was dropped, cut or not shown, how often and where first.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from align.errors import InputError
 logger = logging.getLogger(__name__)
 
 COUNTS = ("length", "trained", "sample")  # columns with a number; all others hold token ids
-CUT = "cut: "  # what notes about truncation begin with
-TRIED = 100  # rows that are read before any is left out: where all of them fail, the format is wrong and not the rows
+CUT = "cut: "  # how notes about truncation begin
+TRIED = 100  # rows that are read before any is left out: where all of them fail, the format is wrong, not the rows
 Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None], list[tuple[str, ...]]]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenised rows, and what became of the rows that were read (None where others or nobody have counted them).
+    """Tokenised rows, and what became of the rows that were read (None where nobody counted them here).
 
-    `notes` hold what was told about rows: how many of them, and where the first one stands; `noted` is its index.
+    `notes` say what was noticed, in how many rows, and where the first of them stands; `noted` is its index.
     """
 
     rows: Dataset | IterableDataset
@@ -94,7 +94,7 @@ def prepare_data(
 
 
 def _tell_unused(args: DataArguments, rows: list[Dataset | IterableDataset], do_eval: bool) -> None:
-    """One line about flags of the data that change nothing in this run."""
+    """Warns of flags of the data that change nothing in this run."""
     streams = any(isinstance(each, IterableDataset) for each in rows)
     reasons = {
         "shuffle_buffer": None if streams else "nothing is read as a stream",
@@ -109,7 +109,7 @@ def _tell_unused(args: DataArguments, rows: list[Dataset | IterableDataset], do_
 
 
 def _check_columns(args: DataArguments, columns: list[str]) -> None:
-    """What flags say of columns must hold for one of several data sets at least."""
+    """Checks flags about columns: they must hold for at least one of several data sets."""
     names = args.dataset_name if isinstance(args.dataset_name, str) else " ".join(args.dataset_name or ())
     for old in read_renames(args).values():
         if old not in columns:
@@ -119,7 +119,7 @@ def _check_columns(args: DataArguments, columns: list[str]) -> None:
 
 
 def _mix(split: str, parts: dict[str, Prepared], args: DataArguments, seed: int) -> Prepared:
-    """All data sets in one: whole, or so much of each that --dataset_mix holds and no row comes twice."""
+    """Joins all data sets: whole, or as much of each as --dataset_mix asks for, no row twice."""
     rows: list[Any] = [part.rows for part in parts.values()]
     shares = args.dataset_mix if split == "train" else None
     limit = args.max_train_samples if split == "train" else args.max_eval_samples
@@ -153,7 +153,7 @@ def _mix(split: str, parts: dict[str, Prepared], args: DataArguments, seed: int)
 
 
 class Reader:
-    """Rows to samples, and samples to tokens, of one data set; what cannot be used is an error or a reason."""
+    """Turns rows of one data set into samples, and these into tokens; a bad row raises, or is dropped with a reason."""
 
     def __init__(self, args: DataArguments, format: Format, tokenize: Tokenize, as_chat: bool, is_stream: bool):
         self.name, self.renames = args.dataset_name, read_renames(args)
@@ -169,9 +169,9 @@ class Reader:
         return self.format.read(row, self.as_chat)
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list] | pa.Table:
-        """One batch of rows to token columns; `reason` is empty, or why the row is dropped; `notes` are told.
+        """One batch of rows to token columns; `reason` is empty, or why the row is dropped; `notes` go to the log.
 
-        The batch goes through the tokenizer at once; where that meets a bad row, its rows go one by one to find which.
+        The batch goes through the tokenizer at once. Where that meets a bad row, its rows go one by one to find which.
         """
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         samples, reasons = {}, {}
@@ -215,7 +215,7 @@ class Reader:
         return f"bad row: {str(error).partition(' at ')[0] if UNREADABLE in row else error}"
 
     def _tell(self, rows: list[dict], indices: list[int], dropped: list, notes: list) -> None:
-        """A stream is over before its rows could be counted: each kind of loss is told when it is first met."""
+        """Logs each kind of loss when it is first met: the rows of a stream cannot be counted beforehand."""
         for row, index, reason, told in zip(rows, indices, dropped, notes, strict=True):
             for text in filter(None, (reason and f"left out: {reason}", *told)):
                 if text not in self.told:
@@ -307,7 +307,7 @@ def prepare(
 
 
 def _identify_code() -> str:
-    """Of what turns files into tokens: rows that other code prepared are not taken from the cache."""
+    """A hash of the code that turns files into tokens: rows that other code prepared are not taken from the cache."""
     files = (
         Path(__file__).with_name(f"{name}.py") for name in ("preparing", "files", "formats", "chats", "tokenization")
     )
@@ -346,7 +346,7 @@ def _try_first(first: list[dict], reader: Reader) -> None:
 
 
 def _tell_format(title: str, reader: Reader, columns: list[str], first: list[dict]) -> None:
-    """One line: what the rows are taken for, in which wording, and which of their columns are not used."""
+    """Logs in one line what the rows are taken for, in which wording, and which of their columns are not used."""
     format = reader.format
     line = f"{title}: {format.name} rows ({' + '.join(column for column in columns if column in format.used)})"
     if format.name != "text" and any(isinstance(_try_plain(reader, row), str) for row in first[:1]):
@@ -374,7 +374,7 @@ def _try_plain(reader: Reader, row: dict) -> object:
 
 
 def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
-    """Takes the dropped rows out, and counts them and what was told about the others."""
+    """Takes the dropped rows out; counts them, and the notes about the others."""
     reasons = tokenized.data.column("reason")
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist()}
     dropped = {reason: count for reason, count in counts.items() if reason}
@@ -407,7 +407,7 @@ def _count(dropped: dict[str, int]) -> str:
 
 
 def report(name: str, prepared: Prepared) -> None:
-    """Logs what there is to learn from: samples, tokens, the share trained on, what was dropped or cut, and why."""
+    """Logs the samples, the tokens, the share trained on, and what was dropped or cut, and why."""
     rows = prepared.rows
     if isinstance(rows, IterableDataset):
         logger.info(f"{name}: a stream; rows are prepared as they come")

@@ -1,7 +1,7 @@
-"""Samples to token ids and labels: what is asked stands in front, what shall be said is learnt, and so is its end.
+"""Samples to token ids and labels: the prompt stands in front; the answer is learnt, and so is its end.
 
-`encode_prompt` is the one place that decides with which ids a model is asked. Training puts the same ids in front of
-the first token that it learns, and run_generation.py asks with them.
+`encode_prompt` alone decides with which ids a model is asked. Training puts the same ids in front of the first token
+that it learns, and run_generation.py asks with them.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def _find_head(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class SampleTokenizer:
-    """Turns samples into token ids and labels with one tokenizer; BOS, EOS and turns are set here and nowhere else."""
+    """Turns samples into token ids and labels with one tokenizer. BOS, EOS and turns are set here alone."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool = False):
         if not tokenizer.is_fast:
@@ -91,7 +91,7 @@ class SampleTokenizer:
         return renderings[0]
 
     def render_turns(self, sample: Sample, answer: int = 0) -> list[Rendering]:
-        """The same as one text or as several, each of which has turns that the others do not show as asked for."""
+        """The same as one text, or as several where no single text shows every turn as it is asked for."""
         said: Any = sample.answers[answer]
         asked: Any = sample.prompt
         if not isinstance(said, str):
@@ -137,7 +137,7 @@ class SampleTokenizer:
         return results
 
     def count_head(self, ids: np.ndarray) -> int:
-        """How many ids at the start stay when a prompt is cut there: what the tokenizer or the template begins with."""
+        """How many ids at the start stay when a prompt is cut there: those that tokenizer or template begin with."""
         if self.head and list(ids[: len(self.head)]) == self.head:
             return len(self.head)
         return int(len(ids) > 0 and ids[0] == self.tokenizer.bos_token_id)
@@ -147,7 +147,7 @@ class SampleTokenizer:
 
 
 def _last_characters(text: str, encoding: Encoding) -> str:
-    """The characters of the last tokens: what may change how the text behind them is cut into tokens."""
+    """The characters of the last tokens, which may change how the text behind them is cut into tokens."""
     if len(encoding) <= WINDOW:
         return text
     return text[encoding.token_to_chars(len(encoding) - WINDOW)[0] :]

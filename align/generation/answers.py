@@ -55,7 +55,7 @@ class OutputArguments:
     show_graphs_count: bool = field(default=False, metadata={"help": "Tell how many graphs were compiled."})
     log_level: str = field(
         default="info",
-        metadata={"help": "How much is told; debug includes what libraries say.", "choices": LOG_LEVELS},
+        metadata={"help": "Level of the log; debug shows what libraries say too.", "choices": LOG_LEVELS},
     )
     verbose_workers: bool = field(default=False, metadata={"help": "Let all ranks speak, not only the first."})
 
@@ -65,7 +65,7 @@ class OutputArguments:
 
 
 def prepare_output_dir(arguments: OutputArguments, rank: int = 0) -> Path | None:
-    """Makes the folder (rank 0), for this run alone, where there is room; a finished run in it is refused."""
+    """Makes the folder (rank 0) for this run alone, where there is room; refuses one with a finished run."""
     if arguments.output_dir is None:
         return None
     folder = Path(arguments.output_dir)
@@ -77,7 +77,7 @@ def prepare_output_dir(arguments: OutputArguments, rank: int = 0) -> Path | None
 
 
 def find_unanswered(batches: list[Batch], kept: KeptAnswers | None, each: int, world_size: int) -> list[Batch]:
-    """The batches of which some answer is not there yet; all ranks go by what the first one has `kept`."""
+    """The batches with an answer that is not there yet; all ranks go by what the first one has `kept`."""
     wanted = [kept is None or not kept.has(_places(batch, each)) for batch in batches]
     if world_size > 1:
         import torch
@@ -89,7 +89,7 @@ def find_unanswered(batches: list[Batch], kept: KeptAnswers | None, each: int, w
 
 
 def _places(batch: Batch, each: int) -> list[int]:
-    """Places of the answers to these prompts, of which each has that many."""
+    """Places of the answers to these prompts, of which each has `each`."""
     return [place * each + number for place in batch.places for number in range(each)]
 
 
@@ -124,7 +124,7 @@ def _in_words(seconds: float) -> str:
 
 
 def choose_display(generator: TextGenerator) -> str:
-    """How `answer_all` is to show answers: a single one as it comes, where somebody looks."""
+    """How `answer_all` shows answers: a single one as it comes, on a terminal."""
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a character shows its number
         sys.stdout.reconfigure(errors="backslashreplace")
     return "stream" if sys.stdout.isatty() and generator.rows == generator.copies == 1 else "print"
@@ -143,8 +143,8 @@ def answer_all(
     """The answers in the order of the prompts, one or several to each, and one timing a batch.
 
     `show`: `stream` prints each text as it appears, `print` as soon as those before it are there; `between` prompt and
-    text. What is sampled depends on `seed` and the batch, not on batches before. Answers are `kept` as they come, and
-    those that are there already count.
+    text. What is sampled depends on `seed` and the batch, not on earlier batches. Answers are `kept` as they come;
+    those that an earlier run has kept count.
     """
     each = generator.answers_per_prompt
     answers: list[Any] = [None] * (len(prompts) * each)  # until they are there
@@ -213,7 +213,7 @@ def tell_speed(speed: dict[str, float | None]) -> None:
 
 @contextmanager
 def count_graphs(is_wanted: bool = True) -> Iterator[dict[str, int]]:
-    """`compiled` is, in the end, the number of graphs that the plugin has compiled in the meantime."""
+    """When the block ends, `compiled` is the number of graphs that the plugin has compiled in it."""
     if not is_wanted:
         yield {}
         return

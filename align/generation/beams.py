@@ -76,7 +76,7 @@ class Beams:
 
         options, beams = self.options, self.options.num_beams
         ends = ends.clone()
-        ends[:, beams:] = False  # the others only stand by, should all of the best end
+        ends[:, beams:] = False  # the others stand by in case all of the best end
         scores = scores / self.length.float() ** options.length_penalty
         if options.early_stopping is True:
             scores = scores + self.has_ended.all(1, keepdim=True).float() * NEVER
@@ -97,7 +97,7 @@ class Beams:
         return is_full or not bool(self.may_improve.any())
 
     def best(self) -> "torch.LongTensor":
-        """New tokens `[prompts * num_return_sequences, new_tokens]`, the best texts first; beyond an end anything."""
+        """New tokens `[prompts * num_return_sequences, new_tokens]`, best first; behind an end stands anything."""
         return self.ended[:, : self.options.num_return_sequences].flatten(0, 1)
 
 

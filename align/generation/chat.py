@@ -82,7 +82,7 @@ class Stopped(Exception):
 
 
 class ChatStreamer(TerminalStreamer):
-    """Shows an answer as it comes, until Ctrl-C; between two tokens, so that the model is left in order."""
+    """Shows an answer as it comes. Ctrl-C stops it between two tokens, so the model stays in order."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], end_tokens: list[int]):
         super().__init__(tokenizer, prompt_ids, end_tokens)
@@ -134,7 +134,7 @@ class Speaker:
         return ids
 
     def answer(self, question: str) -> None:
-        """Asks with the conversation so far, whose oldest turns give way where the model's context is too short."""
+        """Asks with the conversation so far; where the model's context is too short, the oldest turns are left out."""
         self.messages.append({"role": "user", "content": question})
         forgotten = 0
         while len(ids := self.encode()) > self.room and len(self.messages) > 1:

@@ -88,7 +88,7 @@ USED = tuple(
     no_repeat_ngram_size bad_words_ids sequence_bias suppress_tokens begin_suppress_tokens min_length min_new_tokens
     forced_eos_token_id stop_strings remove_invalid_values length_penalty early_stopping""".split()
 )
-# Those that flags and folders say instead
+# Fields that flags and folders decide instead
 REPLACED = tuple(
     """max_length max_new_tokens do_sample use_cache bos_token_id eos_token_id pad_token_id transformers_version
     _from_model_config""".split()
@@ -170,7 +170,7 @@ def find_end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
 
 def fit_to_class(model: "PreTrainedModel", gaudi: GaudiArguments) -> GaudiArguments:
-    """Without the flags that the model's class has nothing for: they change speed and memory alone, and are told."""
+    """Leaves out, with a warning, flags that the model's class has nothing for. They change speed and memory alone."""
     from align.models.families import can_reuse_cache, find_flash_fault
 
     kind = f"{model.config.model_type} models"
@@ -194,7 +194,7 @@ def _leave_out(gaudi: GaudiArguments, names: tuple[str, ...], why: str) -> Gaudi
 
 
 def choose_kernels(model: "PreTrainedModel", gaudi: GaudiArguments, world_size: int = 1) -> dict[str, bool | int]:
-    """Those of `KERNELS` that this model has; that another has no effect, other than on speed, is told."""
+    """Those of `KERNELS` that this model has; a warning names each other that was asked for."""
     import torch
 
     kind = model.config.model_type
@@ -220,9 +220,9 @@ def make_generation_config(
     decoding: DecodingArguments,
     end_tokens: list[int],
 ) -> "GenerationConfig":
-    """What the user asked for, on top of those fields of the model's own generation config that are `USED`.
+    """What the user asked for, on top of the model's own generation config, as far as its fields are `USED`.
 
-    Its other fields are told where they say something.
+    A warning names other fields that say something.
     """
     from transformers import GenerationConfig
 
@@ -251,7 +251,7 @@ def make_generation_config(
         "pad_token_id": next((pad for pad in pads if pad is not None and pad < model.config.vocab_size), 0),
     }
     made = GenerationConfig()
-    for name, value in config.items():  # its constructor would refuse what greedy texts do not read
+    for name, value in config.items():  # its constructor refuses fields that greedy texts do not read
         setattr(made, name, value)
     return made
 
@@ -273,7 +273,7 @@ def make_generator(
     world_size: int = 1,
     goes_on: bool = False,
 ) -> TextGenerator:
-    """What generates as the flags say; texts that go on do so after end tokens. Prompts are `longest` at most."""
+    """What generates as the flags say, texts that go on also after end tokens. Prompts have `longest` tokens at most."""
     check_fields(model)
     gaudi = fit_to_class(model, gaudi)
     end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)

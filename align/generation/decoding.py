@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHORTEST = 4  # columns of a prompt: a reused cache takes one for a decoding step, and Mamba convolves four
-STEPS_PER_CHECK = 8  # the end tokens are looked for this often: each look waits for the device
+STEPS_PER_CHECK = 8  # steps between two looks for end tokens: each look waits for the device
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TextGenerator:
     def generate(
         self, encoded: list[list[int]], width: int, streamer: TerminalStreamer | None = None
     ) -> tuple[list[list[int]], Timing]:
-        """New tokens of each prompt up to its first end token, which is included, and how long they took.
+        """New tokens of each prompt, up to and with its first end token, and how long they took.
 
         There are `answers_per_prompt` of each, one after the other.
         """
@@ -143,7 +143,7 @@ class TextGenerator:
         return decode_new(self.tokenizer, prompt, tokens[:-1] if tokens[-1] in self.end_tokens else tokens)
 
     def _choose_columns(self, width: int) -> int:
-        """Columns of texts and cache: all that will be needed, or those of the first bucket."""
+        """Columns of texts and cache: all that are needed, or those of the first bucket."""
         if self.options.reuse_cache:
             return max(width, self.longest) + self.config.max_new_tokens
         if self.options.bucket_size > 0:
@@ -213,7 +213,7 @@ class TextGenerator:
         return logits
 
     def process(self, texts: Texts, scores: "torch.FloatTensor", step: int) -> "torch.FloatTensor":
-        """Scores `[rows * copies, vocabulary]` after all that the generation config asks for."""
+        """Scores `[rows * copies, vocabulary]`, as the generation config changes the logits."""
         for processor in self.processors:
             scores = processor(texts, scores, step)
         return scores
@@ -226,7 +226,7 @@ class TextGenerator:
             )
 
     def _all_ended(self, texts: Texts, encoded: list[list[int]]) -> bool:
-        """Looks at the host whether every row has an end; what torch would do from here on were graphs."""
+        """Whether every row has an end. Looks on the host: torch operations on the device would be new graphs."""
         rows = texts.tokens.tolist()
         if not self.end_tokens and not self.config.stop_strings:
             return False
@@ -238,7 +238,7 @@ class TextGenerator:
         return True
 
     def _cut(self, prompt: list[int], tokens: list[int]) -> list[int]:
-        """The tokens up to the first that ends the text, which is included."""
+        """The tokens up to and with the first that ends the text."""
         tokens = next((tokens[: n + 1] for n, token in enumerate(tokens) if token in self.end_tokens), tokens)
         strings = self.config.stop_strings
         if not strings:

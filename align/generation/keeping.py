@@ -61,7 +61,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 class KeptAnswers:
-    """The answers of a run in its output folder, each a JSON line with its number, in the order in which they came.
+    """The answers of a run in its output folder, each a JSON line with its number, in the order of their coming.
 
     When all are there they get their final name, in the order of the prompts. `answers` has what an earlier run left,
     by place from 0.
@@ -71,7 +71,7 @@ class KeptAnswers:
         """`number` answers are wanted. Raises `InputError` where the folder holds another run."""
         self.folder, self.settings, self.number = folder, settings, number
         self.answers: dict[int, dict[str, Any]] = {}
-        self.bytes = 0  # of the file that is there, without a line that breaks off
+        self.bytes = 0  # bytes of the file that is there, without a line that breaks off
         self.file: IO[bytes] | None = None
         self.is_finished = False
         if overwrites:

@@ -69,7 +69,7 @@ def uses_bf16(arguments: ModelArguments, world_size: int) -> bool:
 
 @dataclass(frozen=True)
 class Flags:
-    """Which ones have named a model and its adapter, to be blamed for them."""
+    """The flags that have named a model and its adapter, to blame in messages."""
 
     model: str = "--model_name_or_path"
     adapter: str = "--peft_model"
@@ -77,7 +77,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class Source:
-    """A model as its small files tell it, before a weight is loaded."""
+    """A model as its small files describe it, before a weight is loaded."""
 
     arguments: ModelArguments
     flags: Flags
@@ -89,7 +89,7 @@ class Source:
 
     @property
     def vocabulary_size(self) -> int:
-        """The model's, or that of an adapter which has brought new tokens."""
+        """The model's, or that of an adapter that brought new tokens."""
         return max(self.config.vocab_size, len(self.tokenizer) if self.adapter else 0)
 
     @property
@@ -108,7 +108,7 @@ class Source:
 
 
 def find_source(arguments: ModelArguments, world_size: int = 1, flags: Flags = Flags()) -> Source:
-    """The model that is asked for, which the ranks can share; from the hub where it is not local."""
+    """The model that is asked for, from the hub where it is not local; refuses one that the ranks cannot share."""
     folder, tokenizer_folder, adapter = find_folders(arguments, flags)
     trust = arguments.trust_remote_code
     trust_tokenizer = trust or arguments.trust_remote_code_tokenizer
@@ -135,8 +135,8 @@ def check_shares(config: "PretrainedConfig", world_size: int) -> None:
 def find_folders(arguments: ModelArguments, flags: Flags) -> tuple[Path, Path, Path | None]:
     """Folders of model, tokenizer and adapter; the model's files are whole.
 
-    Where no model is named it is the one that the adapter was trained on; where no tokenizer is named it is the
-    adapter's, which may have learnt new tokens, else the model's.
+    The model that is not named is the one that the adapter was trained on. The tokenizer that is not named is the
+    adapter's, which may have new tokens, else the model's.
     """
     name, token = arguments.model_name_or_path, arguments.token
     peft_model, revision = arguments.peft_model, arguments.model_revision
@@ -188,7 +188,7 @@ def load_model(
 ) -> "PreTrainedModel":
     """The model on its card, or each rank's part of it; an adapter is folded in in memory, nothing is written.
 
-    Ranks map the same safetensors file, so that a host holds one copy of the model while they cut out their parts.
+    Ranks map the same safetensors file, so a host holds one copy of the model while they cut out their parts.
     `longest` is the most tokens of a prompt with its answer, which decides the class; `plain_class` is transformers'.
     """
     import torch

@@ -1,8 +1,8 @@
-"""Tries on the loaded model what is about to be done with it, before the first answer.
+"""Tries the loaded model with padding and cache before the first answer.
 
 The prompts of one batch, padded as they will be, and two further tokens with the cache must give the logits that one
-plain forward pass over the whole texts gives, without cache and padding. The table of families says what was found to
-be wrong; this finds the rest, on the model that is there.
+plain forward pass over the whole texts gives, without cache and padding. The table of families names known faults; this
+finds others, on the model at hand.
 """
 
 import gc

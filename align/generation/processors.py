@@ -21,7 +21,7 @@ NEVER = float("-inf")
 
 
 def make_processors(config: "GenerationConfig", end_tokens: list[int]) -> list[Processor]:
-    """Those that `config` asks for, in transformers' order; without `end_tokens` none keeps a text from ending."""
+    """Those that `config` asks for, in transformers' order. Without `end_tokens` none keeps a text from ending."""
     from transformers.generation import logits_process as theirs
 
     processors: list[Processor] = []
@@ -86,7 +86,7 @@ def _read_biases(biases: Any) -> dict[tuple[int, ...], float]:
 
 @lru_cache
 def _as_tensor(tokens: tuple[int, ...], device: "torch.device") -> "torch.LongTensor":
-    """Kept on the device: every step asks for the same ones."""
+    """Kept on the device, as every step asks for the same ones."""
     import torch
 
     return torch.tensor(tokens, dtype=torch.long, device=device)

@@ -36,7 +36,7 @@ OWN_PROMPTS = [  # where the user gives none
     "Nobody knew why the lighthouse",
 ]
 MIN_WIDTH = 16  # tokens: prompts that are all shorter count as one width
-WIDTH_CHOICES = 256  # the finest grid that widths are chosen from, as the choice takes its square in memory
+WIDTH_CHOICES = 256  # the most widths to choose from, as the choice takes their square in memory
 
 
 @dataclass
@@ -101,13 +101,13 @@ def load_prompts(arguments: PromptArguments, world_size: int, token: str | None 
 
 
 def own_prompts(words: int) -> list[str]:
-    """Our own, each again and again until it has this many words and so at least as many tokens."""
+    """Our own prompts, each repeated until it has this many words, and so at least as many tokens."""
     split = [prompt.split() for prompt in OWN_PROMPTS]
     return [" ".join(islice(cycle(own), max(words, len(own)))) for own in split]
 
 
 def _holds_text(stdin) -> bool:
-    """Whether prompts are there to read: a pipe that stays open and empty is never waited for."""
+    """Whether prompts are there to read; never waits for a pipe that stays open and empty."""
     if stdin is None or stdin.isatty():
         return False
     try:

@@ -156,10 +156,10 @@ class StaticShapes:
             self.past = _map_cache(add_columns, self.past)
 
     def _allocate(self, texts: Texts) -> None:
-        """Gives the attention layers the cache of these rows and columns, the same whenever they come again.
+        """Gives the attention layers the cache for these rows and columns, the same one each time.
 
-        A recorded graph writes to the memory that it was recorded with. The layers' own `allocate` would give another
-        one away, or refuse prompts of another width.
+        A recorded graph writes to the memory that it was recorded with. The layers' own `allocate` would give it
+        another one, or refuse prompts of another width.
         """
         layers = [module for module in self.model.modules() if type(module).__name__ == "KVCache"]
         shape = (texts.rows, texts.columns)

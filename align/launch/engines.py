@@ -1,8 +1,8 @@
 """What a run is, and the engines that can start its ranks: what each needs, and its command.
 
 An engine (DeepSpeed's launcher, Open MPI, torch.distributed.run) starts `align/launch/rank.py` once a card, never the
-user's script itself. So no argument of the user's ever meets an engine's parser, a shell or ssh, and variables reach
-other nodes over ssh's standard input or Open MPI's own connections, never on a command line.
+user's script itself. So no engine's parser, shell or ssh ever sees the user's arguments. Variables reach other nodes
+over ssh's standard input or Open MPI's own connections, never on a command line.
 """
 
 import base64
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RANK = str(ROOT / "align" / "launch" / "rank.py")
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
 
-# What an outer launcher (torchrun, accelerate, any MPI, srun, Kubeflow) said about its own ranks would mislead ours.
+# Variables of an outer launcher (torchrun, accelerate, any MPI, srun, Kubeflow) about its ranks would mislead ours.
 STALE = re.compile(
     r"((LOCAL|NODE)_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|CROSS_(RANK|SIZE)|MASTER_(ADDR|PORT)|MPI_LOCALN?RANKS?(ID)?"
     r"|(TORCHELASTIC|GROUP|ROLE|PET|PMI|PMIX|OMPI_COMM_WORLD|OMPI_UNIVERSE|OMPI_APP_CTX|MV2_COMM_WORLD)_\w+"
@@ -102,7 +102,7 @@ class DeepSpeed(Engine):
     package = (
         "`pip install git+https://github.com/HabanaAI/DeepSpeed.git@1.23.0` on a Gaudi, `deepspeed==0.16.9` elsewhere"
     )
-    # Its logger would take standard output, which is the script's, and tells more than anybody wants to know.
+    # Its logger would write to standard output, which is the script's, and says too much.
     START = """
 import contextlib, logging, sys
 logging.disable(logging.INFO)
@@ -174,7 +174,7 @@ class OpenMPI(Engine):
                 command += ["--mca", "plm_rsh_agent", " ".join(SSH)]
             for name in [*run.exports, "GAUDI_SPAWN"]:
                 command += ["-x", name]
-        else:  # mpirun, when it is told to end as well, must not be quicker than the grace period
+        else:  # mpirun gets the signal too, and must not be quicker than the grace period
             command += ["--mca", "odls_base_sigkill_timeout", str(math.ceil(run.grace_period + 10))]
         return {"this host": [*command, sys.executable, "-u", RANK]}
 

@@ -20,7 +20,7 @@ from align.launch.engines import ENGINES, ROOT, SSH, Run
 
 EXPORTED_PREFIXES = ("PT_", "HABANA_", "DEEPSPEED_", "HCCL_", "HF_", "OMP_", "HL_")
 EXPORTED_NAMES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")  # where the other nodes find python's tools and libraries
-# Variables whose values may be shown; of any other one nobody knows what it holds
+# Variables whose values may be shown; any other may hold a secret
 HARMLESS = re.compile(
     r"(PT|HABANA|HCCL|HL|OMP)_\w+|DEEPSPEED_HPU_\w+|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|DATASETS_OFFLINE)"
     r"|PATH|PYTHONPATH|LD_LIBRARY_PATH"
@@ -72,7 +72,7 @@ def count_cards() -> int:
 
 
 def count_cores() -> int:
-    """Physical cores to bind ranks to; 0 where this process is confined to some of them: its ranks then stay so."""
+    """Physical cores to bind ranks to; 0 where this process is confined to some: its ranks then share these."""
     cores = set()
     for cpu in os.sched_getaffinity(0):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -83,7 +83,7 @@ def count_cores() -> int:
 
 
 def choose_port(wanted: int | None) -> int:
-    """A free TCP port; one below the range from which the kernel serves everybody else is likely to stay free."""
+    """A free TCP port, below the range that the kernel gives out, so that it is likely to stay free."""
     for port in [wanted] if wanted else random.sample(range(10000, 32768), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -100,7 +100,7 @@ def check_script(script: str) -> None:
 
 
 def inspect_node(engine: str, script: str, slots: int, asked_by: str, master_port: int | None) -> dict[str, int]:
-    """Looks for everything that ranks need on this node. Returns a free port and the cores for binding."""
+    """Checks that this node has everything that ranks need. Returns a free port and the cores for binding."""
     check_script(script)
     if not ENGINES[engine].is_installed():
         raise InputError(f"{ENGINES[engine].name} is not installed: {ENGINES[engine].package}")

@@ -7,7 +7,7 @@ the variable GAUDI_SPAWN, in JSON lines:
     rank -> launcher   {"key", "rank", "host"}       at the start
     launcher -> rank   {"work": {...}}               what to run, sent when every rank of the run is there
     launcher -> rank   {"signal": n}                 for the script; SIGKILL takes its children as well
-    rank -> launcher   {"signal": n}                 somebody signalled this process: the launcher decides for all ranks
+    rank -> launcher   {"signal": n}                 somebody signalled this process; the launcher decides for all ranks
     rank -> launcher   {"alive": true}               the script computes, reads or writes; a few times a minute
     rank -> launcher   {"code": n, "lines": [...]}   the script has ended; what it said last, unless that was shown
 
@@ -30,15 +30,15 @@ import time
 from collections import deque
 from contextlib import suppress
 
-# From such a line on, the script is probably ending in an error, which is told once, and for the first rank only.
+# Such a line probably begins the error that ends the script, which is shown once, for the first rank alone.
 LAST_WORDS = re.compile(rb"Traceback \(most recent call last\)|^usage: |: error: |^terminate called |^Fatal Python")
 LAST_WORDS_DELAY = 30.0  # seconds an interpreter may take to end after its traceback
-LINE_DELAY = 1.0  # seconds the other lines of ranks above 0 are held back, in case they turn out to be their last ones
+LINE_DELAY = 1.0  # seconds that other lines of ranks above 0 are held back, as they may be the last ones
 HELD_LINES = 10_000  # more cannot be last words: the oldest are shown
 PULSE_INTERVAL = 5.0  # seconds between two looks at what the script does
 IDLE_SHARE, IDLE_BYTES = 0.005, 1024  # of one core and of input and output in that time: the murmur of idle threads
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-TOLD_LINES = 400  # of a longer text the head, where a chained exception has its cause, and the tail
+TOLD_LINES = 400  # shown of a longer text: its head, where a chained exception has its cause, and its tail
 
 
 def notice_lost_host(connection: socket.socket) -> None:
@@ -50,9 +50,9 @@ def notice_lost_host(connection: socket.socket) -> None:
 
 
 class Launcher:
-    """The connection to gaudi_spawn.py, and the signals to this process, which are passed on to it.
+    """The connection to gaudi_spawn.py, which also hears of the signals to this process.
 
-    They come as bytes to be read: a handler that sent messages would do so in the middle of others.
+    Signals come as bytes to read: a handler that sent messages would do so in the middle of others.
     """
 
     def __init__(self, host: str, port: str):
@@ -91,7 +91,7 @@ class Launcher:
         return [json.loads(line) for line in lines]
 
     def leave(self) -> None:
-        """Waits until the launcher hangs up: closing over unread messages would discard what it was told."""
+        """Waits until the launcher hangs up: closing earlier would discard messages that it has not read."""
         self.socket.shutdown(socket.SHUT_WR)
         self.socket.settimeout(5)
         with suppress(EOFError, TimeoutError):
@@ -100,7 +100,7 @@ class Launcher:
 
 
 class Relay:
-    """Passes one stream of the script on as it comes, but holds back what may be the script's last words."""
+    """Passes on one stream of the script as it comes, but holds back what may be its last words."""
 
     def __init__(self, source: int, target: int, tag: bytes = b"", delay: float = 0.0, last_words=None):
         self.source, self.tag, self.delay, self.last_words = source, tag, delay, last_words
@@ -126,7 +126,7 @@ class Relay:
         self.held.append((max(time.monotonic() + self.delay, self.held_until), line))
 
     def show(self, until: float) -> None:
-        """Writes the lines due by then. An unfinished one, like a progress bar, waits for its end only under a tag."""
+        """Writes the lines due by then. An unfinished line, like a progress bar, waits for its end only under a tag."""
         if self.unfinished and (not self.tag or until == math.inf):
             self.hold(b"".join(self.unfinished))
             self.unfinished = []
@@ -139,7 +139,7 @@ class Relay:
                 self.target.flush()
 
     def last_lines(self) -> list[str]:
-        """What was never shown, less the middle of a long text."""
+        """What was never shown, without the middle of a long text."""
         text = b"".join([*(line for _, line in self.held), *self.unfinished])
         lines = text.decode(errors="replace").splitlines()
         if (left_out := len(lines) - TOLD_LINES) > 0:
@@ -148,7 +148,7 @@ class Relay:
 
 
 class Guard:
-    """A process that kills the script and its children once this process has ended, be it by SIGKILL."""
+    """A process that kills the script and its children once this process has ended, even by SIGKILL."""
 
     def __init__(self):
         reading, self.pipe = os.pipe()
@@ -177,7 +177,7 @@ def kill_group(group: int) -> None:
 
 
 def distributed_variables(work: dict) -> dict[str, str]:
-    """What torch, accelerate and DeepSpeed look for. Open MPI sets none of it, DeepSpeed all but one."""
+    """The variables that torch, accelerate and DeepSpeed read. Open MPI sets none of them, DeepSpeed all but one."""
     mpi = {name: os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
     if mpi["RANK"] is None:
         return {"LOCAL_WORLD_SIZE": os.environ["LOCAL_SIZE"]} if "LOCAL_SIZE" in os.environ else {}
@@ -192,7 +192,7 @@ def distributed_variables(work: dict) -> dict[str, str]:
 
 
 class Pulse:
-    """Tells whether the processes of a group do anything: compute, read or write."""
+    """Finds out whether the processes of a group do anything: compute, read or write."""
 
     def __init__(self, group: int):
         self.group = group

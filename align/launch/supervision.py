@@ -48,7 +48,7 @@ def shell_code(returncode: int) -> int:
 
 
 def relay_terminal(target: int) -> None:
-    """Passes on what is typed, while this process is in the foreground: elsewhere reading would stop it."""
+    """Passes on what is typed while this process is in the foreground; in the background reading would stop it."""
     with suppress(OSError):
         while True:
             if os.tcgetpgrp(0) == os.getpgrp() and select.select([0], [], [], 0.2)[0]:
@@ -144,7 +144,7 @@ class Supervisor:
                 threading.Thread(target=self.listen, args=[server.accept()[0]], daemon=True).start()
 
     def listen(self, connection: socket.socket) -> None:
-        """Turns what a rank says into events. Who does not begin with the key is not listened to."""
+        """Turns what a rank says into events. Ignores who does not begin with the key."""
         notice_lost_host(connection)
         with connection, connection.makefile("r") as lines, suppress(OSError, ValueError, KeyError, TypeError):
             hello = json.loads(lines.readline())
@@ -205,7 +205,7 @@ class Supervisor:
             self.steps = [(time.monotonic() + ENGINE_GRACE, self.kill_engines)]
 
     def on_signal(self, number: int, rank: Rank | None = None) -> None:
-        """`rank` when it was not this process that got the signal, but the rank, from its engine for example."""
+        """`rank`, where given, got the signal instead of this process, from its engine for example."""
         if self.code is None:
             patience = f"the ranks have {self.run.grace_period:g} s to finish" if self.started else "no rank had begun"
             say(f"{signal.Signals(number).name}{f' at {rank}' if rank else ''}: {patience}")
@@ -227,7 +227,7 @@ class Supervisor:
         self.alive_at = time.monotonic()
 
     def look_at_the_pulse(self) -> None:
-        """Ranks that all do nothing wait for each other, or for one that has ended or is frozen, and would for long."""
+        """Ends a run whose ranks all do nothing: they wait for each other, or for one that has ended or is frozen."""
         limit = self.run.stall_timeout
         if self.code is None and self.ranks and limit and time.monotonic() - self.alive_at > limit:
             ended = f"; {', '.join(map(str, self.finished))} had ended" if self.finished else ""

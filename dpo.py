@@ -68,8 +68,8 @@ class PreferenceArguments:
     """How the preferences are learnt. --beta, --loss_type, --max_length and others are optimum-habana's.
 
     --per_device_train_batch_size counts pairs: a step takes that many x --gradient_accumulation_steps x ranks. How they
-    are cut into micro-batches changes neither loss nor gradient, so they are cut into rows of few lengths, as many at
-    once as fit into the tokens of that many padded pairs.
+    are cut into micro-batches changes neither loss nor gradient. So a micro-batch is some rows of one length: as many
+    as fit into the tokens of that many padded pairs.
     """
 
     _argument_group_name = "Preferences"
@@ -148,7 +148,7 @@ def count_pairs(args: GaudiDPOConfig) -> int:
 
 
 def lay_out(rows, lengths, models: dict, args: GaudiDPOConfig, preference_args: PreferenceArguments, pad_token_id: int):
-    """Rows that the answers to a prompt share where the loaded `models`, by flag, keep them apart; else padded ones."""
+    """Rows that two answers share where all loaded `models`, by flag, keep the answers apart; else padded rows."""
     num_buckets, cost = preference_args.num_buckets, pairs.column_cost(models["--model_name_or_path"].config)
     layout = pairs.separate_rows(lengths, num_buckets, args.max_length)
     if preference_args.share_prompts:

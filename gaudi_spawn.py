@@ -3,7 +3,7 @@
 One node:      python gaudi_spawn.py --world_size 8 --use_deepspeed sft.py --model_name_or_path ...
 Several nodes: python gaudi_spawn.py --hostfile hosts.txt --use_mpi sft.py --model_name_or_path ...
 
-To learn before what it will do, on any computer: add --rehearse. To learn what it took: --graph_report FILE.
+On any computer, --rehearse shows beforehand what a command will do; --graph_report FILE shows what it took.
 With neither --use_deepspeed nor --use_mpi, torch.distributed.run starts the ranks.
 """
 
@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--stall_timeout",
         type=float,
         default=60,
-        help="end a run in which no rank has computed, read or written for so many seconds; 0 waits for ever",
+        help="end a run when no rank has computed, read or written for so many seconds; 0 waits for ever",
     )
     parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
     parser.add_argument(
@@ -124,8 +124,8 @@ def main() -> None:
         become_script(run)
     else:
         code = measure(run, args) if args.graph_report else start_ranks(run)
-        # Not sys.exit: while the interpreter ends, a late signal has its default action again, and would turn a run
-        # that has succeeded into one that was killed, without a word.
+        # Not sys.exit: while the interpreter ends, a late signal has its default action again, and a run that has
+        # succeeded would look killed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -117,7 +117,7 @@ def check_disk(output: Path, needed: int) -> None:
 def read_record(path: Path) -> list[dict]:
     merges, needed = read_json(path).get("merges"), {"base_model", "adapter", "adapter_sha256"}
     if not isinstance(merges, list) or not all(isinstance(each, dict) and needed <= each.keys() for each in merges):
-        raise InputError(f"{path} is damaged: it tells what is merged in already; copy it again, or remove it")
+        raise InputError(f"{path} is damaged: it lists what is merged in already; copy it again, or remove it")
     return merges
 
 
@@ -179,7 +179,7 @@ def compare_vocabularies(folder: Path, embedded: int) -> None:
 
 
 def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
-    """Tells of an adapter that changes less than it says."""
+    """Warns of an adapter that changes less than it says."""
     if changes_nothing(adapter):
         logger.warning("Warning: every update of %s is zero, so the merged model is the base.", adapter.file)
     if untouched := find_untouched(plan, adapter.config):
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup's doing
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # which clears up, as any other ending does
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # as any other ending, this clears up
     start = time.monotonic()
 
     # Check

@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None) -> tuple:
 def check_arguments(
     model: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments, output: OutputArguments
 ) -> None:
-    """The rules that values and pairs of flags must keep."""
+    """Refuses values and pairs of flags that cannot work."""
     if model.model_name_or_path is None and model.peft_model is None:
         raise InputError("--model_name_or_path: missing; give a model folder or hub name")
     if os.environ.get("QUANT_CONFIG"):
@@ -87,7 +87,7 @@ def check_arguments(
 
 
 def start_logging(level: str) -> None:
-    """Of this script and its parts; libraries only warn, unless everything is wanted."""
+    """Sets the level of this script and its parts; libraries only warn, unless everything is wanted."""
     logging.basicConfig(level="WARNING" if level == "info" else level.upper(), format="%(message)s")
     for name in (logger.name, "align.generation"):
         logging.getLogger(name).setLevel(level.upper())

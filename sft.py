@@ -42,7 +42,7 @@ class BatchArguments:
     num_buckets: int = field(
         default=8, metadata={"help": "Without packing, samples are padded to at most this many lengths."}
     )
-    train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompts as well, not the answers alone."})
+    train_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompts too, not just the answers."})
     skip_probe: bool = field(
         default=False,
         metadata={"help": "Do not test whether the loaded model is causal and keeps packed samples apart."},

@@ -1,4 +1,4 @@
-"""What optimum-habana 1.21.2, DeepSpeed 0.16.9 and accelerate 1.10.1 get wrong, each with its line and its end.
+"""Workarounds for optimum-habana 1.21.2, DeepSpeed 0.16.9 and accelerate 1.10.1, each with its line and its end.
 
 Heavy packages are imported where they are used: run_generation.py needs few of them.
 """
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def known_plugin() -> Iterator[None]:
-    """Says from the metadata which plugin there is, for which optimum-habana starts pip when it is imported.
+    """Reads from the metadata which plugin there is, for which optimum-habana starts pip when it is imported.
 
     It asks the first `pip` of the PATH (utils/misc.py:241), which may be another Python's, and stops with an IndexError
     where that knows no plugin; each time takes a second (utils/environment.py:37). Can go when it reads the metadata.
@@ -63,10 +63,10 @@ def known_plugin() -> Iterator[None]:
 
 
 def attention_inputs(model: "PreTrainedModel") -> dict[str, Any]:
-    """What the forward of a loaded model is given for Gaudi's fused attention, in training, evaluation and the probe.
+    """Arguments for Gaudi's fused attention that the forward of a loaded model gets, in training, evaluation and probe.
 
-    optimum-habana 1.21.2 passes the flags to seven families alone (transformers/trainer.py:163), and Mistral, Qwen3 and
-    others compute without a word as if they were not given. Can go when it asks the model's forward.
+    optimum-habana 1.21.2 passes the flags to seven families alone (transformers/trainer.py:163). Mistral, Qwen3 and
+    others silently compute as if they were not given. Can go when it asks the model's forward.
     """
     return getattr(model, "attention_inputs", {})
 
@@ -171,11 +171,11 @@ class WholeStepsMixin:
 
     optimum-habana 1.21.2 counts the batches of a resumed epoch from 0 and compares with those of a whole one
     (transformers/trainer.py:1005): of a last step with fewer batches the gradient would stay and join the next one's.
-    It is filled up with batches that are `without_loss`. Batches asked for after it are none.
+    It is filled up with batches that are `without_loss`. Behind it there are no more batches.
     """
 
     def get_batch_samples_transformers(self, epoch_iterator, num_batches, device):
-        """Adds the labels up; optimum-habana 1.21.2 (:2813) concatenates them and gives up on batches of two widths."""
+        """Counts labels batch by batch; optimum-habana 1.21.2 (:2813) concatenates them, which fails on two widths."""
         from transformers import Trainer
 
         batches, count = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
@@ -251,7 +251,7 @@ def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) ->
     from deepspeed.utils.tensor_fragment import fragment_address
 
     def find_stage(kind: Any, name: str) -> Any:
-        """What Python 3.11.0 to 3.11.3 write of an enum's member; any other use of getattr stays refused."""
+        """Allows what Python 3.11.0 to 3.11.3 write for an enum's member; any other use of getattr stays refused."""
         if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
             raise pickle.UnpicklingError(f"it asks for {name} of {kind}")
         return ZeroStageEnum[name]
@@ -294,7 +294,7 @@ def check_deepspeed_steps(accelerator: Any, may_step: Callable[[bool], bool]) ->
 def keep_no_input_of_frozen_layers() -> None:
     """Lets a linear layer under ZeRO-3 keep its input for the gradient only where its weight is trained.
 
-    DeepSpeed 0.16.9 (runtime/zero/linear.py:56) keeps it always: of a Llama-2-70B under LoRA 4.4 GiB a row of 1,024
+    DeepSpeed 0.16.9 (runtime/zero/linear.py:56) always keeps it: for a Llama-2-70B under LoRA, 4.4 GiB a row of 1,024
     tokens. Can go when that line asks `ctx.needs_input_grad`. Before the model is loaded.
     """
     import torch
@@ -328,9 +328,9 @@ def keep_no_input_of_frozen_layers() -> None:
 def transformers_class(model_type: str) -> type["PreTrainedModel"]:
     """transformers' own causal language model of this type, as if optimum-habana had not been there.
 
-    optimum-habana 1.21.2 puts its classes and methods into transformers' modules (modeling_utils.py:341), which undoes
-    nothing, and some of them are wrong (align/models/families.py says which). So the module is executed once more,
-    beside the one that was changed. Its generation loop is optimum-habana's all the same, as for every class that
+    optimum-habana 1.21.2 puts its classes and methods into transformers' modules for good (modeling_utils.py:341), and
+    some of them are wrong (align/models/families.py says which). So the module is executed once more, beside the
+    changed one. Its generation loop is optimum-habana's all the same, as for every class that
     optimum-habana leaves alone. Can go when no family needs it.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -345,8 +345,9 @@ def transformers_class(model_type: str) -> type["PreTrainedModel"]:
 def transformers_config_class(model_type: str) -> type["PretrainedConfig"]:
     """transformers' own configuration of this type, as if optimum-habana had not been there.
 
-    What transformers' class of DeepSeek-V3 asks for (qk_head_dim, rope_interleave) is neither in published folders nor
-    in the configuration that optimum-habana 1.21.2 puts there (modeling_utils.py:868). Can go when that is left alone.
+    transformers' class of DeepSeek-V3 reads qk_head_dim and rope_interleave. Neither published folders nor the
+    configuration that optimum-habana 1.21.2 puts there (modeling_utils.py:868) have them. Can go when that is left
+    alone.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -367,7 +368,7 @@ def _execute_again(kind: str, model_type: str) -> Any:
 
 
 def gaudi_class(config: "PretrainedConfig") -> type["PreTrainedModel"] | None:
-    """optimum-habana's class for this configuration, where it has one; after it was put into transformers."""
+    """optimum-habana's class for this configuration, where it has one; call it once transformers has the classes."""
     from transformers import AutoModelForCausalLM
 
     mapping = AutoModelForCausalLM._model_mapping
@@ -375,7 +376,7 @@ def gaudi_class(config: "PretrainedConfig") -> type["PreTrainedModel"] | None:
         return None
     found = mapping[type(config)]
     if not is_gaudi_class(found) and found.__module__.startswith("transformers.models."):
-        # what transformers gave away before optimum-habana came, it gives away ever after
+        # transformers goes on giving out the class that it gave out before optimum-habana came
         found = getattr(sys.modules[found.__module__], found.__name__)
     return found if is_gaudi_class(found) else None
 
@@ -473,8 +474,8 @@ def adapt_transformers() -> None:
     """Puts optimum-habana's models and generation loop into transformers, without the trainers' import time.
 
     optimum-habana 1.21.2 imports all its trainers, diffusers and sentence-transformers with any of its modules
-    (habana/__init__.py:19, habana/transformers/__init__.py:19): about 10 s before the first word. These two packages
-    are therefore left unexecuted until something in them is asked for. Can go when a release imports them on demand.
+    (habana/__init__.py:19, habana/transformers/__init__.py:19): about 10 s before the first word. So these two packages
+    run only when something in them is asked for. Can go when a release imports them on demand.
     """
     for name in ("optimum.habana", "optimum.habana.transformers"):
         if name not in sys.modules:
@@ -496,19 +497,19 @@ def adapt_transformers() -> None:
 
 
 def mend_transformers() -> None:
-    """What transformers' own classes need among optimum-habana 1.21.2's; may be called more than once."""
+    """Mends what transformers' own classes need beside optimum-habana 1.21.2's; may be called more than once."""
     from transformers.generation import GenerationMixin
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
-    # It registers the kernel without a mask (modeling_utils.py:348), and without one no token is kept from later ones.
+    # It registers the kernel without a mask (modeling_utils.py:348), and without one tokens see later ones.
     ALL_MASK_ATTENTION_FUNCTIONS.register("gaudi_fused_sdpa", eager_mask)
-    prepare = GenerationMixin.prepare_inputs_for_generation  # which it puts there anew each time that it adapts
+    prepare = GenerationMixin.prepare_inputs_for_generation  # optimum-habana puts it there each time that it adapts
     if "__wrapped__" in vars(prepare):
         return
 
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        """It passes on what Phi-3 hands it (generation/utils.py:348): no number of logits is none to slice with."""
+        """Without a number of logits that is None, by which Phi-3 cannot slice (generation/utils.py:348)."""
         inputs = prepare(self, *args, **kwargs)
         return {name: value for name, value in inputs.items() if name != "logits_to_keep" or value is not None}
 
@@ -516,7 +517,7 @@ def mend_transformers() -> None:
 
 
 def _defer_package(name: str) -> None:
-    """Makes a package importable whose `__init__` runs when an attribute is asked for that is not a submodule."""
+    """Makes a package importable whose `__init__` runs only when an attribute that is not a submodule is asked for."""
     spec: Any = importlib.util.find_spec(name)
     package: Any = importlib.util.module_from_spec(spec)
 

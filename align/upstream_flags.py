@@ -3,8 +3,8 @@
     python -m align.upstream_flags > docs/upstream.md
 
 Commands that were written for its sft.py, dpo.py, merge_peft_adapter.py, gaudi_spawn.py and run_generation.py run as
-they are, or stop with the reason. The scripts' parsers know their own flags; `translate` puts those in the place of
-flags that have another name here.
+they are, or stop with the reason. The scripts' parsers know only their own flags; `translate` puts these in place of
+upstream's.
 """
 
 import logging
@@ -27,7 +27,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Instead:
-    """`by` takes its place, in which `{}` is its value; of a switch that is off nothing is left."""
+    """`by` takes its place, with the value for `{}`; a switch that is off leaves nothing."""
 
     by: str
     note: str = ""
@@ -36,7 +36,7 @@ class Instead:
 
 @dataclass(frozen=True)
 class Always:
-    """Accepted, as what it asks for is so in any case; other `values` than these are refused."""
+    """Accepted, as what it asks for is so in any case. Where `values` are given, others are refused."""
 
     note: str
     values: tuple[str, ...] | None = None
@@ -44,7 +44,7 @@ class Always:
 
 @dataclass(frozen=True)
 class Unused:
-    """Accepted, and told that it has no effect."""
+    """Accepted, with a warning that it has no effect."""
 
     note: str
 

@@ -140,10 +140,10 @@ def test_whole_numbers_and_fractions_are_one_type(late, tmp_path):
 def test_a_line_that_is_no_row_is_named_before_one_of_another_type(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{**ROWS[0], "score": score} for score in (1, 0.5, "a")])
     file.write_bytes(file.read_bytes() + b'{"text": "half')
-    with pytest.raises(InputError, match="rows.jsonl, row 4: no JSON: Unterminated string"):
+    with pytest.raises(InputError, match="rows.jsonl, row 4: not JSON: Unterminated string"):
         prepare_text(file)
     assert prepare_text(file, bad_rows="skip", max_bad_rows=0.5).dropped == {
-        "bad row: no JSON: Unterminated string starting": 1,
+        "bad row: not JSON: Unterminated string starting": 1,
     }
 
 
@@ -157,7 +157,7 @@ def test_a_column_that_nobody_asks_for_may_hold_anything(tmp_path):
     ("content", "message"),
     [
         (b"", "rows.jsonl is empty"),
-        (b'{"text": "a"}\n{"text": \n', "rows.jsonl, row 2: no JSON"),
+        (b'{"text": "a"}\n{"text": \n', "rows.jsonl, row 2: not JSON"),
         (b'{"text": "a"}\n{"text": "\xff\xfe"}\n', "rows.jsonl, row 2: not UTF-8 at byte"),
         (b'{"text": "a"}\n{"text": 5}\n', "row 2: column `text` is int '5', not text"),
         (b'{"text": "a"}\n{"text": null}\n', "row 2: column `text` is missing, not text .--bad_rows skip"),

@@ -454,7 +454,7 @@ REFUSED = {
     "full_attention, sliding_attention": {"rope_parameters": TWO, "rope_theta": "out"},
     "partial_rotary_factor: 0.25": rope(partial_rotary_factor=0.25),
     "rope_theta is 10000.0; take one out": {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 1e4},
-    "this is no causal language model": {"use_bidirectional_attention": True},
+    "this is not a causal language model": {"use_bidirectional_attention": True},
 }
 
 

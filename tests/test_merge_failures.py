@@ -114,7 +114,7 @@ BAD_INPUTS = {
     "half a JSON": (lambda: Path("base/config.json").write_text('{"a'), "base/config.json is not valid JSON"),
     "record of merges is damaged": (
         lambda: write_json("base/merge_info.json", {"merges": ["?"]}),
-        "base/merge_info.json is damaged: it tells what is merged in already",
+        "base/merge_info.json is damaged: it lists what is merged in already",
     ),
     "no config": (lambda: os.remove("base/config.json"), "base/config.json cannot be read: No such file"),
     "base is empty": (

@@ -464,7 +464,7 @@ REFUSED = {
         {},
         "two different system prompts",
     ),
-    "an image": ({"messages": [user([{"type": "image"}]), said("b")]}, {}, "a part that is no text but 'image'"),
+    "an image": ({"messages": [user([{"type": "image"}]), said("b")]}, {}, "a part that is not text but 'image'"),
     "half a weight": ({"messages": [user("a"), said("b", weight=0.5)]}, {}, "0 is not learnt, 1 is"),
     "nothing but an empty turn": ({"messages": [user("a"), said(" ")]}, {}, "shows no turn of the assistant"),
     "columns of another name": (
@@ -563,7 +563,7 @@ BROKEN = {
     "quote.csv": (b'prompt,completion\na,"b\nc,d\n' * 2 + b'e,"f', "row 3: a quote is opened and not closed"),
     "cut.json": (
         b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"',
-        "row 2: no JSON: .*; what follows is not read",
+        "row 2: not JSON: .*; what follows is not read",
     ),
     "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cut.jsonl.gz cannot be read: Compressed file ended before"),
     "cut.jsonl.zst": (zstandard.compress(LINES)[:-5], "cut.jsonl.zst cannot be read: it breaks off before its end"),

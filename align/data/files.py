@@ -140,7 +140,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, str, str]]:
                     text, position = text[position:] + more, 0
                     continue
                 if text[position:].strip() != ("]" if is_list else ""):
-                    reason = f"no JSON: {error.msg.removesuffix(' at')} at character {error.pos - position + 1}"
+                    reason = f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos - position + 1}"
                     raise InputError(
                         f"--dataset_name: {path}, row {number + 1}: {reason}; what follows is not read"
                     ) from error
@@ -210,7 +210,7 @@ def parse_row(row: Mapping[str, Any]) -> dict[str, Any]:
     try:
         values = json.loads(row[ROW], object_pairs_hook=_make_object)
     except json.JSONDecodeError as error:
-        raise RowError(f"no JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+        raise RowError(f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     if not isinstance(values, dict):
         raise RowError(f"{type(values).__name__}, not an object with columns")
     return values
@@ -232,7 +232,7 @@ def check_characters(text: str, row: Mapping[str, Any], columns: Iterable[str]) 
         try:
             json.dumps(row.get(column), ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise RowError(f"column `{column}` holds half a character (a lone surrogate), which is no text") from None
+            raise RowError(f"column `{column}` holds half a character (a lone surrogate), which is not text") from None
 
 
 def show_rows(batch: Mapping[str, list]) -> dict[str, list]:

@@ -126,7 +126,7 @@ def _join_parts(content: Any) -> Any:
             texts.append(part)
         else:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise RowError(f"a message has a part that is no text but {kind!r}")
+            raise RowError(f"a message has a part that is not text but {kind!r}")
     return "\n".join(texts)
 
 
@@ -153,7 +153,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         calls = _parse(made["content"])
         calls = calls if isinstance(calls, list) else [calls]
         if not all(isinstance(call, Mapping) and "name" in call for call in calls):
-            raise RowError(f"{where}: {_describe(made['content'])} is no call of a function with a name")
+            raise RowError(f"{where}: {_describe(made['content'])} is not a call of a named function")
         made["tool_calls"] = [{"type": "function", "function": dict(call)} for call in calls]
         role, made["content"] = "assistant", None
     if isinstance(made.get("function_call"), Mapping) and "tool_calls" not in made:  # OpenAI's older name of one call
@@ -176,7 +176,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for call in made.get("tool_calls", ()):
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         if "name" not in function:
-            raise RowError(f"{where}: `tool_calls` holds {_describe(call)}, no call of a function with a name")
+            raise RowError(f"{where}: `tool_calls` holds {_describe(call)}, not a call of a named function")
         if isinstance(function.get("arguments"), str):
             function["arguments"] = _parse(function["arguments"])
     return made

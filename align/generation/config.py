@@ -273,7 +273,7 @@ def make_generator(
     world_size: int = 1,
     goes_on: bool = False,
 ) -> TextGenerator:
-    """What generates as the flags say, texts that go on also after end tokens. Prompts have `longest` tokens at most."""
+    """What generates as the flags say; a text that `goes_on` has no end. Prompts have `longest` tokens at most."""
     check_fields(model)
     gaudi = fit_to_class(model, gaudi)
     end_tokens = [] if goes_on else find_end_tokens(model, tokenizer, stop_tokens)

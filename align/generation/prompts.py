@@ -190,7 +190,7 @@ def _whole(prompt: str, where: str) -> str:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
-        raise InputError(f"{where}: holds half a character (a lone surrogate), which is no text; mend it") from None
+        raise InputError(f"{where}: holds half a character (a lone surrogate), which is not text; mend it") from None
     return prompt
 
 

@@ -22,7 +22,7 @@ TORCH_DTYPES = {name: getattr(torch, TORCH_NAMES[name]) for name in FLOATS}
 
 
 class _Buffers(threading.local):
-    """Memory that a worker uses again for every chunk: fresh pages for each cost several times the arithmetic."""
+    """Memory that a worker uses again for every chunk: fresh pages would cost several times the arithmetic."""
 
     def __init__(self):
         self.tensors = {}

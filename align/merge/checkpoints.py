@@ -21,7 +21,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class NotStreamableError(Exception):
-    """The message says what in a checkpoint or an adapter needs the whole model in memory."""
+    """Merging needs the whole model in memory; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Checkpoint:
 
 
 def find_folder(name: str, flag: str, *patterns: str, token: str | None = None, revision: str | None = None) -> Path:
-    """`name` where it is a folder, else the files with these patterns of that hub repository, or of its cache."""
+    """`name` where it is a folder, else a folder with that hub repository's files of these patterns."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():

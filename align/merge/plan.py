@@ -26,11 +26,11 @@ ADAPTER_PART = re.compile(
     r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
 )
 TOKENS = ".token_adapter.trainable_tokens_delta"
-# What torch.compile, DDP, FSDP and checkpointing put around a model that PEFT, or a training loop, has saved
+# Prefixes that torch.compile, DDP, FSDP and checkpointing leave in the names of a saved adapter
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
-# What a checkpoint of the bare model lacks (`base_model_prefix` in transformers), as gpt2 on the hub does
+# Prefixes that a checkpoint of the bare model lacks (`base_model_prefix` in transformers), as gpt2 on the hub does
 BASE_PREFIXES = ("transformer", "model", "gpt_neox", "backbone")
-# What PEFT 0.17 writes for LoRA, and means nothing but what the code below reads
+# All settings that PEFT 0.17 writes for LoRA; the code below reads those that matter for a merge
 KNOWN_KEYS = set(
     "task_type peft_type auto_mapping base_model_name_or_path revision inference_mode r target_modules exclude_modules "
     "lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform "
@@ -38,7 +38,7 @@ KNOWN_KEYS = set(
     "eva_config corda_config use_dora use_qalora qalora_group_size layer_replication runtime_config lora_bias "
     "target_parameters peft_version ensure_weight_tying arrow_config".split()
 )
-# What the values must be that decide how an adapter is merged: a sentence's end, and a test
+# Settings that decide how an adapter is merged: what each must be, in words and as a test
 FLAG = "true or false", lambda value: value is None or isinstance(value, bool)
 PATTERN = "numbers by module", lambda value: not value or (isinstance(value, dict) and _are_patterns(value))
 NAMES = "names of modules", lambda value: value is None or _are(str, value)
@@ -186,7 +186,7 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
 
 
 def check_keys(folder: Path, config: dict) -> None:
-    """Refuses what a newer PEFT may have changed the adapter's meaning by; settings that are off mean nothing."""
+    """Refuses settings of a newer PEFT that may change what the adapter means; settings that are off do not."""
     active = [
         name for name, value in config.items() if name not in KNOWN_KEYS and value not in (None, False, [], {}, "")
     ]
@@ -287,7 +287,7 @@ class _Planner:
         return self.tensors[name].shape[0] if name in self.tensors else None
 
     def _replace(self, name: str, value: StoredTensor) -> None:
-        """Takes `value` for the base's tensor; new ones and other numbers of rows only where training makes them."""
+        """Takes `value` for the base's tensor. It may be new, or have other rows, only where training makes it so."""
         old = self.tensors.get(name)
         saved = self.adapter.config.get("modules_to_save") or []
         if old is None and not any(module in name.split(".") for module in saved):
@@ -318,7 +318,7 @@ class _Planner:
         )
 
     def _become_classifier(self) -> None:
-        """A causal base that an adapter turned into a classifier loses its language head and tells its labels."""
+        """A causal base that an adapter turned into a classifier loses its language head and gets labels."""
         values = {name: value for name, value in self.adapter.values.items() if name.split(".")[0] in CLASSIFIERS}
         was = (self.config.get("architectures") or [""])[0]
         if not was.endswith("ForSequenceClassification"):
@@ -426,7 +426,7 @@ class _Planner:
 
 
 def find_untouched(plan: MergePlan, config: dict) -> list[str]:
-    """Modules that `target_modules` names and no tensor of the adapter changes: of a whole adapter there are none."""
+    """Modules that `target_modules` names and no tensor of the adapter changes; a whole adapter leaves none."""
     targets = config.get("target_modules")
     limited = any(config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     if not isinstance(targets, list) or limited:

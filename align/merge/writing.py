@@ -29,7 +29,7 @@ def write_files(plan: MergePlan, folder: Path, workers: int, check: bool, report
     """
     Writes the plan's files and their index into `folder`; `report` gets every count of bytes written.
 
-    With `check` a NaN or an infinity raises InputError, among the changed values as among those that are copied.
+    With `check` a NaN or an infinity raises InputError, in changed tensors and in copied ones.
     """
     lock = threading.Lock()
 

@@ -1,8 +1,7 @@
 """Masks that keep samples in one row apart, in the form each model family takes, and a probe that shows they hold.
 
 Models differ in what they make of a 4-D mask, of a window and of padding, and some go wrong without an error. So
-`families.py` says what was found to be right, and the probe tries on the loaded model, whatever it is, the very rows
-that it is about to be trained on.
+`families.py` says what was found to be right, and the probe tries rows of the training on the loaded model itself.
 """
 
 import contextlib
@@ -57,7 +56,7 @@ def segment_mask(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, visible = inner.config.get_text_config(), find_visible(segment_ids, branch_ids)
     family = FAMILIES.get(config.model_type, Family())
-    if is_gaudi_class(type(inner)) and not family.additive:  # which is given no text longer than its window
+    if is_gaudi_class(type(inner)) and not family.additive:  # which gets no text longer than its window
         if family.flattened:
             unflatten_masks(model)
         return visible[:, None].to(dtype)
@@ -112,7 +111,7 @@ def find_samples(row: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
 def probe(
     model: PreTrainedModel, row: Mapping[str, torch.Tensor], device: torch.device, autocast: bool = False, **inputs
 ) -> ProbeResult:
-    """Measures on the loaded model whether a token sees a later one, and whether a row holds its samples as if alone.
+    """Measures on the loaded model whether a token sees later ones, and whether samples of a row are as if alone.
 
     `row` has the ids `[T]` of a collated row: `input_ids` with `attention_mask`, or with `position_ids`, `segment_ids`
     and maybe `branch_ids`. `inputs` are the further inputs that training passes, `autocast` whether it computes in
@@ -221,7 +220,7 @@ def _is_partitioned(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gathers ZeRO-3's partitions of each layer while it runs: nothing else does before DeepSpeed's engine exists."""
+    """Gathers ZeRO-3's partitions of each layer while it runs; before DeepSpeed's engine exists, nothing else does."""
     if not _is_partitioned(model):
         yield
         return

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")  # all that a model has beside its weights
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")  # all files of a model but its weights
 SETTINGS: tuple[str, ...] = ("config.json", "generation_config.json", "tokenizer_config.json")
 SETTINGS += ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -40,7 +40,7 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SIZES = (*LAYER_COUNTS, "hidden_size", "vocab_size", "num_attention_heads", "max_position_embeddings")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # one thing in three spellings
-# Entries of transformers 5 that say what 4.55 does anyway, or finds out by itself
+# Entries of transformers 5 for what 4.55 does anyway, or finds out by itself
 NEW_AND_HARMLESS = ("head_dim", "qk_head_dim", "num_nextn_predict_layers", "_sliding_window_pattern")
 PARTS_OF_A_DECODER = ("attn_config", "ffn_config")  # sub-configs that are no models: mpt's and dbrx's
 
@@ -53,9 +53,9 @@ def check_folder(
 ) -> None:
     """Refuses settings that make transformers 4.55 run code, or read other files than the ones that are checked here.
 
-    `trust_remote_code` allows the code that comes with the model (`auto_map`), and no other; None where the script has
-    no such flag. A model whose type transformers has a class for needs no code of its own. `trust_tokenizer`, where it
-    is given, decides for the tokenizer's.
+    `trust_remote_code` allows the code that comes with the model (`auto_map`) and no other; it is None where the script
+    has no such flag. A model of a type that transformers knows needs no code of its own. `trust_tokenizer`, where
+    given, decides about the tokenizer's code.
     """
     for name in SETTINGS:
         path = folder / name
@@ -224,12 +224,12 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
         return config_class.from_dict(content | about)
     except InputError:
         raise
-    except Exception as error:  # whatever a wrong value makes of a configuration's own code
+    except Exception as error:  # a wrong value may make a configuration's own code raise anything
         raise InputError(f"{flag}: {path} cannot be used: {one_line(error)}") from error
 
 
 def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig"]:
-    """Causal language models alone: other kinds have configurations that load more than themselves."""
+    """Refuses all but causal language models: other configurations may load more than themselves."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -257,7 +257,7 @@ def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig
 
 
 def translate_config(config: dict, config_class: type["PretrainedConfig"], path: Path, flag: str) -> dict:
-    """A configuration that transformers 5 wrote, in the words of 4.55, which reads over what it does not know."""
+    """Translates a configuration of transformers 5 for 4.55, which ignores entries that it does not know."""
     if not (config.keys() & {"rope_parameters", "dtype"} or str(config.get("transformers_version")).startswith("5")):
         return config
     from transformers import PretrainedConfig
@@ -273,7 +273,7 @@ def translate_config(config: dict, config_class: type["PretrainedConfig"], path:
     if given and wanted and not given & wanted:
         config[wanted.pop()] = config.pop(given.pop())
     if config.get("use_bidirectional_attention"):
-        raise InputError(f"{flag}: {path}: use_bidirectional_attention: this is no causal language model")
+        raise InputError(f"{flag}: {path}: use_bidirectional_attention: this is not a causal language model")
     rope = config.pop("rope_parameters", None)
     if rope:
         translated = _translate_rope(rope, config, config_class, path, flag)
@@ -372,8 +372,8 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
         logging_of_transformers.set_verbosity_error()  # it would warn of the other class
     try:
         return loader.from_pretrained(folder, trust_remote_code=trust_remote_code, **changes)
-    except Exception as error:  # whatever a damaged file makes of a tokenizer's own code
-        # What reads older formats fails for want of a package; why the format at hand was not read stands before it.
+    except Exception as error:  # a damaged file may make a tokenizer's own code raise anything
+        # The error may be of a package for older formats; why this format was not read stands before it.
         reason = one_line(error.__context__ if isinstance(error, ImportError) and error.__context__ else error)
         if not (folder / "tokenizer.json").is_file():
             reason = f"there is no tokenizer.json ({reason})"
@@ -383,7 +383,7 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
 
 
 def mend_generation_config(model: "PreTrainedModel", flag: str) -> None:
-    """Takes out what has no effect, such as a temperature without sampling: transformers does not save it.
+    """Takes out fields without effect, such as a temperature without sampling, which transformers refuses to save.
 
     Text is the same without. Entries that stand in config.json are moved as saving would move them.
     """
@@ -450,7 +450,7 @@ def check_weights(
 
 
 def check_layers(checkpoint: Checkpoint, config: dict, flag: str) -> None:
-    """Refuses files with fewer layers than the configuration, of which the others would be random numbers."""
+    """Refuses files with fewer layers than the configuration: the others would be random numbers."""
     expected = next((config[name] for name in LAYER_COUNTS if isinstance(config.get(name), int)), None)
     held = {int(found[1]) for name in checkpoint.tensors if (found := LAYER.search(name))}
     if expected is not None and held and (missing := set(range(expected)) - held):
@@ -489,7 +489,7 @@ def _match(
     folder, stored = checkpoint.folder, checkpoint.tensors
     try:
         model = empty_model(config, trust_remote_code)
-    except Exception as error:  # whatever a wrong size makes of a model's own code
+    except Exception as error:  # a wrong size may make a model's own code raise anything
         raise InputError(f"{flag}: {folder}/config.json makes no model: {one_line(error)}") from error
     prefix = model.base_model_prefix
     has_prefix, wants_prefix = any(name.startswith(prefix) for name in stored), hasattr(model, prefix)
@@ -528,7 +528,7 @@ def _match(
         )
     if unexpected:
         logger.warning(
-            f"{flag}: {len(unexpected)} tensors of {folder} are no part of a {config.model_type} model and are left "
+            f"{flag}: {len(unexpected)} tensors of {folder} are not part of a {config.model_type} model and are left "
             f"out, such as {unexpected[0]}"
         )
     return [tensor for tensor, _ in used]
@@ -539,7 +539,7 @@ def _without_numbers(name: str) -> str:
 
 
 def check_values(tensors: Sequence[StoredTensor], flag: str) -> None:
-    """Refuses NaN and infinity, of which training and generation would make more."""
+    """Refuses NaN and infinity, which training and generation would spread."""
     import torch
 
     from align.merge.arithmetic import is_finite

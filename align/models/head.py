@@ -20,7 +20,7 @@ from align.models.attention import compute_dtype, gathered, place
 logger = logging.getLogger(__name__)
 
 BLOCK = 128  # tokens whose logits are there at once
-# Settings by which models change the logits after the head, and the values that change nothing
+# Settings by which models change logits after the head, with their values that change nothing
 CHANGES = {"final_logit_softcapping": (None, 0), "logit_scale": (None, 1), "logits_scaling": (None, 1)}
 CHANGES |= {"lm_head_multiplier": (None, 1)}
 IGNORED = -100
@@ -83,10 +83,10 @@ def _change(logits: torch.Tensor, normalizers: torch.Tensor, targets: torch.Tens
 
 
 class Head:
-    """A model's output head, which answers with scores of given tokens while it is asked to, and with logits else.
+    """A model's output head, which gives scores of given tokens while it is asked to, else logits.
 
-    It is asked where it stands, so that whatever wraps the model (PEFT, DDP, DeepSpeed's engine, which gathers ZeRO-3's
-    partitions) sees the forward that it knows. The model's own loss is computed from the scores too.
+    It stays in its place in the model, so what wraps the model (PEFT, DDP, DeepSpeed's engine, which gathers ZeRO-3's
+    partitions) sees the usual forward. The model's own loss is computed from the scores too.
     """
 
     def __init__(self, model: PreTrainedModel):

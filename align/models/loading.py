@@ -107,7 +107,7 @@ def load_tokenizer(args: ModelArguments, chat_template: str | None = None) -> Pr
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Every id that the tokenizer may give must have a row in the embedding; an end that is not the model's is told."""
+    """Refuses ids without a row in the embedding; warns of end tokens that are not the model's."""
     highest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if highest >= rows:
         raise InputError(
@@ -164,7 +164,7 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
     others = [target for target in targets if not _is_name(target)]
     if others and len(targets) > 1:  # PEFT takes every entry of a list for a name
         raise InputError(
-            f"--lora_target_modules: {others[0]!r} is no module's name; give names, or one regular expression "
+            f"--lora_target_modules: {others[0]!r} is not a module's name; give names, or one regular expression "
             "alone, or all-linear alone"
         )
     live = [target for target in targets if any(_matches(target, name) for name in modules)]
@@ -207,7 +207,7 @@ def _matches(target: str, module: str) -> bool:
     try:
         return re.fullmatch(target, module) is not None
     except re.error as error:
-        raise InputError(f"--lora_target_modules: {target!r} is no regular expression: {error}") from error
+        raise InputError(f"--lora_target_modules: {target!r} is not a regular expression: {error}") from error
 
 
 def _linear_modules(model: PreTrainedModel) -> list[str]:
@@ -217,7 +217,7 @@ def _linear_modules(model: PreTrainedModel) -> list[str]:
 
 
 def check_weights(args: ModelArguments, training_args, config: PretrainedConfig, flag: str) -> None:
-    """Finds before anything is loaded that the files of a model are not whole, not its own or hold NaN."""
+    """Refuses, before anything is loaded, files of a model that are not whole, not its own, or hold NaN."""
     folder = guard.find_weights(args.model_name_or_path or "", flag, args.token)
     ranks = training_args.process_index, training_args.world_size
     guard.check_weights(folder, config, flag, args.trust_remote_code, *ranks)
@@ -235,7 +235,7 @@ def load_model(
 
     `longest` is the most tokens of a text: optimum-habana's classes know no windows that are shorter.
 
-    Under ZeRO-3 each rank holds its part alone. Blocks that route tokens to experts are made ZeRO-3 leaves: gathered
+    Under ZeRO-3 each rank holds its part alone. Blocks that route tokens to experts become ZeRO-3 leaves. Gathered
     expert by expert, ranks that route differently would wait for each other forever.
     """
     if is_deepspeed_zero3_enabled():
@@ -280,13 +280,13 @@ def load_model(
 
 
 def wants_flash_attention(args: ModelArguments, config: PretrainedConfig, longest: int) -> bool:
-    """What --use_flash_attention says, or whether it is exact where that says nothing."""
+    """What --use_flash_attention says; where it is not given, whether the kernel is exact."""
     wanted = args.use_flash_attention
     return is_exact_in_fused_kernel(config, longest) if wanted is None else wanted
 
 
 def set_attention_inputs(model: PreTrainedModel, args: ModelArguments, training_args) -> None:
-    """Notes what the forward of this model is to be given for Gaudi's fused attention."""
+    """Stores with the model what its forward is given for Gaudi's fused attention."""
     check_flash_attention(model)
     by_default, kind = args.use_flash_attention is None, model.config.model_type
     fast = training_args.flash_attention_fast_softmax  # has no gradients with recompute (folders.py)

@@ -48,7 +48,7 @@ def find(stage, plan: dict, work: Path, seen: dict, args: argparse.Namespace, ru
 
 
 def cost(seen: dict, again: dict, cards_before: int, cards: int) -> float | None:
-    """What all cards compute for a step, in units of what they did before; None where that run has no step."""
+    """What all cards compute for a step, as a multiple of before; None where the run has no step."""
     if not seen.get("steps") or not again.get("steps"):
         return None
     first, other = seen["steps"][0]["flops"], again["steps"][0]["flops"]

@@ -1,4 +1,4 @@
-"""Makes a report and a verdict of what was seen in a rehearsal."""
+"""Makes a report and a verdict from what a rehearsal has seen."""
 
 import argparse
 import json
@@ -142,7 +142,7 @@ def kinds_of(seen: dict) -> dict:
 
 
 def flag_values(command: list[str], flag: str) -> list[str]:
-    """What follows a flag on a command line, the last time that it is given."""
+    """What follows a flag on a command line, where it is given last."""
     for number, word in reversed(list(enumerate(command))):
         if word.startswith(f"{flag}="):
             return [word.partition("=")[2]]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What a storage is taken for when it is born; what it is known to be later is told with `mark`.
+# The kind that a storage is born with; `mark` corrects it once more is known.
 KIND_OF_PHASE = {
     "loading": "weights",
     "forward": "activations",
@@ -42,9 +42,9 @@ class Peak:
 
 
 class Ledger:
-    """`total` and `live` say what lives now, in bytes; `peaks` what did at the fullest moment of each phase.
+    """`total` and `live` count what lives now, in bytes; `peaks` the fullest moment of each phase.
 
-    `flops` and `bytes_sent` add up what was computed by matrix products and handed to collectives.
+    `flops` and `bytes_sent` add up matrix products and what collectives were handed.
     """
 
     def __init__(self):
@@ -77,7 +77,7 @@ class Ledger:
 
     @contextmanager
     def kind(self, name: str) -> Iterator[None]:
-        """What is born in here is of this kind."""
+        """Storages that are born in here are of this kind."""
         before, self._kind = self._kind, name
         try:
             yield
@@ -121,7 +121,7 @@ class Ledger:
             self.by_module[module] -= size
 
     def mark(self, tensor: torch.Tensor | None, kind: str) -> None:
-        """Now it is known what this tensor is."""
+        """Corrects the kind of this tensor's storage."""
         if tensor is None:
             return
         entry = self._entries.get(tensor.untyped_storage()._cdata)

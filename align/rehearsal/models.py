@@ -18,7 +18,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 
 def fill_in(arguments: list[str], folder: Path) -> list[str]:
-    """The arguments with each model that has a configuration and no weights replaced by a whole-looking one."""
+    """The arguments, with each model that has a configuration but no weights replaced by one that looks whole."""
     filled, flag = [], None
     for argument in arguments:
         name, equals, value = argument.partition("=") if argument.startswith("--") else (flag, "", argument)

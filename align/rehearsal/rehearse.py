@@ -20,7 +20,7 @@ from align.rehearsal import alternatives, judging, page, shrinking, table
 
 MEMORY_LIMIT = 12  # GB of address space of a rehearsal; about 2 of them are used
 STAGE_SECONDS = 45  # training steps are rehearsed for about that long, the first one in any case
-PROBE = {"earlier_moved": 0, "row_differs": 0}  # the shrunken run really looks
+PROBE = {"earlier_moved": 0, "row_differs": 0}  # of a model that is right: the shrunken run tries real values
 OUTPUT_FLAGS = ("--output_dir", "--output_name")
 PATH_FLAGS = (
     *("--model_name_or_path", "--tokenizer_name_or_path", "--ref_model", "--peft_model", "--dataset_name"),
@@ -116,7 +116,7 @@ def read_recipe(path: str, parse: Callable[[list[str]], Run]) -> list[Stage]:
             name, _, value = words.pop(0).partition("=")
             environment[name] = value
         if len(words) < 2 or Path(words[0]).name not in ("python", "python3") or not words[1].endswith(".py"):
-            raise InputError(f"{path}, line {number}: `{' '.join(words[:2])}` is no command of a recipe")
+            raise InputError(f"{path}, line {number}: `{' '.join(words[:2])}` is not a command of a recipe")
         script = Path(words[1]).name
         if script not in (*SCRIPTS, "gaudi_spawn.py"):
             raise InputError(f"{path}, line {number}: only {', '.join(SCRIPTS)} are rehearsed, not {words[1]}")

@@ -97,7 +97,7 @@ def watch(plan: dict, seen: dict) -> None:
 
 
 def put_aside(stack: ExitStack) -> None:
-    """At the end nothing of the run is left where the next one would find it."""
+    """Removes at the end what the next run would find of this one."""
     stack.callback(logging.setLogRecordFactory, logging.getLogRecordFactory())
     environment = dict(os.environ)
     stack.callback(os.environ.update, environment)
@@ -113,7 +113,7 @@ def _forget_run() -> None:
 
 
 def _keep_what_is_said(make: Callable, seen: dict, *args, **kwargs) -> logging.LogRecord:
-    """What the scripts tell and warn of goes into the report too."""
+    """Puts what the scripts log and warn of into the report too."""
     record = make(*args, **kwargs)
     if record.name.startswith("align"):
         text = record.getMessage()
@@ -193,7 +193,7 @@ class Watcher:
                 self.replace(module, "find_head", lambda *_: None)
 
     def trust_values(self) -> None:
-        """A dry card has no weights that could be looked at, and its other ranks say nothing."""
+        """Skips what a dry card cannot do: look at weights, and hear other ranks."""
         from align.generation import probing
         from align.training import checkpoints, gate, ranks, reliable
 
@@ -258,7 +258,7 @@ class Watcher:
         from align.generation.decoding import TextGenerator
 
         def answer_all(native, generator, prompts, encoded, batches, *args, **kwargs):
-            """Of several batches the widest is rehearsed: the others need less."""
+            """Rehearses the widest of several batches: the others need less."""
             lengths = list(map(len, encoded))
             self.seen["data"]["prompts"] = {"samples": len(prompts), "tokens": sum(lengths), "longest": max(lengths)}
             self.seen["shapes"] = [
@@ -295,7 +295,7 @@ class Watcher:
             hook.remove()
 
     def install_preference(self) -> None:
-        """Of a reference that is computed before training the largest batches, to see what they need."""
+        """Computes only the largest batches of a reference that is computed before training, to see what they need."""
         from align.training.preference import PreferenceTrainer
 
         def batches(native, trainer, *args, **kwargs):

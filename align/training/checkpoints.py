@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what a run must have in common with the one that wrote them.
+"""Checkpoints that are whole or not there, and what a resumed run must have in common with the one that wrote them.
 
 A checkpoint is written as `unfinished-checkpoint-N`. When all ranks have written their part, `manifest.json` lists
 every file with its size and hash, everything is flushed to the disk, and one rename makes it `checkpoint-N`.
@@ -100,14 +100,14 @@ def commit(folder: Path, final: Path, files: Mapping[str, dict], about: Mapping[
 
 @contextlib.contextmanager
 def noting_disk_errors(noted: list[str]) -> Iterator[None]:
-    """Adds to `noted` why the disk did not take what the block writes, through Python, safetensors or torch.save."""
+    """Adds to `noted` why the disk did not take what the block writes, by Python, safetensors or torch.save."""
     try:
         yield
     except OSError as error:
         noted.append(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
     except (SafetensorError, RuntimeError) as error:
         first, _, reason = str(error).partition("I/O error: ")
-        # torch.save does not say why; the last of these is that of a folder that could not be made.
+        # torch.save does not say why; the last of these texts is of a folder that could not be made.
         signs = ("PytorchStreamWriter", "inline_container", "Parent directory")
         if not reason and not any(sign in first for sign in signs):
             raise
@@ -115,7 +115,7 @@ def noting_disk_errors(noted: list[str]) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> Any:
-    """A dict, or None where there is none, or no whole one."""
+    """A dict; None where the manifest is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         known = manifest["version"] == MANIFEST_VERSION and all(
@@ -158,7 +158,7 @@ def step_of(folder: Path) -> int:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """Those in `output`, the newest first, whole or not."""
+    """The checkpoints in `output`, the newest first, whole or not."""
     found = [path for path in output.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
@@ -168,7 +168,7 @@ def shared_damage(folder: Path, rank: int, ranks: int) -> str | None:
 
 
 def find_last(output: Path, rank: int, ranks: int) -> Path | None:
-    """The newest whole checkpoint; those after it are named in one line each."""
+    """The newest whole checkpoint; a line names each newer one that is not."""
     unfinished = sorted(path.name for path in output.glob(f"{UNFINISHED}checkpoint-*"))
     for name in all_ranks(unfinished)[0]:
         logger.warning(f"{output / name} was being written when its run ended; it is left out")
@@ -184,7 +184,7 @@ def find_last(output: Path, rank: int, ranks: int) -> Path | None:
 
 # ---------------------------------------------------------------- which run it is of
 
-# What decides the rows, their order, the loss or the shape of the optimizer's state. Whatever else differs is told.
+# Flags that decide the rows, their order, the loss or the shape of the optimizer's state. A line names others.
 SAME = {
     "seed", "data_seed", "packing", "pad_max", "max_seq_length", "max_length", "max_prompt_length", "truncation",
     "train_on_prompt", "share_prompts", "gradient_accumulation_steps", "streaming", "shuffle_buffer", "split", "subset",
@@ -193,7 +193,7 @@ SAME = {
     "loss_type", "beta", "label_smoothing", "rpo_alpha", "reference_free", "sync_ref_model", "ref_model_mixup_alpha",
     "ref_model_sync_steps", "f_divergence_type", "f_alpha_divergence_coef", "ignore_data_skip", "disable_dropout",
 }  # fmt: skip
-# What changes with every command, or has no say in what is learnt
+# Flags that change with every command, or do not change what is learnt
 UNTOLD = {
     "resume", "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "logging_dir", "run_name", "local_rank",
     "model_name_or_path", "tokenizer_name_or_path", "ref_model", "dataset_name", "deepspeed", "deepspeed_plugin",
@@ -206,7 +206,7 @@ class Run:
     """A run as its checkpoints describe it."""
 
     flags: dict[str, Any]
-    facts: dict[str, Any]  # what must not differ, beside the flags in SAME
+    facts: dict[str, Any]  # what must not differ, beside the flags in `SAME`
 
     @classmethod
     def of(cls, script: str, parsed: Iterable, prepared: Mapping[str, Any], models: Mapping[str, str]) -> "Run":
@@ -227,7 +227,7 @@ class Run:
         return cls(flags | {"world_size": args.world_size}, facts)
 
     def check(self, checkpoint: str | None) -> None:
-        """Refuses a checkpoint of a run that learnt something else; tells what else has changed since."""
+        """Refuses a checkpoint of a run that learnt something else; logs what else has changed since."""
         if checkpoint is None:
             return
         folder, manifest = Path(checkpoint), read_manifest(Path(checkpoint))
@@ -258,7 +258,7 @@ class Run:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value as JSON gives it back."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -279,7 +279,7 @@ def software() -> dict[str, str]:
 
 
 def identify_rows(rows: Dataset | IterableDataset, names: Iterable[str]) -> str:
-    """A hash of all tokens; of a stream, which nobody has read, of its names and what local files hold."""
+    """A hash of all tokens; for a stream, which nobody has read, of its names and its local files."""
     digest = xxhash.xxh3_128()
     if isinstance(rows, IterableDataset):
         paths = {name: Path(name).expanduser() for name in names}
@@ -311,7 +311,7 @@ def identify_files(paths: Iterable[Path]) -> str:
 
 
 def identify_model(name: str, commit: str | None) -> str:
-    """What changes when the model does: its files in a local folder, the commit on the hub. All ranks call it."""
+    """Identifies a model: by a hash of its files in a local folder, by its commit on the hub. All ranks call it."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name} {commit}"

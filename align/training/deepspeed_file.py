@@ -1,4 +1,4 @@
-"""What a DeepSpeed file says against the flags, or in their place: found before a model is loaded."""
+"""Finds what a DeepSpeed file says against the flags, or in their place, before a model is loaded."""
 
 import logging
 import re
@@ -13,10 +13,10 @@ CALCULATED = "cards x --per_device_train_batch_size x --gradient_accumulation_st
 
 
 def check_deepspeed(args) -> None:
-    """Refuses a file that contradicts the flags; tells what it decides in their place.
+    """Refuses a file that contradicts the flags; logs what it decides in their place.
 
-    optimum-habana 1.21.2 compares most of them too (transformers/integrations/deepspeed.py), but speaks when the model
-    is loaded, and of bfloat16 not at all: what the file says of it wins in silence.
+    optimum-habana 1.21.2 compares most of them too (transformers/integrations/deepspeed.py), but only once the model is
+    loaded. It does not compare bfloat16, where the file wins in silence.
     """
     if args.deepspeed is None:
         return
@@ -45,7 +45,7 @@ def check_deepspeed(args) -> None:
 
 
 def describe(mismatch: str) -> str:
-    """A line of transformers' in this project's words: `- ds gradient_clipping=1.0 vs hf max_grad_norm=0.3`."""
+    """Puts a line of transformers into this project's words: `- ds gradient_clipping=1.0 vs hf max_grad_norm=0.3`."""
     match = re.fullmatch(r"- ds (\S+?)=(.*) vs hf (.+?)=(.*)", mismatch)
     if match is None:
         return mismatch

@@ -1,4 +1,4 @@
-"""What may be written into --output_dir, and which checkpoint a run goes on from."""
+"""What may be written into --output_dir, and from which checkpoint a run goes on."""
 
 import shutil
 from pathlib import Path
@@ -134,10 +134,10 @@ def _as_text(path: Path | None) -> str | None:
 
 
 def clear_output(args, run_args: RunArguments, checkpoint: str | None) -> None:
-    """Removes what an earlier run left in --output_dir, where --overwrite_output_dir asks for it (rank 0).
+    """Removes what an earlier run left in --output_dir where --overwrite_output_dir asks for it (rank 0).
 
-    Else that run's last checkpoint might be resumed from, or its adapter be loaded on top of newly trained weights.
-    What --resume auto has to begin anew left no checkpoint that is whole.
+    Else its last checkpoint might be resumed, or its adapter loaded on top of newly trained weights. Where --resume
+    auto begins anew, the earlier run left no whole checkpoint, and goes as well.
     """
     if checkpoint is None and (args.overwrite_output_dir or run_args.resume == "auto") and args.should_save:
         names = RUN_FILES + RESULT_FILES + LEFTOVERS

@@ -1,4 +1,4 @@
-"""What is looked at before a saved model or adapter is called by its name."""
+"""Checks a saved model or adapter before it gets its name."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from align.errors import ResultError
 
 SAMPLED = 64  # elements of each tensor that tell whether it has changed
-MOVED = 1e-6  # sum of the learning rates of the steps, below which weights may stay as they round
+MOVED = 1e-6  # sum of the steps' learning rates below which rounding may leave all weights as they were
 
 
 class Gate:

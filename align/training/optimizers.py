@@ -1,4 +1,4 @@
-"""What the flags of optimizer, schedule and loggers need, looked for before a model is loaded."""
+"""Checks what the flags of optimizer, schedule and loggers need, before a model is loaded."""
 
 import importlib.util
 import logging
@@ -7,8 +7,8 @@ from align.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# One update in several implementations, which Gaudi's FusedAdamW computes in one kernel: the others are of CUDA, or
-# keep its moments in fewer bits to save memory.
+# Implementations of the update that Gaudi's FusedAdamW computes in one kernel. The others are CUDA's, or keep its
+# moments in fewer bits to save memory.
 SAME_AS_FUSED_ADAMW = {
     *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused"),
     *("adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit", "adamw_8bit"),
@@ -19,7 +19,7 @@ TRANSFORMER_ENGINE = "habana_frameworks.torch.hpex.experimental.transformer_engi
 
 
 def check_optimizer(args) -> None:
-    """Refuses what would be replaced by another update, or ends with a missing package once the model is there."""
+    """Refuses what would become another update, or fail for a missing package once the model is there."""
     name = args.optim.value
     if name not in SAME_AS_FUSED_ADAMW | OF_TORCH:
         raise InputError(
@@ -40,7 +40,7 @@ def check_optimizer(args) -> None:
 
 
 def _check_schedule(args) -> None:
-    """Makes the schedule once, for a parameter of its own."""
+    """Tries to make the schedule, for a parameter of its own."""
     import torch
     from transformers import get_scheduler
 
@@ -54,7 +54,7 @@ def _check_schedule(args) -> None:
 
 
 def _check_loggers(args) -> None:
-    """Makes each logger's callback, which looks for its package."""
+    """Tries to make each logger's callback, which looks for its package."""
     from transformers.integrations import INTEGRATION_TO_CALLBACK
 
     for name in args.report_to:

@@ -43,7 +43,7 @@ COLUMNS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 LABELS = ("chosen_labels", "rejected_labels")  # the answer's tokens that are scored, IGNORED the others
 ROW_IDS = ("input_ids", "attention_mask", "position_ids", "segment_ids", "branch_ids")
 EMPTY = np.empty(0, np.int64)
-WORTHWHILE = 0.85  # share of useful columns from which on no further bucket is added
+WORTHWHILE = 0.85  # share of useful columns at which no further bucket is added
 WEIGHTS = (0, 0.5, 1, 2)  # of a scored column beside any column, tried for rows of the same size
 SAMPLED = 100_000  # pairs that a layout is chosen on
 
@@ -115,7 +115,7 @@ def share_rows(
     cost: Callable[[int, int], float],
     seed: int = 0,
 ) -> Layout:
-    """Puts the same number of pairs into every row, long ones with short ones, so that all rows are about as long.
+    """Puts the same number of pairs into every row, long ones with short ones, so that all rows are about equally long.
 
     That number divides `pairs_per_step`, what one device computes for a step, and its rows fit `token_budget`. Of those
     it needs the fewest buckets, at most `num_buckets`, then costs least. `lengths` are `measure`d, by split; the first
@@ -203,7 +203,7 @@ def _sizes(lengths: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def _choose_buckets(sizes: np.ndarray, num_buckets: int, multiple_of: int = 8) -> list[Bucket]:
-    """As few as are worthwhile for rows of these `_sizes`."""
+    """As few buckets as are worthwhile for rows of these `_sizes`."""
     columns, longest = sizes[:, 0], _round_up(sizes[:, 0].max(), multiple_of)
     for number in range(1, num_buckets + 1):
         padded = choose_buckets(columns, number, longest, multiple_of)
@@ -268,7 +268,7 @@ class PairSampler(torch.utils.data.Sampler):
 
 
 def no_slot(pairs: int) -> int:
-    """Where a batch of so many pairs adds up what belongs to no answer: behind the slots of their two each."""
+    """The slot in which a batch of so many pairs adds up what belongs to no answer: behind two slots a pair."""
     return 2 * pairs
 
 

@@ -44,7 +44,7 @@ def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig
 def needs_copy(
     args: GaudiDPOConfig, trains_adapter: bool, ref_model: str | None, stored: Mapping[str, Stored], resumes: bool
 ) -> bool:
-    """Whether the reference is a model of its own: named, or trained away from before its log-probs are stored."""
+    """Whether the reference is a second model: named, or a copy, as training changes the model first."""
     if args.reference_free or (stored and all(split.values is not None for split in stored.values())):
         return False
     trains_all = args.do_train and not trains_adapter
@@ -57,7 +57,7 @@ def token_budget(args: GaudiDPOConfig, batch_size: int) -> int:
 
 
 def fit_batches(args: GaudiDPOConfig, layout: Layout) -> GaudiDPOConfig:
-    """A copy of `args` that cuts the same pairs of a step into micro-batches of whole rows, of about the same size."""
+    """A copy of `args` that cuts a step's pairs into micro-batches of whole rows, each of about the size asked for."""
     if not layout.shared:
         return args
     number, longest = layout.pairs_per_row, layout.buckets[-1].columns
@@ -82,7 +82,7 @@ def fit_batches(args: GaudiDPOConfig, layout: Layout) -> GaudiDPOConfig:
 class ScoreTokens(torch.autograd.Function):
     """Log-probs of `targets` and means of the logits, `[rows, columns]`, from logits `[rows, columns, vocabulary]`.
 
-    In float32 for a block of columns at a time, keeping nothing for the gradient but the logits as they are, where
+    Computed in float32, a block of columns at a time. Only the logits as they are stay for the gradient, where
     log_softmax keeps a float32 copy of them all.
     """
 
@@ -269,11 +269,11 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
     # Loss and metrics
 
     def _in_float32(self) -> torch.autocast:
-        """Out of autocast, which multiplies in bfloat16: there ln 2, the first loss, is 0.6914."""
+        """Leaves autocast, which multiplies in bfloat16: there ln 2, the first loss, is 0.6914."""
         return torch.autocast(self.args.device.type, enabled=False)
 
     def _total(self, model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-        """Sums over the pairs of a micro-batch of whatever is averaged later, and the number of pairs and tokens."""
+        """Sums, over the pairs of a micro-batch, what is averaged later; counts pairs and tokens."""
         reference = self._score_reference(inputs)  # first: the policy's activations need not be there yet
         policy, logits = self._score(model, inputs)
         with self._in_float32():
@@ -357,7 +357,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
     # In a checkpoint
 
     def progress(self) -> dict:
-        """The sums that were not logged yet, of all ranks."""
+        """Saves the sums that were not logged yet, of all ranks."""
         totals = self.totals.get("train", {})
         stacked = torch.stack([total.float() for total in totals.values()]) if totals else torch.zeros(0)
         sums = self.accelerator.reduce(stacked.to(self.args.device), "sum").tolist() if totals else []
@@ -372,7 +372,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         self.totals = {"train": totals} if totals else {}
 
     def save_more(self, folder: Path) -> None:
-        """The reference that --sync_ref_model has moved."""
+        """Saves the reference that --sync_ref_model has moved."""
         if self.args.sync_ref_model and self.args.should_save:
             reference = self.accelerator.unwrap_model(self.ref_model)
             save_model(reference, str(folder / SYNCED_REFERENCE))
@@ -407,7 +407,10 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
 
 
 class StoreReference(TrainerCallback):
-    """What needs the model as training has prepared it (under DeepSpeed: its engine), but before the first step."""
+    """Stores the reference's log-probs before the first step, with the model that training has prepared.
+
+    Under DeepSpeed that is its engine.
+    """
 
     def __init__(self, trainer: PreferenceTrainer):
         self.trainer = trainer

@@ -26,7 +26,7 @@ def first_of_all_ranks(value: Any) -> Any:
 
 
 def on_rank_0(compute: Callable[[], Any]) -> Any:
-    """What `compute()` gives on rank 0, for all ranks; an `InputError` there is one everywhere."""
+    """What `compute()` gives on rank 0, for all ranks. An `InputError` there is raised on every rank."""
     outcome: Any = None
     if not _distributed() or torch.distributed.get_rank() == 0:
         try:
@@ -41,7 +41,7 @@ def on_rank_0(compute: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def first_of_node_first(args: TrainingArguments, work: str) -> Iterator[None]:
-    """The block runs on each node's first rank, then on the others, which find its cache; nobody leaves before all.
+    """Runs the block on each node's first rank, then on the others, which find its cache. No rank leaves earlier.
 
     `TrainingArguments.main_process_first` waits in a collective, which ends a run after `--ddp_timeout`. The store
     where the ranks have met has no such limit. `work` is a name that no other block has.

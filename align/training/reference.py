@@ -30,7 +30,7 @@ class Stored:
 def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> dict[str, Stored]:
     """What is stored for each split; the file's name is a hash of the split's content and all that is in `about`.
 
-    Ranks on nodes with disks of their own agree: what one of them lacks all compute. All ranks call it.
+    Ranks on nodes with disks of their own agree: what one of them lacks, all compute. All ranks call it.
     """
     kept = Path(folder or config.HF_DATASETS_CACHE / "reference_log_probs")
     found = {}
@@ -55,7 +55,7 @@ def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> d
 
 
 def _load(path: Path, pairs: int) -> np.ndarray:
-    """What is there must be whole and fit."""
+    """Reads the file, which must be whole and of these pairs."""
     try:
         with safe_open(path, framework="numpy") as file:
             told, values = file.metadata() or {}, file.get_tensor("log_probs")

@@ -1,4 +1,4 @@
-"""What makes a run survive and its result be trusted, for every trainer: checkpoints, resuming, signals, bad steps."""
+"""What lets a run survive and its result be trusted: checkpoints, resuming, signals, steps that are not finite."""
 
 import contextlib
 import json
@@ -39,17 +39,17 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STATE = "trainer_state.json"
-# Nobody reads the first, which would have to be unpickled; PEFT's model card is an empty form.
+# The first is a pickle that nobody reads; PEFT's model card is an empty form.
 UNWANTED = ("training_args.bin", report.CARD)
 
 
 class ReliableMixin(UploadingMixin):
-    """Stands first among a trainer's classes. `watch` tells it of the run."""
+    """Stands first among a trainer's classes. Begin with `watch`."""
 
-    stdout: TextIO | None = None  # the script's own, while libraries have none
+    stdout: TextIO | None = None  # the script's own, while libraries print to standard error
     run: Any = None  # a `Run`; the steps of tests and benchmarks belong to none
-    signal = 0  # that this rank got
-    stopped_by = 0  # that all ranks agree on
+    signal = 0  # the one that this rank got
+    stopped_by = 0  # the one that all ranks agree on
     nonfinite_steps = 0
     resumed: Any = None  # the manifest, a dict
 
@@ -103,7 +103,7 @@ class ReliableMixin(UploadingMixin):
         return output
 
     def _inspect(self, folder: Path | None) -> None:
-        """Before any rank loads its shards: one that refused its own would leave the others waiting for it."""
+        """Inspects DeepSpeed's files before any rank loads: one that refused its own would leave the others waiting."""
         problem = None
         if folder and self.args.local_process_index == 0:
             try:
@@ -114,7 +114,7 @@ class ReliableMixin(UploadingMixin):
             raise problem
 
     def _correct_speed(self, metrics: dict[str, float]) -> None:
-        """optimum-habana 1.21.2 divides the samples of all steps by the time of those since the resume."""
+        """Corrects optimum-habana 1.21.2, which divides the samples of all steps by the time since the resume."""
         if self.resumed:
             share = (self.state.global_step - self.resumed["step"]) / max(1, self.state.max_steps)
             for name in ("train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"):
@@ -122,11 +122,11 @@ class ReliableMixin(UploadingMixin):
                     metrics[name] = round(metrics[name] * share, 3)
 
     def _inner_training_loop(self, batch_size=None, **kwargs):
-        """With the batch size of the command line, where a resume would take that of the checkpoint."""
+        """Takes the batch size of the command line, where a resume would take that of the checkpoint."""
         return super()._inner_training_loop(batch_size=self.args.train_batch_size, **kwargs)
 
     def set_initial_training_values(self, *args, **kwargs):
-        """No epoch where the checkpoint has all steps: the loop would take one more."""
+        """Leaves no epoch where the checkpoint has all steps: the loop would take one more."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         finished = self.resumed is not None and self.resumed["step"] >= max_steps
         if finished:
@@ -134,7 +134,7 @@ class ReliableMixin(UploadingMixin):
         return (0 if finished else epochs, *others, max_steps)
 
     def hash_order(self) -> str | None:
-        """Of what each step of the first epoch trains on; None where nobody can tell before, as of a stream."""
+        """A hash of what each step of the first epoch trains on; None for a stream, whose rows are not known before."""
         sampler = self._get_train_sampler() if self.train_dataset is not None else None
         if sampler is None:
             return None
@@ -150,7 +150,7 @@ class ReliableMixin(UploadingMixin):
 
     @contextlib.contextmanager
     def own_stdout(self) -> Iterator[None]:
-        """What libraries print goes to standard error (DeepSpeed tells what it makes); ours goes to `stdout`."""
+        """Sends what libraries print to standard error (DeepSpeed prints a lot); ours goes to `stdout`."""
         if self.stdout is not None:
             yield
             return
@@ -169,7 +169,7 @@ class ReliableMixin(UploadingMixin):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _agree(self, gradients_are_finite: bool | None = None) -> bool:
-        """Once a step, before it is taken: what all ranks shall do about it. Returns whether it may be taken."""
+        """Lets all ranks decide about a step before it is taken. Returns whether it may be taken."""
         losses = torch.stack([loss.float().reshape(()) for loss in self.losses]).tolist()
         finite = self._are_finite(losses, gradients_are_finite)
         due = self.run_args.save_seconds and time.monotonic() - self.saved_at >= self.run_args.save_seconds
@@ -228,7 +228,7 @@ class ReliableMixin(UploadingMixin):
         logger.warning(line)
 
     def describe_rows(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """What a batch was made of: `row`, its place in the training rows, `text` and `input_ids`."""
+        """What a batch was made of: each `row` (its place in the training rows), its `text` and `input_ids`."""
         raise NotImplementedError
 
     # Signals
@@ -259,7 +259,7 @@ class ReliableMixin(UploadingMixin):
     # Saving
 
     def _state_to_save(self) -> dict[str, torch.Tensor]:
-        """What is trained of an adapter, else the whole model, on the CPU of the rank that saves.
+        """The trained tensors of an adapter, else the whole model, on the CPU of the rank that saves.
 
         All ranks must call it. optimum-habana 1.21.2 gathers the frozen base as well (transformers/trainer.py:1808),
         under ZeRO-3 on the host of rank 0: 140 GB for a 70B.
@@ -309,7 +309,7 @@ class ReliableMixin(UploadingMixin):
         return None
 
     def _save_checkpoint(self, model, trial=None) -> None:
-        """Whole or not there: `align/training/checkpoints.py`. A full disk costs this checkpoint, not the run."""
+        """Writes it whole or not at all (`align/training/checkpoints.py`). A full disk costs it, and not the run."""
         step = self.state.global_step
         if self.saved_step == step or (self.resumed and self.resumed["step"] == step):
             return
@@ -362,7 +362,7 @@ class ReliableMixin(UploadingMixin):
         with noting_disk_errors(errors):
             self._save_optimizer_and_scheduler(str(folder))
         if self.is_deepspeed_enabled and self.args.world_size > 1 and len(errors) > before:
-            # The other ranks wait in the middle of DeepSpeed's save, and nobody can call them back.
+            # The other ranks wait in the middle of DeepSpeed's save and cannot be called back.
             raise ResultError(
                 f"checkpoint-{self.state.global_step} is not saved into {self.args.output_dir}: {errors[0]}; "
                 "make room, then add --resume auto"
@@ -424,7 +424,7 @@ class ReliableMixin(UploadingMixin):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The final model: beside, looked at, then moved in. The weights come last."""
+        """Writes the final model beside its place, checks it, then moves it in; the weights come last."""
         output, problem, errors = Path(output_dir or self.args.output_dir), None, []
         folder = output / f"{UNFINISHED}final"
         with noting_disk_errors(errors):
@@ -455,7 +455,7 @@ class ReliableMixin(UploadingMixin):
         folder.rmdir()
 
     def save_more(self, folder: Path) -> None:
-        """What else a trainer keeps in a checkpoint. All ranks call it."""
+        """Writes what else a trainer keeps in a checkpoint. All ranks call it."""
 
     def load_more(self, folder: Path) -> None:
         """Its counterpart."""
@@ -463,7 +463,7 @@ class ReliableMixin(UploadingMixin):
     # Going on
 
     def progress(self) -> dict[str, Any]:
-        """What the trainer adds up beside its state. All ranks call it."""
+        """What the trainer has added up beside its state. All ranks call it."""
         unlogged = self._nested_gather(self.unlogged).mean().item() if self.unlogged is not None else 0.0
         return {
             "total_loss": self._total_loss_scalar,
@@ -497,7 +497,7 @@ class ReliableMixin(UploadingMixin):
             tr_loss.copy_(self._nested_gather(tr_loss).mean())  # (transformers/trainer.py:1184)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the whole loss, of which optimum-habana 1.21.2 leaves four digits (transformers/trainer.py:1350)."""
+        """Logs the whole loss; optimum-habana 1.21.2 leaves four digits (transformers/trainer.py:1350)."""
         if "loss" in logs:
             step, total = self.logged
             logs["loss"] = (self._total_loss_scalar - total) / (self.state.global_step - step)
@@ -513,7 +513,7 @@ class ReliableMixin(UploadingMixin):
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The optimizer's moments are the checkpoint's; the learning rate and what else flags say are the flags'."""
+        """Takes the optimizer's moments from the checkpoint, the learning rate and the rest from the flags."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
             return
@@ -527,7 +527,7 @@ class ReliableMixin(UploadingMixin):
 
 
 class _AfterEachStep(TrainerCallback):
-    """Where the trainer's loop lets others in."""
+    """Acts where the trainer's loop calls back."""
 
     def __init__(self, trainer: ReliableMixin):
         self.trainer = trainer
@@ -537,7 +537,7 @@ class _AfterEachStep(TrainerCallback):
         trainer.movement = Movement(trainer.model)
         trainer.saved_at = time.monotonic()
         if trainer.resumed:
-            state.compute_steps(args, state.max_steps)  # else the checkpoint's intervals would hold, not the flags'
+            state.compute_steps(args, state.max_steps)  # else the checkpoint's intervals would count, not the flags'
             trainer.restore_progress(trainer.resumed["progress"])
             trainer.load_more(trainer.resumed_from)
         if trainer.is_deepspeed_enabled:

@@ -1,6 +1,6 @@
 """What a run leaves to be read: report.html, and a model card with the same facts.
 
-What a card says must be true on its own: every figure is of this run, and what nobody measured is left out.
+Every figure of a card is of this run; what nobody measured is left out.
 """
 
 import math
@@ -82,7 +82,7 @@ def collect(trainer: Any) -> dict[str, Any]:
 
 
 def describe_gate(passed: Mapping[str, int] | None) -> str:
-    """What the check of the saved weights has looked at."""
+    """Says what the check of the saved weights has looked at."""
     if not passed:
         return "nothing was saved"
     text = f"{passed['tensors']:,} tensors with {passed['elements']:,} values read back: whole, finite, equal to memory"
@@ -202,7 +202,7 @@ Curve = list[tuple[float, float]]
 
 
 def find_curves(history: Sequence[Mapping], metrics: Sequence[str]) -> dict[str, Curve]:
-    """Steps and values of each metric, of training and of evaluation; of long ones every n-th point."""
+    """Steps and values of each metric, of training and of evaluation; every n-th point of long curves."""
     curves = {}
     for name in [f"{part}{name}" for name in metrics for part in ("", "eval_")]:
         points = [(entry["step"], entry[name]) for entry in history if name in entry and math.isfinite(entry[name])]
@@ -274,7 +274,7 @@ def is_on_hub(name: str) -> bool:
 
 
 def make_card(facts: Mapping[str, Any]) -> str:
-    """README.md with a header that the Hub reads: it takes names of its own alone, and no folders."""
+    """README.md with a header for the Hub, which takes names on the Hub alone, and no folders."""
     is_preference = facts["script"] == "dpo.py"
     data = ModelCardData(
         base_model=facts["model"] if is_on_hub(facts["model"]) else None,

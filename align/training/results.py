@@ -13,7 +13,7 @@ from align import __version__
 from align.whole import write_file
 
 logger = logging.getLogger(__name__)
-# What a line of the log shows, and how. trainer_state.json has all, whole.
+# What a line of the log shows, and how; trainer_state.json has everything unrounded.
 SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "evaluation loss {:.4f}",
@@ -35,7 +35,7 @@ class ProgressBar(ProgressCallback):
 
 
 class StepLines(TrainerCallback):
-    """While training, a line with what matters of each entry of the log, rounded for the eye."""
+    """Prints a line of each entry of the log while training, rounded for the eye."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -69,7 +69,7 @@ def _write_json(path: Path, content: Mapping) -> None:
 
 
 def read_results(path: Path) -> dict:
-    """What earlier parts of the run wrote; a damaged file is set aside, as the run that reads it has ended well."""
+    """What earlier parts of the run wrote. A damaged file is set aside: the run that reads it has ended well."""
     try:
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):

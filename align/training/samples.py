@@ -19,7 +19,7 @@ FIRST_TOKENS = 16  # of a text without a prompt
 
 
 class Samples(TrainerCallback):
-    """Asks the trainer's model `prompts`, lists of token ids. `answers` are the texts by when they were given."""
+    """Asks the trainer's model `prompts`, lists of token ids. `answers` has the texts `before` and `after` training."""
 
     def __init__(self, trainer: Any, prompts: list[list[int]], longest: int):
         self.trainer, self.ids, self.longest = trainer, prompts, longest
@@ -81,7 +81,7 @@ def find_prompts(rows: Iterable[Mapping], number: int, longest: int) -> list[lis
 
 
 def _find_prompt(row: Mapping) -> list[int]:
-    """What stands before the first token that is learnt; of a text, its beginning."""
+    """What stands before the first token that is learnt; the beginning of a text without a prompt."""
     if "prompt_input_ids" in row:
         return list(row["prompt_input_ids"])
     ids, labels = row["input_ids"], row["labels"]

@@ -42,7 +42,7 @@ class Batches:
     bucket_of: np.ndarray | None
 
     def take_row(self) -> dict[str, torch.Tensor]:
-        """The row `[T]` that asks most of a model: with the longest sample beside others, or with the most padding."""
+        """The row `[T]` that is hardest to compute right: with long samples side by side, or with much padding."""
         if not isinstance(self.rows, RowDataset):  # a stream: its first rows
             rows = [{name: np.asarray(ids) for name, ids in row.items()} for row in self.rows.take(2)]
         else:
@@ -151,7 +151,7 @@ class SupervisedTrainer(RowsMixin, RightScaleMixin, GaudiSFTTrainer):
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def describe_rows(self, batch):
-        """A packed row is taken apart into its samples; of a stream they have no number."""
+        """Takes a packed row apart into its samples; those of a stream have no number."""
         for place, ids in enumerate(batch["input_ids"].cpu().numpy()):
             segments = batch.get("segment_ids", batch.get("attention_mask"))[place].cpu().numpy()
             for segment in np.unique(segments[segments > 0]):
@@ -188,7 +188,7 @@ class SupervisedTrainer(RowsMixin, RightScaleMixin, GaudiSFTTrainer):
         return result
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """The loss of an evaluation is the mean over its tokens, however they fell into batches and ranks."""
+        """Makes the loss of an evaluation the mean over its tokens, however they fell into batches and ranks."""
         self.evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, tokens = self.accelerator.reduce(self.evaluated, "sum").tolist()

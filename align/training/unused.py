@@ -86,7 +86,7 @@ WITHOUT_EFFECT = {  # of both scripts
 
 
 def check_unused(args) -> None:
-    """Refuses flags that would change nothing, where they are not as they are without being given."""
+    """Refuses flags that would change nothing, where their value is not the default."""
     for each in fields(args):
         value, default = getattr(args, each.name), get_default(each)
         if each.name in WITHOUT_EFFECT and value != default and value != []:  # what transformers makes of no --fsdp

@@ -1,7 +1,7 @@
 """What --push_to_hub uploads while a run trains and at its end: the model, its card and results.
 
 transformers' own way (trainer.py:4803 and :4878) writes training_args.bin, which holds --hub_token, and uploads every
-file of the output folder: rows of the data too. An upload that fails in the background is never told.
+file of the output folder: rows of the data too. An upload that fails in the background is never reported.
 """
 
 import logging
@@ -31,7 +31,7 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a
 
 
 class UploadingMixin(Trainer):
-    """Stands among a trainer's first classes."""
+    """Stands among the first classes of a trainer."""
 
     push_in_progress: PushInProgress | None
 
@@ -43,7 +43,7 @@ class UploadingMixin(Trainer):
             raise InputError(f"--push_to_hub: {name} cannot be made: {one_line(error)}") from None
 
     def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> None:
-        """The output folder without rows and checkpoints. Raises a ResultError where it does not get there."""
+        """Uploads the output folder without rows and checkpoints. Raises a ResultError where that fails."""
         if not self.is_world_process_zero():
             return
         self._finish_current_push()
@@ -56,7 +56,7 @@ class UploadingMixin(Trainer):
             ) from None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """In the background. A failure is told and costs nothing: the next save tries again."""
+        """Uploads a checkpoint in the background. A failure is logged and stops nothing: the next save tries again."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         pending = [job for job in self.push_in_progress.jobs if not job.done()] if self.push_in_progress else []

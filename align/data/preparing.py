@@ -220,7 +220,7 @@ class Reader:
             for text in filter(None, (reason and f"left out: {reason}", *told)):
                 if text not in self.told:
                     self.told.add(text)
-                    logger.warning(f"{row.get(PLACE) or f'row {index + 1}'}: {text} (told of the first such row)")
+                    logger.warning(f"{row.get(PLACE) or f'row {index + 1}'}: {text} (later rows like it are not named)")
 
 
 def _make_table(columns: dict[str, list]) -> pa.Table:

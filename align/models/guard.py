@@ -299,7 +299,7 @@ def _translate_rope(
 
     def refuse(what: str) -> InputError:
         return InputError(
-            f"{flag}: {path} is of transformers 5, and 4.55's {config['model_type']} model cannot be told its "
+            f"{flag}: {path} is of transformers 5, and 4.55's {config['model_type']} model cannot take its "
             f"rope_parameters ({what})"
         )
 

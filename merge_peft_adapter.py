@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from align import __version__
 from align.cli import Parser, read_boolean, run_script
-from align.errors import DISK_FULL, InputError
+from align.errors import DISK_FULL, InputError, one_line
 from align.merge.checkpoints import (
     TORCH_NAMES,
     NotStreamableError,
@@ -205,7 +205,7 @@ def push(folder: Path, repository: str) -> None:
         HfApi().create_repo(repository, exist_ok=True)
         HfApi().upload_folder(folder_path=folder, repo_id=repository)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(error)
         raise InputError(f"--push_to_hub: {folder} is complete, but {repository} did not take it ({reason})") from None
 
 

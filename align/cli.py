@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align import __version__
-from align.errors import DISK_FULL, InputError, ResultError, Stopped
+from align.errors import DISK_FULL, InputError, ResultError, Stopped, one_line
 from align.quiet import quiet_imports, quiet_libraries
 from align.ranges import limit
 from align.upstream_flags import translate
@@ -221,7 +221,7 @@ def parse_arguments(
         except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
             raise InputError(" ".join(str(error).split())) from error
         except OSError as error:  # optimum-habana looks for the Gaudi configuration here
-            reason = str(error).strip().splitlines()[0]
+            reason = one_line(error)
             raise InputError(f"a file that --gaudi_config_name or another flag names is not there: {reason}") from error
     parser.refuse_unknown(unknown)
     return tuple(parsed)

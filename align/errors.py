@@ -20,3 +20,11 @@ class Stopped(Exception):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.number = number
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of another library's error, which may be a page long or empty; with the next one after a colon."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__

@@ -1,7 +1,6 @@
 """The Hugging Face Hub, for scripts that upload: they try their login before the work."""
 
-from align.errors import InputError
-from align.models.guard import one_line
+from align.errors import InputError, one_line
 
 FAILURES = (OSError, ValueError)  # no login, no connection, no right to write; an impossible name
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 
 from align.errors import InputError
+from align.upstream_fixes import known_plugin
 
 
 def wants_all() -> bool:
@@ -43,8 +44,6 @@ def quiet_imports() -> Iterator[None]:
 
     Where all is wanted, or the import fails, it goes to standard error; standard output is the script's own.
     """
-    from align.upstream_fixes import known_plugin
-
     quiet_libraries()
     if wants_all():
         with known_plugin(), contextlib.redirect_stdout(sys.stderr):

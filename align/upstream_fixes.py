@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import InputError
-from align.quiet import quiet_imports
+from align.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +90,7 @@ def gaudi_config(args) -> "GaudiConfig":
         try:
             config = GaudiConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = one_line(error)
             raise InputError(f"--gaudi_config_name: no gaudi_config.json at {name}: {reason}") from error
         if config.use_torch_autocast and not args.bf16:
             raise InputError(
@@ -240,7 +239,7 @@ def inspect_deepspeed_files(folder: Path) -> None:
         try:
             _load_tensors(None, str(path), "cpu", mmap=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = one_line(error)
             raise InputError(f"{path} is damaged, or no file that DeepSpeed writes: {reason}") from error
 
 
@@ -261,7 +260,7 @@ def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) ->
         with torch.serialization.safe_globals(known):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise InputError(f"{path} holds more than tensors and is not loaded: {reason}") from error
 
 
@@ -480,7 +479,7 @@ def adapt_transformers() -> None:
     for name in ("optimum.habana", "optimum.habana.transformers"):
         if name not in sys.modules:
             _defer_package(name)
-    with quiet_imports():  # the modules print which kernels they found
+    with known_plugin():
         from optimum.habana.utils import environment, feature_detection_utils
 
         # What its own look at the plugin's version finds, without starting pip for it (utils/environment.py:20).

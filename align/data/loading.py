@@ -11,7 +11,7 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from align.data.files import COMPRESSED, KINDS, checksum, find_files, is_readable, load_files
-from align.errors import InputError
+from align.errors import InputError, one_line
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 
@@ -233,10 +233,10 @@ def load_rows(
         except Exception:  # hubs differ in how they say that a folder is not there
             return {} if optional else load(name)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise InputError(f"--dataset_name: {name}: {_first_line(error.__cause__ or error)}") from error
+        raise InputError(f"--dataset_name: {name}: {one_line(error.__cause__ or error)}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "cannot be read" if local.exists() else "is not a file or folder, and cannot be read from the hub"
-        raise InputError(f"--dataset_name: {name} {kind}: {_first_line(error)}") from error
+        raise InputError(f"--dataset_name: {name} {kind}: {one_line(error)}") from error
 
 
 def choose_split(rows: dict[str, Any], split: str, name: str, flag: str) -> Any:
@@ -258,10 +258,6 @@ def _load_files(splits: dict[str, list[Path]], streaming: bool) -> dict:
         else:
             loaded[split] = load_files(files, streaming)
     return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:

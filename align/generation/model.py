@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 from align.merge.checkpoints import NotStreamableError, find_folder, open_checkpoint, read_tensors
 from align.merge.plan import find_adapter_file
 from align.models import guard
@@ -170,10 +170,6 @@ def find_folders(arguments: ModelArguments, flags: Flags) -> tuple[Path, Path, P
     return folder, tokenizer, adapter or None
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 def load_model(
     folder: Path,
     adapter: Path | None,
@@ -219,7 +215,7 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{flags.model}: {folder} cannot be loaded: {_one_line(error)}") from error
+        raise InputError(f"{flags.model}: {folder} cannot be loaded: {one_line(error)}") from error
     if loaded["missing_keys"]:
         raise InputError(f"{flags.model}: {folder} holds no weights for {sorted(loaded['missing_keys'])[0]}")
     if adapter is not None:
@@ -246,7 +242,7 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path, flag: str) -> "PreTra
         adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
         loaded = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{flag}: {adapter} does not fit the model: {_one_line(error)}") from error
+        raise InputError(f"{flag}: {adapter} does not fit the model: {one_line(error)}") from error
     if loaded.unexpected_keys:
         raise InputError(f"{flag}: {adapter} does not fit the model: it has no {loaded.unexpected_keys[0]}")
     return merge_as_trained(adapted).to(dtype)

@@ -21,6 +21,7 @@ from align.generation.decoding import TextGenerator
 from align.generation.model import Source, load_model
 from align.generation.prompts import Batch
 from align.models.attention import largest_change
+from align.quiet import quiet_imports
 from align.upstream_fixes import adapt_transformers, is_gaudi_class
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def load_generator(
     """
     stop_tokens = find_stop_tokens(decoding.stop_tokens, source.tokenizer)
     longest = longest or max(batch.width for batch in batches)
-    adapt_transformers()
+    with quiet_imports():  # the modules print which kernels they found
+        adapt_transformers()
 
     def make(plain_class: bool) -> TextGenerator:
         model = load_model(

@@ -7,7 +7,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 
 DTYPES = {  # safetensors' name: torch's, and the bytes of one element
     **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)},
@@ -65,7 +65,7 @@ def find_folder(name: str, flag: str, *patterns: str, token: str | None = None, 
             snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, token=token, revision=revision)
         )
     except (OSError, ValueError) as error:  # what huggingface_hub raises for names, access, network and cache
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(error)
         raise InputError(f"{flag}: {name} is not a folder, and cannot be read from the hub ({reason})") from None
 
 
@@ -153,7 +153,7 @@ def _read_torch_file(path: Path) -> list[StoredTensor]:
         with FakeTensorMode():
             state = torch.load(path, weights_only=True)
     except Exception as error:  # torch.load has no error class of its own
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): copy it again") from None
+        raise InputError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
     tensors = []
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or not value.is_contiguous():

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 from align.merge.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, StoredTensor
 from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
 
@@ -220,7 +220,7 @@ def merge_through_peft(
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:  # PEFT's words for an adapter that does not fit
-        raise InputError(f"{adapter}: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"{adapter}: {one_line(error)}") from None
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise InputError(f"{adapter}: {config['peft_type']} changes no weights, so cannot merge")
     has_bases = bool(rows) or any(map(BASE_WRAPPER.search, weights))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 from align.models.families import FAMILIES, Family, find_window
 from align.upstream_fixes import bound_masks, is_gaudi_class, unflatten_masks
 
@@ -177,7 +177,7 @@ def probe_rows(
         result = probe(model, row, device, autocast, **inputs)
     except RuntimeError as error:
         way = "without --bf16, or with --deepspeed" if autocast else "with another --attn_implementation"
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(error)
         raise InputError(f"{flag}: this {name} model stops as it would be trained ({reason}); try it {way}") from error
     tolerance = TOLERANCE[torch.bfloat16 if autocast else model.dtype]
     if not result.earlier_moved <= tolerance:  # NaN is not right either

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 from align.merge.checkpoints import (
     FLOATS,
     Checkpoint,
@@ -558,9 +558,3 @@ def check_values(tensors: Sequence[StoredTensor], flag: str) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-
-
-def one_line(error: BaseException) -> str:
-    """The first sentence of an error, which may be a page long or empty."""
-    lines = str(error).strip().splitlines()
-    return re.sub(r"\s+", " ", lines[0]) if lines else type(error).__name__

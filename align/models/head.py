@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from align.errors import one_line
 from align.models.attention import compute_dtype, gathered, place
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def find_difference(model: PreTrainedModel, head: Head) -> str | None:
         with gathered(model), head.scoring(shift(ids)):
             scored = model(**inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        return f"the model computes with its logits itself ({str(error).splitlines()[0]})"
+        return f"the model computes with its logits itself ({one_line(error)})"
     finally:
         model.train(was_training)
     tolerance = 1e-4 if compute_dtype(model, ids.device) == torch.float32 else 5e-2

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.data.chats import ChatTemplate
 from align.data.tokenization import set_chat_template
-from align.errors import InputError
+from align.errors import InputError, one_line
 from align.models import guard
 from align.models.families import (
     FAMILIES,
@@ -190,7 +190,7 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
     try:
         inject_adapter_in_model(found, model, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise InputError(f"--lora_target_modules: {guard.one_line(error)}; the linear modules are {leaves}") from error
+        raise InputError(f"--lora_target_modules: {one_line(error)}; the linear modules are {leaves}") from error
     return found
 
 
@@ -264,7 +264,7 @@ def load_model(
             f"--attn_implementation {error.args[0]}: {config.model_type} models have none; leave it out"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag}: {name} cannot be loaded: {guard.one_line(error)}") from error
+        raise InputError(f"{flag}: {name} cannot be loaded: {one_line(error)}") from error
     if loaded["missing_keys"]:  # of a format that the guard does not read
         raise InputError(f"{flag}: {name} holds no weights for {sorted(loaded['missing_keys'])[0]}")
     guard.mend_generation_config(model, flag)

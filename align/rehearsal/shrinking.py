@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 from align.launch.engines import ROOT, clean_environment
 from align.rehearsal.alternatives import with_flags
 
@@ -138,4 +138,4 @@ if __name__ == "__main__":
     try:
         shrink(json.loads(sys.argv[1]), Path(sys.argv[2]))
     except (OSError, ValueError, IndexError, InputError) as error:
-        sys.exit(f"error: no small model could be made: {str(error).splitlines()[0]}")
+        sys.exit(f"error: no small model could be made: {one_line(error)}")

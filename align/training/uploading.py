@@ -14,9 +14,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from align import output
-from align.errors import InputError, ResultError
+from align.errors import InputError, ResultError, one_line
 from align.hub import FAILURES
-from align.models.guard import one_line
 from align.training.checkpoints import MANIFEST, UNFINISHED
 
 if TYPE_CHECKING:

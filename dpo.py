@@ -147,18 +147,23 @@ def count_pairs(args: GaudiDPOConfig) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
-def lay_out(rows, lengths, models: dict, args: GaudiDPOConfig, preference_args: PreferenceArguments, pad_token_id: int):
-    """Rows that two answers share where all loaded `models`, by flag, keep the answers apart; else padded rows."""
-    num_buckets, cost = preference_args.num_buckets, pairs.column_cost(models["--model_name_or_path"].config)
+def lay_out(rows, model, ref_model, args: GaudiDPOConfig, preference_args: PreferenceArguments, pad_token_id: int):
+    """Rows that two answers share where the loaded models keep the answers apart; else padded rows."""
+    lengths = {name: pairs.measure(split) for name, split in rows.items()}
+    models = {"--model_name_or_path": model}
+    if preference_args.ref_model and ref_model is not None:
+        models["--ref_model"] = ref_model
+    num_buckets, cost = preference_args.num_buckets, pairs.column_cost(model.config)
     layout = pairs.separate_rows(lengths, num_buckets, args.max_length)
     if preference_args.share_prompts:
         budget = preference.token_budget(args, args.per_device_train_batch_size)
         layout = pairs.share_rows(lengths, count_pairs(args), budget, num_buckets, cost, args.seed)
-    for flag, model in {} if preference_args.skip_probe else models.items():
-        probe = partial(probe_rows, model, device=args.device, autocast=computes_in_autocast(args), flag=flag)
-        if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model)):
+    for flag, each in {} if preference_args.skip_probe else models.items():
+        probe = partial(probe_rows, each, device=args.device, autocast=computes_in_autocast(args), flag=flag)
+        if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each)):
             layout = pairs.separate_rows(lengths, num_buckets, args.max_length)
-            probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(model))
+            probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each))
+    pairs.log_layout(layout, lengths)
     return layout
 
 
@@ -223,15 +228,10 @@ def main() -> None:
         ref_model = modeling.load_model(ref_args, args, ref_config, trains_adapter, args.max_length, "--ref_model")
 
     # Rows
-    lengths = {name: pairs.measure(split) for name, split in rows.items()}
-    probed = {"--model_name_or_path": model}
-    if preference_args.ref_model and ref_model is not None:
-        probed["--ref_model"] = ref_model
-    layout = lay_out(rows, lengths, probed, args, preference_args, modeling.find_padding(tokenizer))
-    pairs.log_layout(layout, lengths)
+    layout = lay_out(rows, model, ref_model, args, preference_args, modeling.find_padding(tokenizer))
+    args = preference.fit_batches(args, layout)
 
     # Trainer
-    args = preference.fit_batches(args, layout)
     set_seed(args.seed)  # a new adapter is the same however the model was loaded
     trainer = preference.PreferenceTrainer(
         model=model,

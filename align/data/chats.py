@@ -19,7 +19,7 @@ from align.errors import InputError
 MARK = "\ue000\ue001"
 THOUGHTS = re.compile(r"</?think(?:ing)?>")
 NOT_SHOWN = "the chat template does not show"  # begins each note about something that the model never sees
-APART = "turns of the assistant that the chat template shows otherwise once others follow are samples of their own"
+APART = "turns of the assistant that the chat template changes once others follow become samples of their own"
 SURELY = 20  # a text of so many characters does not stand in a chat by coincidence
 ALIKE = 3  # chats of the same roles that are compared before the others are rendered once
 
@@ -239,7 +239,7 @@ class ChatTemplate:
     def _read_inner_turn(
         self, messages: Messages, number: int, tools: list | None, text: str, alone: Turn
     ) -> Turn | None:
-        """A turn that the template shows otherwise once others follow: learnt where nothing of it is left out."""
+        """A turn that the template changes once others follow: learnt where nothing of it is left out."""
         content = messages[number]["content"] or ""
         marked = [*messages[:number], {**messages[number], "content": MARK}, *messages[number + 1 :]]
         opened = self.write(marked, tools).partition(MARK)[0]

@@ -87,7 +87,7 @@ class SampleTokenizer:
         """The prompt with one of its answers, as one text."""
         renderings = self.render_turns(sample, answer)
         if len(renderings) > 1:
-            raise RowError("the chat template shows earlier turns of an answer otherwise than they are asked for")
+            raise RowError("the chat template changes earlier turns of an answer once others follow")
         return renderings[0]
 
     def render_turns(self, sample: Sample, answer: int = 0) -> list[Rendering]:

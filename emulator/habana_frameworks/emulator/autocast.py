@@ -119,7 +119,8 @@ def register() -> None:
         if schema.is_mutable or not any("Tensor" in str(argument.type) for argument in schema.arguments):
             continue
         native = library.get_kernel(operation, "AutocastCPU") if has_native else None
-        with warnings.catch_warnings(action="ignore"):  # "Overriding a previously registered kernel": that is the aim
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Overriding a previously registered kernel": that is the aim
             _kernels.impl(name, _kernel(operation, native, cast), "AutocastCPU", with_keyset=True)
 
 

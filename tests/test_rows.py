@@ -356,9 +356,7 @@ APART = {
 def test_a_turn_that_is_shown_otherwise_later_is_a_sample_of_its_own(what, prepare, caplog):
     messages, template, learnt = APART[what]
     assert prepare([{"messages": messages}] * 2, kind="qwen", template=template) == learnt * 2
-    assert (
-        "turns of the assistant that the chat template changes once others follow become samples of" in caplog.text
-    )
+    assert "turns of the assistant that the chat template changes once others follow become samples of" in caplog.text
     assert "does not show the system message" not in caplog.text
 
 

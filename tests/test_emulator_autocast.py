@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from habana_frameworks.torch.hpex.kernels import FusedSDPA, RotaryPosEmbeddingHelperV2
+from habana_frameworks.torch.hpex.normalization import FusedRMSNorm
+
 HPU, WIDE, LOW = "hpu", torch.float32, torch.bfloat16
 x, ids = torch.rand(4, 4).to(HPU), torch.arange(4).to(HPU)
 mask = torch.ones(1, 1, 4, 4).to(HPU)
@@ -89,6 +92,27 @@ def test_some_operations_take_the_widest_type_that_they_are_given(name):
 def test_other_operations_keep_the_type_that_they_are_given(name):
     with in_autocast():
         assert [AS_THEY_ARE[name](value).dtype for value in (x, x.bfloat16())] == [WIDE, LOW]
+
+
+KERNELS = {
+    "attention": lambda: FusedSDPA.apply(x[None, None], x[None, None], x[None, None]),
+    "norm": lambda: FusedRMSNorm.apply(x, x[0], 1e-6),
+    "rotary embedding": lambda: RotaryPosEmbeddingHelperV2.apply(x[None, None], x[None, None], x[None, None], None),
+    "experts": lambda: torch.ops.hpu.mixture_of_experts(
+        x, ids[:, None] % 2, x[:, :1], *[[x, x]] * 3, True, "silu", 0, 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_plugins_own_operators_are_in_no_list(name):
+    outside = KERNELS[name]()
+
+    with in_autocast():
+        inside = KERNELS[name]()
+
+    assert inside.dtype == WIDE
+    assert torch.equal(inside, outside)
 
 
 def test_norms_cast_their_first_argument_alone():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from habana_frameworks.torch.hpex import optimizers
 from habana_frameworks.torch.hpex.kernels import (
     CTCLoss,
     FusedSDPA,
@@ -204,7 +205,7 @@ def make_model_and_groups():
 
 def train(model, optimizer, steps):
     for step in steps:
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator("hpu").manual_seed(step)
         inputs, targets = torch.randn(16, 4, generator=generator), torch.randn(16, 3, generator=generator)
         optimizer.zero_grad()
         functional.mse_loss(model(inputs), targets).backward()
@@ -306,6 +307,13 @@ def test_attention_refuses_what_the_kernel_lacks(arguments, needs_gradients, mes
 
     with pytest.raises(AssertionError, match=message):
         FusedSDPA.apply(*inputs, *arguments)
+
+
+def test_attention_of_grouped_heads_takes_masks_of_four_dimensions_alone():
+    for mask in (ALL[0], ALL[0, 0]):
+        assert FusedSDPA.apply(*qkv(HEADS), mask).shape == (BATCH, HEADS, LENGTH, DIM)
+        with pytest.raises(ValueError, match="a mask has 4 dimensions"):
+            FusedSDPA.apply(*qkv(2), mask)
 
 
 def test_attention_takes_its_arguments_by_position_alone():
@@ -470,6 +478,17 @@ def test_adamw_rounds_its_step_to_the_type_of_the_weights():
 
     step = torch.tensor(0.0999).bfloat16().float() * (1 - 0.9) / (1 - 0.999) ** 0.5
     assert weight.item() == pytest.approx(-step.bfloat16().item())
+
+
+@pytest.mark.parametrize(("is_lazy", "expected"), [(True, 1.5), (False, 1.4921875)])
+def test_adamw_rounds_its_decay_to_the_type_of_the_weights_in_eager_mode(monkeypatch, is_lazy, expected):
+    monkeypatch.setattr(optimizers, "is_lazy", lambda: is_lazy)
+    weight = torch.nn.Parameter(torch.full((1,), 1.5, dtype=torch.bfloat16))
+    weight.grad = torch.zeros_like(weight)
+
+    FusedAdamW([weight], lr=0.025, weight_decay=0.1).step()
+
+    assert weight.item() == expected
 
 
 @pytest.mark.parametrize("known_as", ["bias_correction", "correct_bias", None])

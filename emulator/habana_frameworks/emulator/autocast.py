@@ -7,6 +7,7 @@ PT_HPU_AUTOCAST_FP32_OPS_LIST name files that replace a list, a name a line.
 Only tensors on the card are cast. Those of the host are cast as torch does it, by `torch.autocast("cpu")`.
 """
 
+import functools
 import os
 import sys
 import threading
@@ -83,6 +84,22 @@ def set_autocast_dtype(native: Callable, device: str, dtype: torch.dtype) -> Non
 
 
 FUNCTIONS = (is_autocast_enabled, set_autocast_enabled, get_autocast_dtype, set_autocast_dtype)
+
+
+def as_one_kernel(function: Callable) -> Callable:
+    """`function`, which stands for an operator of the plugin's own and takes its arguments by position.
+
+    Autocast has kernels for torch's operators alone (scripts/gen_op_files/code_templates.py): it casts nothing here.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        if not torch.is_autocast_enabled("hpu"):
+            return function(*args)
+        with torch.autocast("hpu", enabled=False):
+            return function(*args)
+
+    return wrapper
 
 
 def load_list(variable: str) -> frozenset[str]:

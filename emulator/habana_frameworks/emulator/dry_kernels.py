@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, data, gamma):
         ctx.save_for_backward(data, gamma, data.new_empty((*data.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(data)
+        return torch.empty_like(data, dtype=data.dtype if data.dtype == gamma.dtype else torch.float32)
 
     @staticmethod
     def backward(ctx, gradient):

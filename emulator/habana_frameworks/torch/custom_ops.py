@@ -7,6 +7,7 @@ import torch
 from torch import library
 from torch.nn import functional
 
+from habana_frameworks.emulator.autocast import as_one_kernel
 from habana_frameworks.emulator.placement import require_card, tensors_in
 from habana_frameworks.torch.hpex.kernels.rotary import rotary_pos_embedding
 
@@ -82,14 +83,17 @@ def mixture_of_experts(
     [hidden, ffn] if `permuted_weights`, else transposed; one of each for the experts experts_min..experts_max.
 
     Every expert sees every token, with weight 0 where it was not chosen: as on the card, shapes do not depend on the
-    routing and every expert gets a gradient.
+    routing and every expert gets a gradient. The result has the tokens' type; weights of another are turned to it, as
+    nobody has seen a card do.
     """
     if activation not in ACTIVATIONS:
         raise RuntimeError(f'Activation "{activation}" not found among {", ".join(ACTIVATIONS)}')
     activate = ACTIVATIONS[activation]
     result = torch.zeros_like(hidden_states)
     for expert, weights in zip(range(experts_min, experts_max + 1), zip(w1, w2, w3, strict=True), strict=True):
-        gate, up, down = (weight if permuted_weights else weight.t() for weight in weights)
+        gate, up, down = (weight.to(hidden_states.dtype) for weight in weights)
+        if not permuted_weights:
+            gate, up, down = gate.t(), up.t(), down.t()
         output = functional.linear(
             activate(functional.linear(hidden_states, gate)) * functional.linear(hidden_states, up), down
         )
@@ -121,6 +125,7 @@ def kv_reorder_(self: torch.Tensor, start: torch.Tensor, end: torch.Tensor, beam
 
 
 def _implement(overload: str, kernel: Callable, key: str = "CompositeExplicitAutograd") -> None:
+    @as_one_kernel
     @functools.wraps(kernel)
     def on_card(*args):
         require_card(overload, *tensors_in(args))

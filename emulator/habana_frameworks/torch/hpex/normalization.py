@@ -3,6 +3,7 @@ from enum import Enum
 
 import torch
 
+from habana_frameworks.emulator.autocast import as_one_kernel
 from habana_frameworks.emulator.placement import caller, require_card
 from habana_frameworks.torch.core.step_closure import _mark_step_if_lazy
 
@@ -16,6 +17,7 @@ class RmsNormBwdMode(Enum):
 
 class FusedRMSNorm:
     @staticmethod
+    @as_one_kernel
     def apply(
         data: torch.Tensor,
         gamma: torch.Tensor,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import torch
 
 from habana_frameworks.torch.core.step_closure import _mark_step_if_lazy
+from habana_frameworks.torch.utils.internal import is_lazy
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -75,14 +76,19 @@ class FusedAdamW(torch.optim.Optimizer):
         step_size = group["lr"]
         if self.is_bias_correction(group):
             step_size *= math.sqrt(1 - beta2 ** group["step"]) / (1 - beta1 ** group["step"])
+
+        def rounded(number: float) -> torch.Tensor:
+            return torch.tensor([number]).to(weights[0].dtype).to(weights[0].device)
+
+        decay = 1 - group["lr"] * group["weight_decay"]
         torch.ops.hpu.optimizer_adamw(
             [weight.grad for weight in weights],
             weights,
             [self.state[weight]["exp_avg"] for weight in weights],
             [self.state[weight]["exp_avg_sq"] for weight in weights],
-            torch.tensor([-step_size]).to(weights[0].dtype).to(weights[0].device),
+            rounded(-step_size),
             beta1,
             beta2,
             group["eps"],
-            1 - group["lr"] * group["weight_decay"],
+            *((decay,) if is_lazy() else (rounded(decay), decay != 1)),  # eager mode rounds it to the weights' type too
         )

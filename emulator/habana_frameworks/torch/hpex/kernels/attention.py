@@ -1,12 +1,14 @@
 import torch
 from torch.nn import functional
 
-from habana_frameworks.emulator.placement import require_card
+from habana_frameworks.emulator.autocast import as_one_kernel
+from habana_frameworks.emulator.placement import caller, require_card
 from habana_frameworks.torch import hpu
 
 
 class FusedSDPA:
     @staticmethod
+    @as_one_kernel
     def apply(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -52,8 +54,13 @@ class FusedSDPA:
             attn_mask = _valid_keys(key.shape[-2], valid_seq_len, seq_padding_type.lower())
             attn_mask = attn_mask & query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
             is_causal = False
-        elif attn_mask is not None and attn_mask.dtype != torch.bool:
-            attn_mask = attn_mask.to(query.dtype)
+        elif attn_mask is not None:
+            if query.dim() == 4 and key.shape[1] not in (1, query.shape[1]) and attn_mask.dim() != 4:
+                raise ValueError(
+                    "FusedSDPA: with more heads of queries than of keys a mask has 4 dimensions, got "
+                    f"{attn_mask.dim()} (called at {caller()})"
+                )
+            attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(query.dtype)
         if return_attn_probs or return_dropout_mask:
             return _written_out(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, return_attn_probs, return_dropout_mask

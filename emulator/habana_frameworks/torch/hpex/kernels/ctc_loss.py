@@ -1,11 +1,13 @@
 import torch
 from torch.nn import functional
 
+from habana_frameworks.emulator.autocast import as_one_kernel
 from habana_frameworks.emulator.placement import require_card
 
 
 class CTCLoss:
     @staticmethod
+    @as_one_kernel
     def apply(
         log_probs: torch.Tensor,
         targets: torch.Tensor,

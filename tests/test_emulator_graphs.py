@@ -1,5 +1,7 @@
 """HPU graphs have static buffers, as on a card. Run: pytest tests/test_emulator_graphs.py"""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -141,6 +143,43 @@ def test_the_key_is_shapes_and_values_but_no_dtypes_and_no_modes():
     assert module.calls == 3
 
 
+def test_the_key_is_a_hash_with_what_python_confuses_and_containers_keep_their_types():
+    module = wrap_in_hpu_graph(Module(lambda x, scale=1: x[0] * scale))
+
+    assert module([card(1)], scale=-1).tolist() == [-1, -1]
+    assert module([card(1)], scale=-2).tolist() == [-1, -1]  # Python's hash of -1 is -2
+    with torch.autocast("hpu", torch.bfloat16):
+        assert module([card(1)], scale=-2).dtype == torch.bfloat16
+    with pytest.raises(AssertionError, match="recorded with list, not tuple"):
+        module((card(1),), scale=-1)
+
+
+def test_a_batch_that_is_no_dict_is_recorded_anew_in_every_call():
+    module = wrap_in_hpu_graph(Module(lambda batch: batch["x"] * 2))
+
+    made = [module(UserDict(x=card(value))).tolist() for value in (1, 2)]
+
+    assert made == [[2, 2], [4, 4]]
+    assert module.calls == 2
+
+
+def test_a_graph_is_recorded_on_a_stream_of_its_own():
+    with torch.hpu.graph(HPUGraph()):
+        within = torch.hpu.current_stream()
+
+    assert within != torch.hpu.current_stream() == torch.hpu.default_stream()
+
+
+def test_callables_are_warmed_up_before_they_are_recorded():
+    module = Module(lambda x: functional.linear(x, module.weight))
+    module.weight = torch.nn.Parameter(card(1, 2, 4))
+
+    torch.hpu.make_graphed_callables(module, (card(1, 3, 4),), warmups=2)
+
+    assert module.calls == 3
+    assert module.weight.grad is None
+
+
 def test_a_wrapped_module_counts_one_graph_a_shape_up_to_its_limit():
     model = wrap_in_hpu_graph(torch.nn.Linear(4, 2).to(HPU), max_graphs=2)
 
@@ -188,6 +227,18 @@ def test_a_training_graph_gives_the_gradients_of_the_plain_model():
         plain.eval()
         assert torch.equal(plain(card(1, 3, 4)), functional.linear(card(1, 3, 4), plain.weight, plain.bias))
     assert not graphs.hpu
+
+
+@pytest.mark.parametrize(("reads_in_place", "expected"), [(True, [3, 6]), (False, [6, 6])])
+def test_without_a_tensor_cache_each_backward_pass_reads_its_own_inputs(reads_in_place, expected):
+    module = ModuleCacher()(torch.nn.Linear(4, 2).to(HPU), disable_tensor_cache=reads_in_place)
+    inputs = [card(value, 3, 4) for value in (1, 2)]
+
+    losses = [module(each).sum() for each in inputs]
+    gradients = [torch.autograd.grad(loss, module.weight)[0][0, 0].item() for loss in losses]
+
+    assert gradients == expected
+    assert inputs[0].tolist() == card(1 if reads_in_place else 2, 3, 4).tolist()
 
 
 def test_gradients_of_an_accumulation_need_a_graph_for_its_first_pass():

@@ -64,6 +64,8 @@ def collectives(rank: int) -> dict:
         "mean": refusal(dist.all_reduce, on_card, dist.ReduceOp.AVG),
         "bits": refusal(dist.all_reduce, on_card, dist.ReduceOp.BAND),
         "lists": refusal(dist.all_gather_coalesced, [[on_card, on_card]], [on_card]),
+        "any sender": refusal(dist.recv, on_card),
+        "short moved": refusal(dist.all_to_all_single, on_card.short(), on_card.short()),
         "short": refusal(dist.all_reduce, on_card.short()),
         "still": on_card.tolist(),
     }

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from habana_frameworks.emulator.graph_counter import count_graphs
 from habana_frameworks.torch import core
+from habana_frameworks.torch.distributed import hccl
 
 # hpu/__init__.py
 
@@ -78,6 +79,16 @@ def test_a_process_has_one_card_whatever_its_module(monkeypatch):
         torch.hpu.device(2)
 
 
+def test_the_old_constructors_make_tensors_of_the_card():
+    made = torch.hpu.LongTensor([1, 2])
+
+    assert (made.dtype, made.device.type, made.tolist()) == (torch.int64, "hpu", [1, 2])
+    with torch.hpu.device_of(made), torch.hpu.device_of(torch.ones(1)):
+        assert torch.hpu.current_device() == 0
+    with pytest.raises(RuntimeError, match="legacy constructor expects device"):
+        torch.hpu.FloatTensor([1.0], device="cpu")
+
+
 # hpu/memory.py
 
 
@@ -86,6 +97,17 @@ def test_a_process_reserves_the_whole_card():
 
     assert torch.hpu.memory_reserved() == torch.hpu.max_memory_reserved() == total
     assert 0 < free < total
+
+
+def test_memory_is_told_of_cards_that_are_there():
+    block = torch.ones(4, device="hpu")
+
+    assert torch.hpu.memory_usage(0) == pytest.approx(torch.hpu.memory_stats(block.device)["InUse"], rel=0.2)
+    assert "MaxInUse:" in torch.hpu.memory_summary()
+    assert {"NumAllocs", "NumFrees", "ActiveAllocs", "MaxAllocSize"} < torch.hpu.memory_stats().keys()
+    for ask in (torch.hpu.memory_stats, torch.hpu.reset_peak_memory_stats, torch.hpu.get_device_name):
+        with pytest.raises(AssertionError, match="Invalid device id"):
+            ask(torch.hpu.device_count())
 
 
 # hpu/streams.py, hpu/events.py
@@ -113,6 +135,23 @@ def test_an_event_has_one_option():
     torch.hpu.Event(enable_timing=True)
     with pytest.raises(TypeError):
         torch.hpu.Event(blocking=True)
+    untimed = [torch.hpu.Event() for _ in range(2)]
+    with pytest.raises(RuntimeError, match="must be recorded"):
+        untimed[0].elapsed_time(untimed[1])
+    for event in untimed:
+        event.record()
+    with pytest.raises(RuntimeError, match="need enable_timing=True"):
+        untimed[0].elapsed_time(untimed[1])
+
+
+def test_waiting_for_the_card_ends_a_lazy_graph():
+    ones = torch.ones(3, device="hpu")
+    with count_graphs() as graphs:
+        for end in (torch.hpu.synchronize, torch.hpu.Event().record, torch.hpu.current_stream().synchronize):
+            ones.add(1)
+            end()
+
+    assert graphs.launches == 3
 
 
 def test_a_card_is_waited_for_without_naming_it():
@@ -152,6 +191,21 @@ def test_a_fork_of_the_random_state_is_the_cards_too(monkeypatch):
         assert not torch.equal(torch.hpu.get_rng_state(), before)
 
     assert torch.equal(torch.hpu.get_rng_state(), before)
+
+
+# distributed/hccl/__init__.py
+
+
+def test_ranks_are_those_of_torchrun_or_of_open_mpi(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "HLS_MODULE_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert hccl.initialize_distributed_hpu() == (1, -1, -1)
+    for name, value in (("SIZE", "16"), ("RANK", "9"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+
+    assert hccl.initialize_distributed_hpu() == (16, 9, 1)
+    assert (os.environ["RANK"], os.environ["HLS_MODULE_ID"]) == ("9", "1")
+    assert hccl.initialize_distributed_hpu(2, 0, 0) == (2, 0, 0)
 
 
 # core/step_closure.py

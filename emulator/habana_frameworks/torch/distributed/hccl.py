@@ -6,6 +6,7 @@ Read in distributed/hccl/process_group_hccl_base.cpp and backend/helpers/collect
 import contextlib
 import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -22,11 +23,37 @@ from habana_frameworks.emulator.placement import require_card, tensors_in
 REDUCTIONS = (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX, dist.ReduceOp.PRODUCT)
 FLOATS = (torch.float32, torch.bfloat16)
 REDUCIBLE = (*FLOATS, torch.float64, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
-# What a card reduces in float32: all but these types. In reduce_scatter of a list it turns nothing.
+# torchrun's variables, with Open MPI's
+RANKS = {
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
+# What a card moves as float32: all but these types. In reduce_scatter of a list it turns nothing.
 KEPT = dict.fromkeys(("all_reduce", "all_reduce_coalesced", "reduce"), FLOATS)
 KEPT |= dict.fromkeys(
-    ("reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base"), (*FLOATS, torch.int32, torch.int64)
+    ("reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base", "all_to_all_single"),
+    (*FLOATS, torch.int32, torch.int64),
 )
+
+
+def initialize_distributed_hpu(
+    world_size: int | None = None, rank: int | None = None, local_rank: int | None = None
+) -> tuple[int, int, int]:
+    """World size, rank and local rank (distributed/hccl/__init__.py): as given, else torchrun's, else Open MPI's.
+
+    They are 1, -1 and -1 where nobody says. Sets torchrun's variables and, among several ranks, the card's module.
+    """
+    given = dict(zip(RANKS, (world_size, rank, local_rank), strict=True))
+    if None not in given.values():
+        os.environ.update({name: str(value) for name, value in given.items()})
+    elif not RANKS.keys() <= os.environ.keys() and set(RANKS.values()) <= os.environ.keys():
+        os.environ.update({name: os.environ[theirs] for name, theirs in RANKS.items()})
+    size, rank, local_rank = (int(os.environ.get(name, start)) for name, start in zip(RANKS, (1, -1, -1), strict=True))
+    if local_rank != -1 and size > 1:
+        modules = os.environ.get("HABANA_VISIBLE_MODULES", "0,1,2,3,4,5,6,7").split(",")
+        os.environ.setdefault("HLS_MODULE_ID", modules[local_rank])
+    return size, rank, local_rank
 
 
 def _create_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
@@ -93,7 +120,9 @@ def _refuse(name: str, given: inspect.BoundArguments) -> None:
     require_card(name, *tensors)
     if name == "all_gather_coalesced":
         raise RuntimeError("ProcessGroupHcclBase does not support allgather_coalesced")
-    if "reduce" not in name:
+    if name in ("recv", "irecv") and {given.arguments.get("src"), given.arguments.get("group_src")} == {None}:
+        raise RuntimeError("ProcessGroupHcclBase does not support recv")  # from any rank
+    if "reduce" not in name and name not in KEPT:
         return
     if given.arguments.get("op", dist.ReduceOp.SUM) not in REDUCTIONS:
         raise RuntimeError("Unsupported ReduceOp for HCCL process group")

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from habana_frameworks.emulator import device_alias
-from habana_frameworks.torch.hpu import random  # noqa: F401
+from habana_frameworks.torch.hpu import _utils, random  # noqa: F401
+from habana_frameworks.torch.hpu._utils import _get_device_index, device_count, require_device
 from habana_frameworks.torch.hpu.memory import *  # noqa: F403
 from habana_frameworks.torch.hpu.metrics import *  # noqa: F403
 from habana_frameworks.torch.hpu.random import *  # noqa: F403
@@ -21,11 +22,6 @@ if is_lazy():
 
 def is_available() -> bool:
     return device_count() > 0
-
-
-def device_count() -> int:
-    """Cards of this host: HABANA_EMULATOR_DEVICES, or 8 as in a Gaudi node."""
-    return int(os.environ.get("HABANA_EMULATOR_DEVICES", "8"))
 
 
 def current_device() -> int:
@@ -43,6 +39,7 @@ def set_device(device: torch.device | str | int) -> None:
 
 
 def get_device_name(device: torch.device | str | int | None = None) -> str:
+    require_device(device)
     return "GAUDI2"
 
 
@@ -63,35 +60,35 @@ def __getattr__(name: str) -> bool:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _get_device_index(device: torch.device | str | int | None, optional: bool = False, allow_cpu: bool = False) -> int:
-    """The index that a device names, -1 for cpu; the current one if it names none and that is `optional`."""
-    if isinstance(device, int):
-        return device
-    device = None if device is None else torch.device(device)
-    if device is not None and device.type not in (("hpu", "cpu") if allow_cpu else ("hpu",)):
-        raise ValueError(f"Expected a hpu device, but got: {device}")
-    if device is not None and device.type == "cpu":
-        return -1
-    if device is not None and device.index is not None:
-        return device.index
-    if not optional:
-        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
-    return current_device()
-
-
-def device(device: torch.device | str | int) -> contextlib.AbstractContextManager:
+class device:
     """A context in which `device` is the current one, as it is anyway: 0, or the module that HLS_MODULE_ID names."""
-    index, module = _get_device_index(device, optional=True), int(os.environ.get("HLS_MODULE_ID") or -1)
-    if index not in (0, module):
-        raise AssertionError(f"Requested device_id={index} is different from env_device_id={module}")
-    return contextlib.nullcontext()
+
+    def __init__(self, device: torch.device | str | int):
+        index, module = _get_device_index(device, optional=True), int(os.environ.get("HLS_MODULE_ID") or -1)
+        if index not in (0, module):
+            raise AssertionError(f"Requested device_id={index} is different from env_device_id={module}")
+
+    def __enter__(self) -> None:
+        """It is."""
+
+    def __exit__(self, *exception) -> None:
+        """It stays so."""
+
+
+class device_of(device):
+    """A context in which the device of a tensor is the current one."""
+
+    def __init__(self, obj: torch.Tensor):
+        super().__init__(obj.get_device() if obj.is_hpu else -1)
 
 
 def get_device_capability(device: torch.device | str | int | None = None) -> str:
+    require_device(device)
     return "1.24.0"
 
 
 def get_device_properties(device: torch.device | str | int | None = None) -> str:
+    require_device(device)
     return f"(name={get_device_name(device)!r}, emulated on the CPU)"
 
 
@@ -111,6 +108,19 @@ def get_gencode_flags() -> str:
 
 def get_arch_list() -> list[str]:
     return [get_device_name()]
+
+
+def memory_usage(device: torch.device | str | int | None = None) -> int:
+    return memory_allocated(device)  # noqa: F405
+
+
+def set_sync_debug_mode(debug_mode: bool) -> None:
+    """Told to the plugin by a variable. Here operations have ended anyway."""
+    os.environ["PT_ENABLE_HABANA_STREAMASYNC"] = str(debug_mode)
+
+
+def get_sync_debug_mode() -> int:
+    return int(os.environ["PT_ENABLE_HABANA_STREAMASYNC"])
 
 
 def set_autocast_hpu_enabled(enabled: bool) -> None:
@@ -188,6 +198,22 @@ def disable_quantization() -> None:
     """Ends it."""
 
 
+def enable_optim_output_sif() -> None:
+    """Lets a card infer the shapes of outputs faster."""
+
+
+def disable_optim_output_sif() -> None:
+    """Ends it."""
+
+
+def enable_const_section_serialization(path: str, clear_path: bool, use_compression: bool) -> None:
+    """Lets a card write its constants to files."""
+
+
+def disable_const_section_serialization() -> None:
+    """Ends it."""
+
+
 def enable_matmul3d_2d_reshape() -> None:
     """Lets a card's compiler flatten matrices."""
 
@@ -206,3 +232,27 @@ def is_autocast_hpu_enabled() -> bool:
 
 def get_autocast_hpu_dtype() -> torch.dtype:
     return torch.get_autocast_dtype("hpu")
+
+
+def _tensor_type(name: str, dtype: torch.dtype) -> type:
+    """The old constructor of tensors of this type on the card."""
+
+    def new(cls, *args, **kwargs):
+        for option, only in (("device", "hpu"), ("dtype", dtype)):
+            if kwargs.get(option) not in (None, only):
+                raise RuntimeError(f"legacy constructor expects {option}: {only}, not {kwargs[option]}")
+        return torch.Tensor._make_subclass(cls, torch.tensor(*args, **kwargs | {"device": "hpu", "dtype": dtype}))
+
+    return type(name, (torch.Tensor,), {"__new__": staticmethod(new), "__module__": __name__})
+
+
+BFloat16Tensor = _tensor_type("BFloat16Tensor", torch.bfloat16)
+BoolTensor = _tensor_type("BoolTensor", torch.bool)
+ByteTensor = _tensor_type("ByteTensor", torch.uint8)
+CharTensor = _tensor_type("CharTensor", torch.int8)
+DoubleTensor = _tensor_type("DoubleTensor", torch.float64)
+FloatTensor = _tensor_type("FloatTensor", torch.float32)
+HalfTensor = _tensor_type("HalfTensor", torch.float16)
+IntTensor = _tensor_type("IntTensor", torch.int32)
+LongTensor = _tensor_type("LongTensor", torch.int64)
+ShortTensor = _tensor_type("ShortTensor", torch.int16)

@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -91,41 +91,61 @@ class HPUGraph:
 
 
 class graph:
-    """Records what runs in the context."""
+    """Records what runs in the context, on a stream of its own unless one is given."""
+
+    default_capture_stream: Stream | None = None
 
     def __init__(self, hpu_graph: HPUGraph, stream: Stream | None = None, dry_run: bool = False):
         self.hpu_graph, self.dry_run = hpu_graph, dry_run
-        self.stream = default_stream() if stream is None else stream
+        if graph.default_capture_stream is None:
+            graph.default_capture_stream = Stream()
+        self.capture_stream = graph.default_capture_stream if stream is None else stream
 
     def __enter__(self) -> None:
-        self.stream.is_capture = True
+        self.capture_stream.__enter__()
+        self.capture_stream.is_capture = True
         self.hpu_graph.capture_begin(self.dry_run)
 
     def __exit__(self, *exception) -> None:
         self.hpu_graph.capture_end()
-        self.stream.is_capture = False
+        self.capture_stream.is_capture = False
+        self.capture_stream.__exit__(*exception)
 
 
 def is_current_stream_capturing() -> bool:
     return getattr(current_stream(), "is_capture", False)
 
 
-def input_key(value: Any) -> Hashable:
-    """What decides which graph a call replays: shapes and all that is no tensor; not dtypes, training or grad mode."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), torch.is_autocast_enabled("hpu")
+def input_hash(value: Any) -> Hashable:
+    """What decides which graph a call replays: shapes, all that is no tensor, and whether autocast is on; not dtypes,
+    training or grad mode.
+
+    As on a card it is a hash, so that Python's own collisions count too: -1 and -2 are one key. A UserDict, such as a
+    tokenizer's BatchEncoding, has a new one in every call: its tensors are taken by their rows, which are objects.
+    """
     if isinstance(value, dict):
-        return tuple((name, input_key(item)) for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(input_key, value))
-    hash(value)
-    return value
+        return input_hash(tuple(value.items()))
+    if isinstance(value, torch.Tensor):
+        value = tuple(value.shape)
+    elif isinstance(value, (list, tuple)):
+        value = tuple(map(input_hash, value))
+    elif isinstance(value, UserDict):
+        value = tuple((name, tuple(item)) for name, item in value.items())
+    return hash((value, torch.is_autocast_enabled("hpu")))
 
 
-def _copy_to(static: Any, given: Any) -> None:
-    for old, new in zip(tree_leaves(static), tree_leaves(given), strict=True):
-        if isinstance(old, torch.Tensor) and old is not new:
-            old.copy_(new)
+def copy_to(static: Any, given: Any) -> None:
+    """Into the tensors of a recorded call, in dicts, lists and tuples that are of the same types."""
+    if type(static) is not type(given):
+        raise AssertionError(f"an HPU graph was recorded with {type(static).__name__}, not {type(given).__name__}")
+    if isinstance(static, torch.Tensor):
+        if static is not given:
+            static.copy_(given)
+    elif isinstance(static, (dict, list, tuple)):
+        if isinstance(static, dict):
+            static, given = static.items(), given.items()
+        for old, new in zip(static, given, strict=False):
+            copy_to(old, new)
 
 
 def _warn_of_host_inputs(inputs: tuple) -> None:
@@ -158,7 +178,7 @@ class _Replayed:
             slots = self.recording.slots_of(static)
             self.recording.replay({slot: new for slot, new in zip(slots, given, strict=True) if slot is not None})
         else:
-            _copy_to(self.inputs, (args, kwargs))
+            copy_to(self.inputs, (args, kwargs))
             self.recording.replay()
         return self.outputs
 
@@ -180,7 +200,7 @@ def _wrap(function: Callable, cache: dict[Hashable, Any], disable_tensor_cache: 
         warmup_mode = kwargs.pop("warmup_mode", False)
         if kwargs.pop("bypass_hpu_graphs", False):
             return function(*args, **kwargs)
-        key = input_key((args, kwargs))
+        key = input_hash((args, kwargs))
         kwargs.pop("cache_tensors_list", None)
         if key not in cache and max_graphs is not None and len(cache) == max_graphs:
             return function(*args, **kwargs)
@@ -239,16 +259,18 @@ class _TrainingGraph:
         inputs: tuple[torch.Tensor, ...],
         parameters: tuple,
         allow_unused_input: bool,
+        reads_in_place: bool,
         dry_run: bool,
     ):
-        """`run` maps the inputs to a tuple of tensors."""
+        """`run` maps the inputs to a tuple of tensors. `reads_in_place`: replays read the caller's tensors."""
         self.forward, self.backward = HPUGraph(), HPUGraph()
-        self.inputs, self.parameters = inputs, parameters
-        with graph(self.forward, dry_run=dry_run):
+        self.inputs, self.parameters, self.reads_in_place = inputs, parameters, reads_in_place
+        dry_run = dry_run or reads_in_place
+        with graph(self.forward, default_stream(), dry_run):
             self.outputs = run(*inputs)
         self.gradients = [torch.empty_like(each) if each.requires_grad else None for each in self.outputs]
         surface = [*inputs, *parameters]
-        with graph(self.backward, dry_run=dry_run):
+        with graph(self.backward, default_stream(), dry_run):
             made = torch.autograd.grad(
                 [each for each in self.outputs if each.requires_grad],
                 [each for each in surface if each.requires_grad],
@@ -267,18 +289,28 @@ class _ReplayTraining(torch.autograd.Function):
     @staticmethod
     def forward(ctx, training_graph: _TrainingGraph, *inputs: torch.Tensor):
         ctx.graph = training_graph
-        for static, given in zip(training_graph.inputs, inputs, strict=False):
-            static.copy_(given)
-        training_graph.forward.replay()
+        inputs = inputs[: len(training_graph.inputs)]
+        if training_graph.reads_in_place:
+            ctx.save_for_backward(*inputs)
+            training_graph.forward.replayV2(training_graph.inputs, inputs)
+        else:
+            for static, given in zip(training_graph.inputs, inputs, strict=True):
+                static.copy_(given)
+            training_graph.forward.replay()
         return tuple(output.detach() for output in training_graph.outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: torch.Tensor):
-        for static, given in zip(ctx.graph.gradients, gradients, strict=True):
-            if static is not None:
+        pairs = zip(ctx.graph.gradients, gradients, strict=True)
+        pairs = [(static, given) for static, given in pairs if static is not None]
+        if ctx.graph.reads_in_place:
+            static, given = zip(*pairs, *zip(ctx.graph.inputs, ctx.saved_tensors, strict=True), strict=True)
+            ctx.graph.backward.replayV2(static, given)
+        else:
+            for static, given in pairs:
                 static.copy_(given)
-        ctx.graph.backward.replay()
+            ctx.graph.backward.replay()
         return None, *(None if made is None else made.detach() for made in ctx.graph.made)
 
 
@@ -292,9 +324,9 @@ def make_graphed_callables(
     dry_run: bool = False,
 ):
     """The callable, or each of a tuple of them, as a training graph for inputs like `sample_args`, tensors alone."""
-    dry_run = dry_run or disable_tensor_cache
     if not isinstance(callables, tuple):
-        return make_graphed_callables((callables,), (sample_args,), warmups, allow_unused_input, dry_run=dry_run)[0]
+        options = allow_unused_input, asynchronous, disable_tensor_cache, dry_run
+        return make_graphed_callables((callables,), (sample_args,), warmups, *options)[0]
     graphed = []
     for function, args in zip(callables, sample_args, strict=True):
         is_module = isinstance(function, torch.nn.Module)
@@ -304,11 +336,25 @@ def make_graphed_callables(
             raise AssertionError("only parameters may be trainable; all buffers must have requires_grad=False")
         if not all(isinstance(value, torch.Tensor) for value in args):
             raise AssertionError("sample_args for each callable must be a tuple of Tensors")
-        graphed.append(_graph_callable(function, args, allow_unused_input, dry_run))
+        for _ in range(warmups):
+            _warm_up(function, args, allow_unused_input)
+        graphed.append(_graph_callable(function, args, allow_unused_input, disable_tensor_cache, dry_run))
     return tuple(graphed)
 
 
-def _graph_callable(function: Callable, args: tuple, allow_unused_input: bool, dry_run: bool) -> Callable:
+def _warm_up(function: Callable, args: tuple, allow_unused_input: bool) -> None:
+    """A forward and a backward pass, whose gradients nobody keeps."""
+    outputs = tree_leaves(function(*args))
+    surface = [*args, *(function.parameters() if isinstance(function, torch.nn.Module) else ())]
+    torch.autograd.grad(
+        outputs,
+        [each for each in surface if each.requires_grad],
+        [torch.empty_like(each) for each in outputs],
+        allow_unused=allow_unused_input,
+    )
+
+
+def _graph_callable(function: Callable, args: tuple, *options: bool) -> Callable:
     run = function.forward if isinstance(function, torch.nn.Module) else function
     parameters = tuple(function.parameters()) if isinstance(function, torch.nn.Module) else ()
     returns_tensor = False
@@ -319,7 +365,7 @@ def _graph_callable(function: Callable, args: tuple, allow_unused_input: bool, d
         returns_tensor = isinstance(outputs, torch.Tensor)
         return (outputs,) if returns_tensor else outputs
 
-    recorded = _TrainingGraph(as_tuple, args, parameters, allow_unused_input, dry_run)
+    recorded = _TrainingGraph(as_tuple, args, parameters, *options)
 
     def graphed(*inputs):
         outputs = recorded(*inputs)
@@ -335,7 +381,7 @@ def _graph_callable(function: Callable, args: tuple, allow_unused_input: bool, d
 class _TrainedCall:
     """A training graph of a module's call, whose arguments and results may be nested."""
 
-    def __init__(self, module: torch.nn.Module, arguments: dict, allow_unused_input: bool, dry_run: bool):
+    def __init__(self, module: torch.nn.Module, arguments: dict, *options: bool):
         leaves, structure = tree_flatten(arguments)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
 
@@ -348,7 +394,7 @@ class _TrainedCall:
             return tuple(result for result in results if isinstance(result, torch.Tensor))
 
         inputs = tuple(leaves[place] for place in places)
-        self.graph = _TrainingGraph(run, inputs, tuple(module.parameters()), allow_unused_input, dry_run)
+        self.graph = _TrainingGraph(run, inputs, tuple(module.parameters()), *options)
 
     def __call__(self, arguments: dict) -> Any:
         tensors = iter(self.graph(*(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor))))
@@ -394,8 +440,9 @@ class ModuleCacher:
         if isinstance(model, (torch.nn.parallel.DataParallel, torch.nn.parallel.DistributedDataParallel)):
             raise AssertionError("Use DataParallel/DistributedDataParallel only after wrapping with ModuleCacher")
         self.defaults = _defaults_of(self.original.forward)
-        self.use_lfu, self.allow_unused_input = use_lfu, allow_unused_input
-        self.have_grad_accumulation, self.dry_run = have_grad_accumulation, dry_run or disable_tensor_cache
+        self.use_lfu, self.have_grad_accumulation = use_lfu, have_grad_accumulation
+        reads_in_place = _from_environment("PT_HPUGRAPH_DISABLE_TENSOR_CACHE", disable_tensor_cache)
+        self.options = allow_unused_input, reads_in_place, _from_environment("PT_HPUGRAPH_ENABLE_DRY_RUN", dry_run)
         self.verbose, self.log_frequency = verbose, log_frequency
         model.orig_forward = model.forward
         model.forward = self.forward
@@ -419,7 +466,7 @@ class ModuleCacher:
             self.log_stats()
         arguments = self.defaults | dict(zip(self.defaults, args, strict=False)) | kwargs
         first = self.have_grad_accumulation and self.forward_count == 0
-        key = input_key(arguments), first
+        key = input_hash(arguments), first
         if self.is_counting:
             self.seen[key] += 1
         may_record = key in self.frequent if self.use_lfu else len(self.graphs) < self.max_graphs
@@ -434,7 +481,7 @@ class ModuleCacher:
                 return self.model.orig_forward(*args, **kwargs)
             if key not in self.graphs:
                 self.is_tracing = True
-                self.graphs[key] = _TrainedCall(self.original, arguments, self.allow_unused_input, self.dry_run)
+                self.graphs[key] = _TrainedCall(self.original, arguments, *self.options)
                 self.is_tracing = False
             return self.graphs[key](arguments)
 

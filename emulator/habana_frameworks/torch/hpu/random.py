@@ -4,6 +4,7 @@ import torch
 
 from habana_frameworks.emulator import placement
 from habana_frameworks.emulator.random_state import card_generator
+from habana_frameworks.torch.hpu._utils import _get_device_index
 
 __all__ = [
     "get_rng_state",
@@ -23,8 +24,7 @@ default_generators = [card_generator if placement.strict else torch.default_gene
 
 def _check_device(device: int | str | torch.device, function: str) -> None:
     """A process has one card."""
-    index = device if isinstance(device, int) else torch.device(device).index
-    if index not in (None, 0):
+    if _get_device_index(device, optional=True) != 0:
         raise RuntimeError(f"hpu {function} supports only device 0")
 
 

@@ -1,4 +1,7 @@
-"""Streams and events of a device on which every operation has ended when it returns."""
+"""Streams and events of a device on which every operation has ended when it returns.
+
+Waiting for the card, or recording an event, ends a lazy graph (backend/habana_device/HPUStream.cpp, HPUEvent.cpp).
+"""
 
 import itertools
 import threading
@@ -6,29 +9,43 @@ import time
 
 import torch
 
+from habana_frameworks.emulator import graph_counter
+from habana_frameworks.torch.utils.internal import is_lazy
+
 __all__ = [
     "Event",
     "Stream",
     "StreamContext",
     "current_stream",
     "default_stream",
+    "record_stream",
     "set_stream",
     "stream",
     "synchronize",
 ]
 
 
+def _end_lazy_graph() -> None:
+    if is_lazy():
+        graph_counter.end_lazy_graph()
+
+
 class Event:
     def __init__(self, enable_timing: bool = False):
+        self.enable_timing = enable_timing
         self.time: float | None = None
 
     def record(self, stream: "Stream | None" = None) -> None:
+        if stream in (None, current_stream()):
+            _end_lazy_graph()
         self.time = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds between two recorded events."""
         if self.time is None or end.time is None:
-            raise RuntimeError("both events must be recorded before their distance can be told")
+            raise RuntimeError("Both events must be recorded before calculating elapsed time.")
+        if not (self.enable_timing and end.enable_timing):
+            raise RuntimeError("synEventElapsedTime failed: both events need enable_timing=True")
         return (end.time - self.time) * 1000
 
     def query(self) -> bool:
@@ -98,7 +115,7 @@ class Stream:
         return event
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        _end_lazy_graph()
 
     def wait_event(self, event: Event) -> None:
         """Nothing is under way."""
@@ -149,5 +166,9 @@ def stream(stream: Stream | None) -> StreamContext:
     return StreamContext(stream)
 
 
-def synchronize() -> None:
+def record_stream(self: torch.Tensor, stream: Stream) -> None:
     """Nothing is under way."""
+
+
+def synchronize() -> None:
+    _end_lazy_graph()

@@ -175,6 +175,10 @@ def optimize_with_state_on_the_host(optimizer_type, card):
         lambda card, host: FusedSDPA.apply(card[None, None, None], card[None, None, None], host[None, None, None]),
         torch.equal,
         lambda card, host: (card.requires_grad_() * 2).backward(host),
+        lambda card, host: setattr(card, "grad", host),
+        lambda card, host: card.multinomial(1, generator=torch.Generator()),
+        lambda card, host: torch.rand(2, device="hpu", generator=torch.Generator()),
+        lambda card, host: torch.randperm(2, generator=torch.Generator("hpu")),
         lambda card, host: torch.autograd.grad(card.requires_grad_() * 2, card, host),
         lambda card, host: optimize_with_state_on_the_host(FusedAdamW, card),
         lambda card, host: optimize_with_state_on_the_host(torch.optim.AdamW, card),
@@ -218,6 +222,12 @@ def test_what_is_pinned_is_a_copy_on_the_host():
     assert pinned.tolist() == [1, 1]
     assert [each.is_pinned() for each in (batch, pinned, loaded)] == [False, True, True]
     assert pinned.pin_memory() is pinned
+
+
+def test_a_tensor_can_be_made_pinned_on_the_host_alone():
+    assert torch.empty(2, pin_memory=True).is_pinned()
+    with pytest.raises(RuntimeError, match="only dense CPU tensors can be pinned"):
+        torch.empty(2, pin_memory=True, device="hpu")
 
 
 def test_a_loader_does_not_pin_a_batch_that_is_on_the_card():

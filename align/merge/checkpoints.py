@@ -151,7 +151,7 @@ def _read_torch_file(path: Path) -> list[StoredTensor]:
     dtypes = {getattr(torch, dtype): name for name, dtype in TORCH_NAMES.items()}
     try:
         with FakeTensorMode():
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error class of its own
         raise InputError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
     tensors = []

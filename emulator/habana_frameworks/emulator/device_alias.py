@@ -2,7 +2,6 @@
 
 Whoever asks torch for `hpu` gets a CPU tensor that answers `hpu:0` when asked for its device, since optimum-habana
 takes its fused kernels only there; `placement` knows which ones do. Functions are replaced once, for all threads.
-Storages stay CPU storages, so saved files load in a torch that has never heard of hpu.
 """
 
 import functools
@@ -18,10 +17,11 @@ from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from habana_frameworks.emulator import autocast, metrics_file, placement, random_state, recording
+from habana_frameworks.emulator import autocast, files, metrics_file, placement, random_state, recording
 from habana_frameworks.emulator.placement import CARD, HOST, asked, on_card, put, settle
 
 HPU = torch.device("hpu", 0)
+was_forked = False  # from a process that had touched the card
 LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 SHARING = ("as_tensor", "asarray")  # they may return what they got, or its memory
 PINNED = "_emulated_pinned"  # mark of a storage
@@ -30,6 +30,8 @@ NEW_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_te
 
 def use() -> None:
     """The first touch of the device: says so, once, on rank 0."""
+    if was_forked:
+        raise RuntimeError("Cannot use the card in a forked process: the one that it was forked from holds it")
     if not placement.in_use:
         from torch.utils.checkpoint import DefaultDeviceType  # half a second that only some processes need
 
@@ -76,6 +78,8 @@ def with_host_device(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         device = kwargs.get("device")
+        if kwargs.pop("pin_memory", False):
+            return wrapper(*args, **kwargs).pin_memory()
         if device is None:
             return settle(function(*args, **kwargs))
         place = place_named(device)
@@ -118,13 +122,14 @@ def install() -> None:
     _check_gradients()
     os.register_at_fork(after_in_child=_leave)
     warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # on a card it is, and right
-    # Files that were written on a Gaudi name hpu as the place of their storages.
-    torch.serialization.register_package(0, lambda storage: None, _restore)
+    torch.serialization.register_package(0, files.location_of, _restore)
+    files.install()
 
 
 def _leave() -> None:
     """A forked process, such as a DataLoader's worker, is on the CPU: it could not share a card either."""
-    placement.in_use = False
+    global was_forked
+    was_forked, placement.in_use = was_forked or placement.in_use, False
 
 
 def _replace(module: ModuleType, name: str, wrap: Callable[[Callable], Callable]) -> None:
@@ -157,7 +162,7 @@ def _alias_device_context() -> None:
 def _generator_type(native: type) -> type:
     class GeneratorType(type):
         def __call__(cls, device="cpu"):
-            return native(host(device))
+            return random_state.CardGenerator() if names_hpu(device) else native(device)
 
         def __instancecheck__(cls, instance):
             return isinstance(instance, native)
@@ -353,7 +358,15 @@ def _alias_random() -> None:
 
 def _check_gradients() -> None:
     """A backward pass starts where its result is: torch's engine compares devices, and these are both the CPU's."""
-    native = torch.autograd._make_grads
+    native, native_grad = torch.autograd._make_grads, torch.Tensor.grad
+
+    def set_grad(self, gradient):
+        if isinstance(gradient, torch.Tensor) and not gradient.is_meta and on_card(self) != on_card(gradient):
+            raise RuntimeError(
+                f"assigned grad has data located on a different device: {gradient.device}, not {self.device} "
+                f"(called at {placement.caller()})"
+            )
+        native_grad.__set__(self, gradient)
 
     @functools.wraps(native)
     def make_gradients(outputs, gradients, *args, **kwargs):
@@ -367,6 +380,8 @@ def _check_gradients() -> None:
         return native(outputs, gradients, *args, **kwargs)
 
     torch.autograd._make_grads = make_gradients
+    if placement.strict:
+        torch.Tensor.grad = property(native_grad.__get__, set_grad, lambda self: native_grad.__set__(self, None))
 
 
 def _pin_batches() -> None:

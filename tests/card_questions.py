@@ -4,7 +4,9 @@ python tests/card_questions.py prints each question with its answer and what the
 it on a card, where a line that differs is what the emulator has to learn (docs/emulator.md).
 """
 
+import io
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +22,12 @@ from habana_frameworks.torch.hpex.normalization import FusedRMSNorm
 from habana_frameworks.torch.hpex.optimizers import FusedAdamW
 
 HPU = torch.device("hpu")
+# What tests/test_hpu.py asks of processes, and what the emulator answers
+OF_PROCESSES = {
+    "metrics: files": "metrics-rank0.json",
+    "metrics: names": "cpu_fallback, graph_compilation, memory_defragmentation",
+    "lazy mode: import torch loads the plugin": "True",
+}
 
 
 def ones(*shape: int, **options) -> torch.Tensor:
@@ -120,8 +128,28 @@ def fast_softmax_learns_in_recompute_mode() -> str:
     return name_of(FusedSDPA.apply(query, query, query, None, 0.0, False, None, "fast", True).dtype)
 
 
-def normed_type() -> str:
-    return name_of(FusedRMSNorm.apply(ones(2, 8, dtype=torch.bfloat16), ones(8), 1e-6).dtype)
+def attended_type(dtype: torch.dtype = torch.float32, **options) -> str:
+    """Of values of this type, with queries and keys of float32."""
+    states = ones(1, 1, 4, 8)
+    mask, is_causal = options.get("mask"), options.get("is_causal", False)
+    return name_of(FusedSDPA.apply(states, states, states.to(dtype), mask, 0.0, is_causal).cpu().dtype)
+
+
+def experts_type(dtype: torch.dtype = torch.float32) -> str:
+    """Of weights of this type, with tokens of float32."""
+    weights, tokens = [ones(8, 8, dtype=dtype)], ones(2, 8)
+    routed = torch.zeros(2, 1, dtype=torch.int64).to(HPU), ones(2, 1)
+    made = torch.ops.hpu.mixture_of_experts(tokens, *routed, weights, weights, weights, True, "silu", 0, 0)
+    return name_of(made.cpu().dtype)
+
+
+def in_autocast(attempt: Callable[[], str]) -> str:
+    with torch.autocast("hpu", torch.bfloat16):
+        return attempt()
+
+
+def normed_type(dtype: torch.dtype = torch.bfloat16) -> str:
+    return name_of(FusedRMSNorm.apply(ones(2, 8, dtype=dtype), ones(8), 1e-6).dtype)
 
 
 def rotated_type() -> str:
@@ -133,24 +161,47 @@ def pinned_batch() -> torch.Tensor:
     return next(iter(torch.utils.data.DataLoader([1], collate_fn=lambda rows: ones(1), pin_memory=True)))
 
 
+def loaded() -> torch.Tensor:
+    """A weight of the card that went through a file."""
+    file = io.BytesIO()
+    torch.save({"weight": torch.nn.Parameter(ones(2))}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)["weight"]
+
+
+def confused_keys() -> bool:
+    """Whether a graph takes -2 for -1, whose hashes are the same."""
+    graphed = torch.hpu.wrap_in_hpu_graph_func(lambda tensor, factor: tensor * factor)
+    graphed(ones(1), -1)
+    return graphed(ones(1), -2).item() == -1
+
+
 def questions() -> dict[str, tuple[Callable[[], Any], str]]:
     """What to ask, and what the emulator answers."""
     asked: dict[str, tuple[Callable[[], Any], str]] = {}
     for name, operation in OPERATIONS.items():
         asked[f"autocast: {name}"] = partial(autocast_type, operation), "float32" if name in WIDE else "bfloat16"
     for recompute in (False, True):
-        how = f"attention, softmax {'recomputed' if recompute else 'kept'}, a row that sees nothing"
+        how = f"attention, softmax {'recomputed' if recompute else 'kept'}"
         lowest = torch.finfo(torch.bfloat16).min
-        asked[f"{how} by bfloat16's lowest"] = partial(attention_with, lowest, recompute), "finite"
-        asked[f"{how} by -inf"] = partial(attention_with, -torch.inf, recompute), "finite"
-        packed = f"attention, softmax {'recomputed' if recompute else 'kept'}, two samples in a row"
-        asked[packed] = partial(packed_attention, recompute), "the same"
+        asked[f"{how}: a row that sees nothing by bfloat16's lowest"] = (
+            partial(attention_with, lowest, recompute),
+            "finite",
+        )
+        asked[f"{how}: a row that sees nothing by -inf"] = partial(attention_with, -torch.inf, recompute), "finite"
+        asked[f"{how}: two samples in a row"] = partial(packed_attention, recompute), "the same"
     odd, whole = 2**24 + 1, ones(2, 4, dtype=torch.int32)
     return asked | {
         "attention: fast softmax with gradients in recompute mode": (fast_softmax_learns_in_recompute_mode, "refused"),
+        "attention: float32 in autocast": (partial(in_autocast, attended_type), "float32"),
+        "attention: bfloat16 values with float32 queries": (partial(attended_type, torch.bfloat16), "refused"),
+        "attention: a mask with is_causal": (partial(attended_type, mask=ones(1, 1, 4, 4), is_causal=True), "float32"),
+        "experts: float32 in autocast": (partial(in_autocast, experts_type), "float32"),
+        "experts: bfloat16 weights with float32 tokens": (partial(experts_type, torch.bfloat16), "float32"),
         "attention: arguments by name": (lambda: FusedSDPA.apply(*[ones(1, 1, 4, 8)] * 3, attn_mask=None), "refused"),
         "rotary: bfloat16 by float32 tables": (rotated_type, "float32"),
         "norm: bfloat16 by float32 weights": (normed_type, "float32"),
+        "norm: float32 in autocast": (partial(in_autocast, partial(normed_type, torch.float32)), "float32"),
         "norm: whole numbers": (lambda: FusedRMSNorm.apply(whole, ones(4), 1e-6).cpu(), "refused"),
         "a tensor of the host: added": (lambda: str(ones(2) + torch.ones(2)), "refused"),
         "a tensor of the host: compared": (lambda: torch.eq(torch.ones(2), ones(2)).cpu(), "refused"),
@@ -162,9 +213,14 @@ def questions() -> dict[str, tuple[Callable[[], Any], str]]:
             lambda: ones(2).requires_grad_().mul(2).backward(torch.ones(2)),
             "refused",
         ),
-        "a batch of the card is pinned": (pinned_batch, "refused"),
+        "a batch of the card: pinned": (pinned_batch, "refused"),
         "adamw: a negative rate": (lambda: FusedAdamW([ones(2).requires_grad_()], lr=-1.0), "refused"),
         "graphs: the second call writes into the first one's output": (second_call_in_the_first_ones_output, "True"),
+        "graphs: -1 and -2 are one key": (confused_keys, "True"),
+        "files: where a saved weight is loaded": (lambda: loaded().device.type, "cpu"),
+        "files: what a saved weight is": (lambda: type(loaded()).__name__, "Tensor"),
+        "files: where a pickled tensor comes back": (lambda: pickle.loads(pickle.dumps(ones(2))).device.type, "hpu"),
+        "files: shared with another process": (lambda: ones(2).share_memory_(), "refused"),
         "hccl: all_reduce of 2^24 + 1, int64": (partial(reduced, dist.all_reduce, torch.int64, odd), str(odd - 1)),
         "hccl: all_reduce of 2^24 + 1, int32": (partial(reduced, dist.all_reduce, torch.int32, odd), str(odd - 1)),
         "hccl: reduce_scatter of 2^24 + 1, int32": (
@@ -172,15 +228,16 @@ def questions() -> dict[str, tuple[Callable[[], Any], str]]:
             str(odd),
         ),
         "hccl: a tensor of the host": (lambda: dist.all_reduce(torch.ones(1)), "refused"),
+        "hccl: from any sender": (lambda: dist.recv(ones(1)), "refused"),
         "hccl: AVG": (lambda: dist.all_reduce(ones(1), dist.ReduceOp.AVG), "refused"),
         "hccl: int16": (lambda: dist.all_reduce(ones(1, dtype=torch.int16)), "refused"),
-        "torch.hpu.empty_cache is there": (lambda: hasattr(torch.hpu, "empty_cache"), "False"),
-        "torch.hpu.reset_max_memory_allocated is there": (
+        "torch.hpu: empty_cache is there": (lambda: hasattr(torch.hpu, "empty_cache"), "False"),
+        "torch.hpu: reset_max_memory_allocated is there": (
             lambda: hasattr(torch.hpu, "reset_max_memory_allocated"),
             "False",
         ),
         "events: the argument blocking": (lambda: torch.hpu.Event(blocking=True), "refused"),
-        "dropout on the card leaves the host's random numbers alone": (card_draws_its_own, "True"),
+        "random numbers: dropout on the card leaves the host's alone": (card_draws_its_own, "True"),
     }
 
 
@@ -190,6 +247,16 @@ def card_draws_its_own() -> bool:
     torch.manual_seed(0)
     functional.dropout(ones(100), 0.5)
     return torch.equal(torch.rand(1), untouched)
+
+
+def as_table() -> list[str]:
+    """The rows of docs/emulator.md: what is asked about, what the emulator answers, and to which questions."""
+    answers = {question: emulated for question, (_, emulated) in questions().items()} | OF_PROCESSES
+    rows: dict[tuple[str, str], list[str]] = {}
+    for question, emulated in answers.items():
+        subject, _, asked = question.rpartition(": ")
+        rows.setdefault((subject, emulated), []).append(asked)
+    return [f"| {subject} | {emulated} | {'; '.join(asked)} |" for (subject, emulated), asked in sorted(rows.items())]
 
 
 def ask() -> list[dict[str, str]]:

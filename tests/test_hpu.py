@@ -124,6 +124,8 @@ def test_a_small_model_is_tuned_merged_aligned_and_asked_on_the_card(figures, re
 
 
 def test_the_card_answers_what_the_emulator_could_not_settle(record_table, tmp_path):
+    import card_questions
+
     REPORT.mkdir(parents=True, exist_ok=True)
     answers = REPORT / "answers.json"
     variables = {"PT_HPU_METRICS_FILE": str(tmp_path / "metrics.json"), "RANK": "0", "PT_HPU_LAZY_MODE": "1"}
@@ -137,12 +139,11 @@ def test_the_card_answers_what_the_emulator_could_not_settle(record_table, tmp_p
     names = sorted({entry["metric_name"] for entries in files.values() for entry in entries})
     loads = [sys.executable, "-c", "import torch; print(hasattr(torch, 'hpu'))"]
     loaded = subprocess.run(loads, env=os.environ | variables, capture_output=True, text=True, check=True)
-    more = {
-        "metrics: files": (", ".join(files), "metrics-rank0.json"),
-        "metrics: names": (", ".join(names), "cpu_fallback, graph_compilation, memory_defragmentation"),
-        "lazy mode: import torch loads the plugin": (loaded.stdout.split()[-1], "True"),
-    }
-    rows += [{"question": name, "answer": answer, "emulator": emulated} for name, (answer, emulated) in more.items()]
+    answered = ", ".join(files), ", ".join(names), loaded.stdout.split()[-1]
+    rows += [
+        {"question": question, "answer": answer, "emulator": emulated}
+        for answer, (question, emulated) in zip(answered, card_questions.OF_PROCESSES.items(), strict=True)
+    ]
     answers.write_text(json.dumps(rows, indent=2) + "\n")
     record_table(rows)
     assert all(row["answer"] for row in rows)

@@ -250,3 +250,19 @@ def test_evaluation_averages_over_pairs_wherever_they_fell(make_trainer):
         losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
 
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+def test_the_reference_has_neither_the_dropout_nor_the_noise_of_the_policy_that_it_shares_its_weights_with(
+    make_trainer,
+):
+    trainer = make_trainer(disable_dropout=False, neftune_noise_alpha=50.0)
+    for module in trainer.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    reference, policy = trainer._score_reference(inputs), trainer._score(trainer.model.eval(), inputs)[0]
+    trainer._activate_neftune(trainer.model.train())
+
+    torch.testing.assert_close(trainer._score_reference(inputs), reference)
+    assert trainer.model.training
+    assert (trainer._score(trainer.model, inputs)[0] - policy).abs().max() > 0.01

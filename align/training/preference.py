@@ -1,9 +1,10 @@
 """Preference tuning (DPO and its relatives) on rows that pairs share, with one model as policy and reference."""
 
+import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -254,8 +255,20 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
             return self._score(model, inputs)[0]
         # An HPU graph of the PEFT model would be replayed with its adapter: the base's own forward is in none. Only
         # DeepSpeed, which knows no such graphs in training, must see a pass enter by its module.
-        with model.disable_adapter():
+        with model.disable_adapter(), self._without_noise(model):
             return self._score(model if self.is_deepspeed_enabled else model.get_base_model(), inputs)[0]
+
+    @contextlib.contextmanager
+    def _without_noise(self, model: torch.nn.Module) -> Iterator[None]:
+        """The policy's dropout and noise on its embeddings, where it has any, are not the reference's."""
+        is_noisy = model.training and (not self.args.disable_dropout or self.args.neftune_noise_alpha)
+        if is_noisy:
+            model.eval()
+        try:
+            yield
+        finally:
+            if is_noisy:
+                model.train()
 
     def describe_rows(self, batch: Mapping[str, torch.Tensor]) -> list[dict]:
         pairs = [int(index) for index in batch["indices"] if index != NONE]

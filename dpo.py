@@ -8,7 +8,7 @@ Eight cards:  python gaudi_spawn.py --world_size 8 --use_deepspeed dpo.py \\
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from align.cli import parse_arguments, run_script, start_logging
+from align.cli import given_flags, parse_arguments, run_script, start_logging
 from align.errors import InputError
 from align.quiet import quiet_imports
 
@@ -26,6 +26,7 @@ with quiet_imports():
     from align.training import checkpoints, folders, pairs, preference, reference, report, results
     from align.training.flags import FLAGS
     from align.training.ranks import first_of_node_first
+    from align.training.unused import tell_unused
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {
@@ -173,6 +174,7 @@ def main() -> None:
     start_logging(args)
     used = model_args.model_name_or_path, preference_args.ref_model
     checkpoint = folders.check_training_arguments(args, run_args, *used)
+    tell_unused(parsed, given_flags())
     check_preference_arguments(args, preference_args, lora_args)
     modeling.check_attention_flags(model_args, args)
     set_seed(args.seed)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 
-from align.cli import parse_arguments, run_script, start_logging
+from align.cli import given_flags, parse_arguments, run_script, start_logging
 from align.errors import InputError
 from align.quiet import quiet_imports
 
@@ -27,6 +27,7 @@ with quiet_imports():
     from align.training.flags import FLAGS
     from align.training.ranks import first_of_node_first
     from align.training.supervised import SupervisedTrainer, make_all_batches
+    from align.training.unused import tell_unused
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
@@ -70,6 +71,7 @@ def main() -> None:
     model_args, lora_args, data_args, batch_args, run_args, args = parsed
     start_logging(args)
     checkpoint = folders.check_training_arguments(args, run_args, model_args.model_name_or_path)
+    tell_unused(parsed, given_flags())
     modeling.check_attention_flags(model_args, args)
     check_batch_arguments(args)
     set_seed(args.seed)

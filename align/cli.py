@@ -148,6 +148,11 @@ def with_underscores(words: Sequence[str]) -> list[str]:
     return [f"{flag[:2]}{flag[2:].replace('-', '_')}{equals}{value}" for flag, equals, value in parts]
 
 
+def given_flags() -> set[str]:
+    """Names of the flags on the command line."""
+    return {word[2:].partition("=")[0] for word in with_underscores(sys.argv[1:]) if word.startswith("--")}
+
+
 def read_boolean(text: str) -> bool:
     """The words that the flags of transformers take."""
     if text.lower() not in TRUE + FALSE:

@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
+import re
 import textwrap
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from optimum.habana.trl import GaudiDPOConfig, GaudiSFTConfig
 from align.errors import InputError
 from align.training.preference import PreferenceTrainer
 from align.training.supervised import SupervisedTrainer
-from align.training.unused import WITHOUT_EFFECT, check_unused, get_default
+from align.training.unused import BESIDE_OTHERS, WITHOUT_EFFECT, check_unused, get_default
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"sft.py": GaudiSFTConfig, "dpo.py": GaudiDPOConfig}
@@ -98,11 +100,46 @@ def test_each_flag_without_effect_is_refused_with_what_to_use(script):
             setattr(args, each.name, before)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--group_by_length", "--eval_packing False", "--data_seed 3", "--remove_unused_columns True", "--fsdp full_shard"],
-)
+REFUSED = [
+    "--group_by_length",
+    "--eval_packing False",
+    "--data_seed 3",
+    "--remove_unused_columns True",
+    "--fsdp full_shard",
+    "--use_legacy_prediction_loop",
+]
+
+
+@pytest.mark.parametrize("flags", REFUSED)
 def test_a_flag_without_effect_stops_sft_before_anything_is_loaded(run, flags):
     with pytest.raises(InputError, match=f"^{flags.split()[0]}.* has no effect here"):
         run("sft.py", "--output_dir", "out", "--do_train", "--model_name_or_path", "none", *flags.split())
     assert not Path("out").exists()
+
+
+IN_VAIN = {  # flags that change nothing beside the others
+    "sft.py": "--use_peft False --lora_r 4 --max_steps 3 --num_train_epochs 2 --warmup_steps 1 --warmup_ratio 0.1 "
+    "--eval_steps 5 --pad_max True --num_buckets 3 --optim sgd --adam_beta1 0.8 "
+    "--save_strategy no --save_steps 7 --run_name mine --max_eval_samples 4",
+    "dpo.py": "--warmup_ratio 0.1 --f_alpha_divergence_coef 0.5 --ref_model_sync_steps 4 --ref_log_probs_dir stored "
+    "--average_tokens_across_devices False",
+}
+NOT_IN_VAIN = {"--use_peft", "--max_steps", "--warmup_steps", "--optim", "--save_strategy"}
+
+
+@pytest.mark.parametrize("script", IN_VAIN)
+def test_a_flag_that_changes_nothing_beside_the_others_is_told(script, run, capsys):
+    with pytest.raises(InputError, match="none"):
+        run(script, "--output_dir", "out", "--do_train", "--model_name_or_path", "none", *IN_VAIN[script].split())
+    told = re.findall(r"WARNING (--\w+) has no effect here: .+", capsys.readouterr().err)
+    assert set(told) == set(re.findall(r"--\w+", IN_VAIN[script])) - NOT_IN_VAIN
+
+
+def test_the_table_of_flags_beside_others_names_no_flag_that_does_not_exist():
+    known = {
+        each.name
+        for script in CONFIGS
+        for part in importlib.import_module(script[:-3]).ARGUMENTS
+        for each in dataclasses.fields(part)
+    }
+    assert BESIDE_OTHERS.keys() <= known

@@ -44,6 +44,10 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
         raise InputError("--num_train_epochs 0: nothing would be trained; give --num_train_epochs or --max_steps")
     if run_args.sample_prompts and not args.do_eval:
         raise InputError("--sample_prompts takes held-out prompts: add --do_eval")
+    if args.eval_on_start and not args.do_eval:
+        raise InputError("--eval_on_start evaluates on held-out rows: add --do_eval")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise InputError("--dataloader_persistent_workers: there are none to keep; add --dataloader_num_workers 1")
     recomputes_fast = args.flash_attention_recompute and args.flash_attention_fast_softmax
     if args.do_train and recomputes_fast and not args.flash_attention_causal_mask:
         raise InputError(

@@ -1,11 +1,18 @@
 """Flags of optimum-habana's training arguments that have no effect in these scripts, and what to use instead.
 
-A flag that would change nothing is refused: whoever gives it expects something else than what would be trained.
+A flag that would change nothing is refused: whoever gives it expects something else than what would be trained. One
+that changes nothing beside the others that are given is told.
 """
 
+import logging
+from collections.abc import Callable, Container, Iterable
 from dataclasses import MISSING, fields
+from types import SimpleNamespace
+from typing import Any
 
 from align.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 BFLOAT16 = "Gaudi computes in bfloat16: use --bf16"
 BATCHES = "batches have few fixed shapes already: see --packing and --num_buckets"
@@ -33,6 +40,7 @@ WITHOUT_EFFECT = {  # of both scripts
     "batch_eval_metrics": METRICS,
     "eval_use_gather_object": METRICS,
     "prediction_loss_only": METRICS,
+    "use_legacy_prediction_loop": METRICS,
     "eval_do_concat_batches": METRICS,
     "eval_accumulation_steps": METRICS,
     "fp16": BFLOAT16,
@@ -83,6 +91,73 @@ WITHOUT_EFFECT = {  # of both scripts
     "label_pad_token_id": "padding has no labels",
     "padding_value": "padding is never seen",
 }
+
+
+COMPILES = (lambda flags: flags.torch_compile, "it is for --torch_compile")
+ADAPTER = (lambda flags: flags.use_peft and flags.do_train, "no adapter is trained")
+ADAMW = (lambda flags: "adam" in flags.optim.value, "the optimizer that --optim names has none")
+REFERENCE_MOVES = (lambda flags: flags.sync_ref_model, "it is for --sync_ref_model")
+EVALUATES = (lambda flags: flags.do_eval, "nothing is evaluated")
+PROFILES = (lambda flags: flags.profiling_steps > 0, "it is for --profiling_steps")
+UPLOADS = (lambda flags: flags.push_to_hub, "nothing is uploaded without --push_to_hub")
+
+# Flags that have an effect beside others alone: when they have one, and why they have none otherwise
+BESIDE_OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "lora_r": ADAPTER,
+    "lora_alpha": ADAPTER,
+    "lora_dropout": ADAPTER,
+    "lora_target_modules": ADAPTER,
+    "num_train_epochs": (lambda flags: flags.max_steps <= 0, "--max_steps says how long the run is"),
+    "warmup_ratio": (lambda flags: not flags.warmup_steps, "--warmup_steps comes before it; add --warmup_steps 0"),
+    "num_buckets": (lambda flags: not getattr(flags, "packing", False), "packed rows have one length"),
+    "pad_max": (lambda flags: not flags.packing, "packed rows have one length"),
+    "gradient_checkpointing_kwargs": (lambda flags: flags.gradient_checkpointing, "it is for --gradient_checkpointing"),
+    "adam_beta1": ADAMW,
+    "adam_beta2": ADAMW,
+    "adam_epsilon": ADAMW,
+    "eval_steps": (lambda flags: flags.eval_strategy.value == "steps", "it is for --eval_strategy steps"),
+    "eval_delay": (lambda flags: flags.eval_strategy.value != "no", "it is for --eval_strategy steps or epoch"),
+    "per_device_eval_batch_size": EVALUATES,
+    "max_eval_samples": EVALUATES,
+    "logging_steps": (lambda flags: flags.logging_strategy.value == "steps", "it is for --logging_strategy steps"),
+    "save_steps": (lambda flags: flags.save_strategy.value == "steps", "it is for --save_strategy steps"),
+    "logging_dir": (lambda flags: flags.report_to, "it is for --report_to"),
+    "run_name": (lambda flags: flags.report_to, "it is for --report_to"),
+    "greater_is_better": (lambda flags: flags.metric_for_best_model, "it is for --metric_for_best_model"),
+    "average_tokens_across_devices": (lambda flags: not hasattr(flags, "beta"), "every pair weighs the same"),
+    "fsdp_config": (lambda flags: False, "use --deepspeed with a ZeRO-3 file of configs/"),
+    "hub_strategy": UPLOADS,
+    "hub_token": UPLOADS,
+    "ref_log_probs_dir": (lambda flags: flags.precompute_ref_log_probs, "it is for --precompute_ref_log_probs"),
+    "ref_model_mixup_alpha": REFERENCE_MOVES,
+    "ref_model_sync_steps": REFERENCE_MOVES,
+    "f_alpha_divergence_coef": (
+        lambda flags: flags.f_divergence_type == "alpha_divergence",
+        "it is for --f_divergence_type alpha_divergence",
+    ),
+    "use_compiled_autograd": COMPILES,
+    "compile_from_sec_iteration": COMPILES,
+    "compile_dynamic": COMPILES,
+    "use_regional_compilation": COMPILES,
+    "cache_size_limit": COMPILES,
+    "inline_inbuilt_nn_modules": COMPILES,
+    "allow_unspec_int_on_nn_module": COMPILES,
+    "max_hpu_graphs": (
+        lambda flags: flags.use_hpu_graphs_for_training or flags.use_hpu_graphs_for_inference,
+        "it is for --use_hpu_graphs_for_training and --use_hpu_graphs_for_inference",
+    ),
+    "profiling_warmup_steps": PROFILES,
+    "profiling_record_shapes": PROFILES,
+    "profiling_with_stack": PROFILES,
+}
+
+
+def tell_unused(parsed: Iterable[Any], given: Container[str]) -> None:
+    """One line about each flag of the command line (`given`) that changes nothing beside the others."""
+    flags = SimpleNamespace(**{name: value for each in parsed for name, value in vars(each).items()})
+    for name, (has_effect, reason) in BESIDE_OTHERS.items():
+        if name in given and not has_effect(flags):
+            logger.warning(f"--{name} has no effect here: {reason}")
 
 
 def check_unused(args) -> None:

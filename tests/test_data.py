@@ -43,11 +43,13 @@ def test_files_of_each_kind_are_read(suffix, tmp_path):
     assert texts(load(file, do_eval=False).train) == [row["text"] for row in ROWS]
 
 
-def test_an_existing_validation_split_is_used_and_nothing_is_cut_off(tmp_path):
+def test_an_existing_validation_split_is_used_and_nothing_is_cut_off(tmp_path, caplog):
+    caplog.set_level("INFO")
     write_rows(tmp_path / "set/train.jsonl", ROWS)
     write_rows(tmp_path / "set/validation.jsonl", ROWS[:3])
-    splits = load(tmp_path / "set")
+    splits = load(tmp_path / "set", validation_split_percentage=10)
     assert (len(splits.train), texts(splits.validation)) == (40, [row["text"] for row in ROWS[:3]])
+    assert f"validation: validation of {tmp_path / 'set'}; --validation_split_percentage has no effect" in caplog.text
 
 
 def test_without_a_validation_split_the_same_rows_are_cut_off_each_time(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,9 @@ REASONING_TEMPLATE = (
     "{{ m['content'].split('</think>')[-1].lstrip() + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SHOWS_ARGUMENTS = TOOLS_TEMPLATE.replace("call['function']['name']", "call['function']['arguments'] | tojson")
+SWALLOWS_TEXT = TOOLS_TEMPLATE.replace("(m['content'] or '')", "('' if m.get('tool_calls') else m['content'])")
+NO_TOOL = TOOLS_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
 NO_SYSTEM = TOOLS_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
 
 
@@ -193,7 +197,7 @@ FINE_TUNING = {
         {"context": "C", "question": "Q?", "answers": {"text": ["A", "B"], "answer_start": [1, 2]}, "title": "t"},
         {},
         ["A" + END],
-        ["context + question + answers", "columns not used: title"],
+        ["context + question + answers", "columns not used: title", "of several answers the first is used: 1 of 1"],
     ),
     "an empty turn": (
         {"messages": [user("a"), said(""), user("b"), said("good")]},
@@ -305,6 +309,76 @@ FINE_TUNING = {
         {"text_as_chat": False},
         [" A<|end|>"],
         ["question-answer rows (question + answer), as text"],
+    ),
+    "null in the arguments of a call": (
+        {"messages": [user("2"), said(None, tool_calls=[{"function": {"name": "add", "arguments": {"a": None}}}])]},
+        {"template": SHOWS_ARGUMENTS},
+        ['CALL {"a": null}' + END],
+        ["the arguments of a call hold null, which stays as it is: 1 of 1 samples"],
+    ),
+    "an answer that is JSON and no message": (
+        {"prompt": "a", "completion": '{"from": "Bob", "to": "Al"}'},
+        {},
+        ['{"from": "Bob", "to": "Al"}' + END],
+        [],
+    ),
+    "input and context beside an instruction": (
+        {"instruction": "do", "input": "i", "context": "c", "response": "r"},
+        {},
+        ["r" + END],
+        ["columns not used: none"],
+    ),
+    "a system prompt beside answers of which one has no score": (
+        {
+            "system": "Be",
+            "instruction": "do",
+            "completions": [{"response": "a"}, {"response": "b", "overall_score": 3}],
+        },
+        {},
+        ["b" + END],
+        ["columns not used: none", "of several `completions` the best is used, by `overall_score`: 1 of 1"],
+    ),
+    "a user's turn that is to be learnt": (
+        {"messages": [{**user("a"), "train": True}, said("b")]},
+        {},
+        ["b" + END],
+        ["a turn of the user is not learnt, whatever its `weight` or `train` says: 1 of 1 samples"],
+    ),
+    "what a tool says, which the template swallows and the answer repeats": (
+        {
+            "messages": [
+                user("2"),
+                {"role": "tool", "content": "It is 21 degrees today."},
+                said("It is 21 degrees today."),
+            ]
+        },
+        {"template": NO_TOOL},
+        ["It is 21 degrees today." + END],
+        ["does not show the tool message: 1 of 1 samples"],
+    ),
+    "a key that the template loses though somebody says its word": (
+        {"messages": [{**user("ask Bob"), "name": "Bob"}, said("b")]},
+        {},
+        ["b" + END],
+        ["the key `name` of a message is not used: 1 of 1 samples"],
+    ),
+    "flags of the chat template for plain text": (
+        {"text": "Hello there"},
+        {"text_as_chat": True, "chat_template": "plain"},
+        ["Hello there<|end|>"],
+        ["--text_as_chat has no effect on rows.jsonl: plain text", "--chat_template has no effect on rows.jsonl"],
+    ),
+    "what is said beside a call, which the template swallows": (
+        {"messages": [user("2"), said("Let me see.", tool_calls=CALL), {"role": "tool", "content": "4"}, said("four")]},
+        {"template": SWALLOWS_TEXT},
+        ["CALL add<|eot|>", "four" + END],
+        ["does not show what a turn of the assistant says or thinks beside a call: 1 of 1 samples"],
+    ),
+    "characters that the tokenizer does not know": (
+        {"text": "Hi 日本"},
+        {"kind": "llama-2"},
+        ["Hi <unk><unk></s>"],
+        ["characters that the tokenizer does not know have become its unk_token: 1 of 1 samples"],
     ),
     "a text that is too long": (
         {"text": "Hello there, how are you today? " * 20},
@@ -462,6 +536,39 @@ REFUSED = {
         {},
         "two different system prompts",
     ),
+    "a turn of which two things are said": (
+        {"messages": [user("a"), said("b", train=True, weight=0)]},
+        {},
+        "message 2: `train` and `weight` say two different things",
+    ),
+    "a message that says two things": (
+        {"conversations": [{"from": "human", "value": "a", "content": "b"}, {"from": "gpt", "value": "c"}]},
+        {},
+        "message 1: `value` and `content` say two different things",
+    ),
+    "thoughts that are no text": (
+        {"messages": [user("a"), said("b", reasoning_content=["so"])]},
+        {},
+        "message 2: `reasoning_content` is list .*, not text",
+    ),
+    "a score that is no number": (
+        {
+            "instruction": "do",
+            "completions": [{"response": r, "overall_score": s} for r, s in (("a", math.nan), ("b", 1))],
+        },
+        {"preference": True},
+        "too few answers with a `response` and a number",
+    ),
+    "two answers of which a score says which is better": (
+        {"question": "Q?", "answer_0": "a", "answer_1": "b", "score_0": 1.0, "score_1": -1.0},
+        {"preference": True},
+        "^(?!.*chosen=answer).*nearest is",
+    ),
+    "columns in capitals": (
+        {"Prompt": "a", "Completion": "b"},
+        {},
+        "nearest is prompt-completion .*: --columns prompt=Prompt,completion=Completion",
+    ),
     "an image": ({"messages": [user([{"type": "image"}]), said("b")]}, {}, "a part that is not text but 'image'"),
     "half a weight": ({"messages": [user("a"), said("b", weight=0.5)]}, {}, "0 is not learnt, 1 is"),
     "nothing but an empty turn": ({"messages": [user("a"), said(" ")]}, {}, "shows no turn of the assistant"),
@@ -497,6 +604,12 @@ def test_rows_that_all_fail_alike_are_not_skipped(prepare):
         prepare([{"messages": "x"}] * 20, bad_rows="skip", max_bad_rows=1)
 
 
+def test_a_column_that_only_later_rows_have_is_told(prepare, caplog):
+    prepare([{"text": "Hello"}] * 1000 + [{"text": "Hello", "mood": "glad"}])
+    assert "columns that the first rows do not have are not used: mood: 1 of 1,001 samples" in caplog.text
+    assert "first rows.jsonl, row 1001" in caplog.text
+
+
 def test_columns_are_renamed(prepare):
     rows = [{"ask": "P?", "good": "C", "bad": "D"}]
     renamed = prepare(rows, preference=True, columns=["prompt=ask,chosen=good", "rejected=bad"])
@@ -524,6 +637,18 @@ def test_a_damaged_cache_is_noticed_and_made_anew(prepare, caplog, damage, monke
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2] + damage)
     assert prepare(None) == before
+    assert "is damaged, and is made anew" in caplog.text
+
+
+def test_damaged_rows_of_parquet_files_are_noticed_and_made_anew(prepare, caplog, monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_list([{"text": "Hello there, how are you"}] * 5).to_parquet("rows.parquet")
+    before = prepare(None, name="rows.parquet", length=100)
+    (rows,) = (tmp_path / "cache").rglob("parquet-train.arrow")
+    rows.write_bytes(rows.read_bytes().replace(b"there", b"where"))
+    assert prepare(None, name="rows.parquet", length=101) == before
     assert "is damaged, and is made anew" in caplog.text
 
 

@@ -17,6 +17,7 @@ from align.data.formats import PLAIN, LeftOut, Messages, RowError, is_learnt
 from align.errors import InputError
 
 MARK = "\ue000\ue001"
+MARKED_THOUGHTS = re.compile(r"[<\[|:_/]think|THINK")  # of any model: templates treat what stands between such marks
 THOUGHTS = re.compile(r"</?think(?:ing)?>")
 NOT_SHOWN = "the chat template does not show"  # begins each note about something that the model never sees
 APART = "turns of the assistant that the chat template changes once others follow become samples of their own"
@@ -64,6 +65,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.source = tokenizer.chat_template
+        self.writes_date = "strftime_now" in str(self.source)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         if tokenizer.bos_token != tokenizer.eos_token:
             special.discard(tokenizer.bos_token)
@@ -229,6 +231,8 @@ class ChatTemplate:
                 said, notes = whole, (*notes, "thoughts that the chat template leaves out are learnt as they were said")
             else:
                 notes = (*notes, f"{NOT_SHOWN} `reasoning_content`")
+        if has_calls and not all(part in said for part in parts):
+            notes = (*notes, f"{NOT_SHOWN} what a turn of the assistant says or thinks beside a call")
         return Turn(asked, said + closing if said.strip() else "", closing, notes)
 
     def _find_frame(self, before: Messages, tools: list | None) -> tuple[str, str]:
@@ -255,15 +259,23 @@ class ChatTemplate:
         notes = []
         for number, message in enumerate(messages):
             content = (message["content"] or "").strip()
-            is_seen = len(content) >= SURELY and content in shown
+            quoted = any(content in (other["content"] or "") for other in messages if other is not message)
+            is_seen = len(content) >= SURELY and content in shown and not quoted
             if content and not is_seen and not is_learnt(message) and not THOUGHTS.search(content):
                 changed = [*messages[:number], {**message, "content": MARK}, *messages[number + 1 :]]
                 if MARK not in self.write(changed, tools):
                     notes.append(f"{NOT_SHOWN} the {message['role']} message")
             for key in message.keys() - PLAIN - {"weight", "reasoning_content"}:
-                if not all(value in shown for value in _leaves(message[key])):
+                without = {other: value for other, value in message.items() if other != key}
+                changed = [*messages[:number], without, *messages[number + 1 :]]
+                is_seen = all(value in shown for value in _leaves(message[key]))
+                if not is_seen or (shown == text and self._shows_the_same(text, changed, tools)):
                     lost = f"{NOT_SHOWN} the key `{key}` of a message"
                     notes.append(lost if key == "tool_calls" else f"the key `{key}` of a message is not used")
+            if message.get("weight") and message["role"] != "assistant":
+                notes.append(f"a turn of the {message['role']} is not learnt, whatever its `weight` or `train` says")
+            if any(_holds_null(_arguments(call) or {}) for call in message.get("tool_calls", ())):
+                notes.append("the arguments of a call hold null, which stays as it is")
             if any(_arguments(call) for call in message.get("tool_calls", ())):
                 calls = [_without_arguments(call) for call in message["tool_calls"]]
                 changed = [*messages[:number], {**message, "tool_calls": calls}, *messages[number + 1 :]]
@@ -328,7 +340,7 @@ def _cut(text: str, spans: list[tuple[int, int]], notes: tuple[str, ...] = ()) -
 
 def _is_plain(message: dict[str, Any]) -> bool:
     content = message["content"]
-    return message.keys() == PLAIN and isinstance(content, str) and "think" not in content
+    return message.keys() == PLAIN and isinstance(content, str) and not MARKED_THOUGHTS.search(content)
 
 
 def _behind_last(messages: Messages, text: str) -> str:
@@ -371,6 +383,11 @@ def _with_arguments_as_text(messages: Messages) -> Messages:
 
 def _arguments(call: Any) -> Any:
     return call.get("function", call).get("arguments") if isinstance(call, dict) else None
+
+
+def _holds_null(value: Any) -> bool:
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(_holds_null, within))
 
 
 def _without_arguments(call: dict) -> dict:

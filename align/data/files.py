@@ -26,7 +26,7 @@ from datasets import Dataset, IterableDataset
 from datasets.data_files import get_data_patterns, resolve_pattern
 from datasets.table import MemoryMappedTable
 
-from align.data.formats import RowError
+from align.data.formats import RowError, without_nones
 from align.errors import InputError
 from align.whole import replace_file, write_file
 
@@ -145,7 +145,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, str, str]]:
                         f"--dataset_name: {path}, row {number + 1}: {reason}; what follows is not read"
                     ) from error
                 return
-            except RowError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"--dataset_name: {path}, row {number + 1}: {error}") from None
             for each in _rows_within(value) if number == 0 and not is_list else [value]:
                 number += 1
@@ -200,7 +200,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str, str]]:
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH):
         for row in batch.to_pylist():
             number += 1
-            yield number, json.dumps(row, default=str), ""
+            yield number, json.dumps({key: without_nones(value) for key, value in row.items()}, default=str), ""
 
 
 def parse_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +211,10 @@ def parse_row(row: Mapping[str, Any]) -> dict[str, Any]:
         values = json.loads(row[ROW], object_pairs_hook=_make_object)
     except json.JSONDecodeError as error:
         raise RowError(f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+    except RowError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets within brackets
+        raise RowError(f"not JSON that can be read: {error}") from None
     if not isinstance(values, dict):
         raise RowError(f"{type(values).__name__}, not an object with columns")
     return values

@@ -4,9 +4,10 @@ Adding a format is adding a row to `FORMATS`.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from operator import itemgetter
 from typing import Any
@@ -17,7 +18,7 @@ Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PLAIN = {"role", "content"}
-SPEAKERS = {  # other names of the roles: ShareGPT's, Vicuna's, OpenAI's older ones
+SPEAKERS = {role: role for role in (*ROLES, "function_call")} | {  # and other names: ShareGPT's, OpenAI's older ones
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -98,22 +99,26 @@ def _parse(value: Any) -> Any:
 
 
 def _parse_messages(value: Any) -> Any:
-    """Messages that stand in a column as JSON; a text that merely happens to be JSON stays a text."""
+    """Messages that stand in a column as JSON; a text that merely happens to be JSON, as a mail, stays a text."""
     parsed = _parse(value)
     messages = parsed if isinstance(parsed, list) else [parsed]
-    if messages and all(isinstance(each, Mapping) and each.keys() & {"role", "from"} for each in messages):
+    if messages and all(isinstance(each, Mapping) and _find_speaker(each) in SPEAKERS for each in messages):
         return parsed
     return value
 
 
-def _without_nones(value: Any) -> Any:
-    """Arrow gives every object the keys of all others."""
+def _find_speaker(message: Mapping) -> str:
+    return str(message.get("role", message.get("from"))).lower()
+
+
+def without_nones(value: Any) -> Any:
+    """What Arrow holds, without the nulls with which it gives every object the keys of all others."""
     if isinstance(value, Mapping):
-        return {key: _without_nones(each) for key, each in value.items() if each is not None}
-    return [_without_nones(each) for each in value] if isinstance(value, list) else value
+        return {key: without_nones(each) for key, each in value.items() if each is not None}
+    return [without_nones(each) for each in value] if isinstance(value, list) else value
 
 
-def _join_parts(content: Any) -> Any:
+def _join_parts(content: Any, where: str) -> Any:
     """Content that is a list of parts, as text."""
     if not isinstance(content, list):
         return content
@@ -125,8 +130,9 @@ def _join_parts(content: Any) -> Any:
         elif isinstance(part, str):
             texts.append(part)
         else:
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise RowError(f"a message has a part that is not text but {kind!r}")
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            what = _describe(part) if kind in (None, "text") else repr(kind)
+            raise RowError(f"{where} has a part that is not text but {what}")
     return "\n".join(texts)
 
 
@@ -141,14 +147,16 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         return message  # as most are
     if not isinstance(message, Mapping):
         raise RowError(f"{where} is {_describe(message)}, not role and content")
-    made = {key: value for key, value in _without_nones(message).items() if value != []}
+    made = {key: value for key, value in message.items() if value is not None and value != []}
     for old, new in (("from", "role"), ("value", "content"), ("loss_weight", "weight")):
-        if old in made and new not in made:
-            made[new] = made.pop(old)
+        if old in made:
+            value = made.pop(old)
+            if _name_role(made.setdefault(new, value)) != _name_role(value):
+                raise RowError(f"{where}: `{old}` and `{new}` say two different things")
     if not isinstance(made.get("role"), str):
         raise RowError(f"{where}: `role` is {_describe(made.get('role'))}")
     role = made["role"].lower()
-    made["content"] = _join_parts(made.get("content"))
+    made["content"] = _join_parts(made.get("content"), where)
     if role == "function_call":  # ShareGPT of LLaMA-Factory: the call stands as JSON in the content
         calls = _parse(made["content"])
         calls = calls if isinstance(calls, list) else [calls]
@@ -165,20 +173,37 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         says_otherwise = made["role"] == "assistant" and ("tool_calls" in made or "reasoning_content" in made)
         if made["content"] is not None or not says_otherwise:
             raise RowError(f"{where}: `content` is {_describe(made['content'])}")
+    if not isinstance(made.get("reasoning_content", ""), str):
+        raise RowError(f"{where}: `reasoning_content` is {_describe(made['reasoning_content'])}, not text")
+    if "weight" in made and made["weight"] not in (0, 1):
+        raise RowError(f"{where}: `weight` is {_describe(made['weight'])}; 0 is not learnt, 1 is, and nothing between")
     if "train" in made:
         learnt = read_truth(made["train"])
         if learnt is None:
             raise RowError(f"{where}: `train` is {_describe(made['train'])}, neither true nor false")
         del made["train"]
-        made["weight"] = int(learnt)
-    if "weight" in made and made["weight"] not in (0, 1):
-        raise RowError(f"{where}: `weight` is {_describe(made['weight'])}; 0 is not learnt, 1 is, and nothing between")
-    for call in made.get("tool_calls", ()):
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        if "name" not in function:
+        if made.setdefault("weight", int(learnt)) != learnt:
+            raise RowError(f"{where}: `train` and `weight` say two different things")
+    if "tool_calls" in made:
+        made["tool_calls"] = _read_calls(made["tool_calls"], where)
+    return made
+
+
+def _name_role(value: Any) -> Any:
+    return SPEAKERS.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _read_calls(calls: Any, where: str) -> list[dict]:
+    """Calls of functions, with their arguments as an object, as most templates want them."""
+    calls = _parse(calls)
+    made = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        call = {key: value for key, value in call.items() if value is not None} if isinstance(call, Mapping) else call
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError(f"{where}: `tool_calls` holds {_describe(call)}, not a call of a named function")
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = _parse(function["arguments"])
+        function = {**function, **({"arguments": _parse(function["arguments"])} if "arguments" in function else {})}
+        made.append({**call, "function": function} if "function" in call else function)
     return made
 
 
@@ -226,7 +251,7 @@ def _tools(row: Row) -> list[dict] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(f"column `tools` is {_describe(tools)}, not a list of functions as JSON schemas")
-    return _without_nones(tools)
+    return list(tools)
 
 
 def _history(row: Row) -> list[tuple[str, str]]:
@@ -348,7 +373,7 @@ def _chat(system: str, history: Iterable[tuple[str, str]], asked: str, answers: 
     messages = [{"role": "system", "content": system}] if system.strip() else []
     for question, answer in history:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    messages.append({"role": "user", "content": asked.strip()})
+    messages.append({"role": "user", "content": asked})
     said = [[{"role": "assistant", "content": _without_joint(answer)}] for answer in answers]
     if len(said) > 1:
         return Sample(messages, tuple(said), _tools(row))
@@ -382,7 +407,7 @@ def _read_texts(row: Row, columns: tuple[str, ...], as_chat: bool) -> Sample:
         notes = ("the prompt, which the answers repeat, counts once",)
     if as_chat:
         sample = _chat(_text(row, "system", may_be_empty=True), (), prompt, answers, row)
-        return Sample(sample.prompt, sample.answers, sample.tools, notes)
+        return replace(sample, notes=notes)
     return Sample(_before(row) + prompt, tuple(answers), notes=notes)
 
 
@@ -432,30 +457,36 @@ def _read_question(*columns: str) -> Callable[[Row, bool], Sample]:
     """Reads Q&A rows, as text in the wording that the Stack Exchange recipes train on."""
 
     def read(row: Row, as_chat: bool = False) -> Sample:
-        question, answers = _text(row, "question"), [_answer(row, column) for column in columns]
+        question, listed = _text(row, "question"), [_list_answers(row, column) for column in columns]
+        answers = [_text({column: each[0]}, column) for column, each in zip(columns, listed, strict=True)]
+        notes = ("of several answers the first is used",) if any(set(each) != {each[0]} for each in listed) else ()
         context = _text(row, "context", may_be_empty=True).strip()
         if as_chat:
             asked = f"{context}\n\n{question}" if context else question
-            return _chat(_text(row, "system", may_be_empty=True), (), asked, answers, row)
+            return replace(_chat(_text(row, "system", may_be_empty=True), (), asked, answers, row), notes=notes)
         context = f"Context: {context}\n\n" if context else ""
-        return Sample(f"{_before(row)}{context}Question: {question}\n\nAnswer: ", tuple(answers))
+        return Sample(f"{_before(row)}{context}Question: {question}\n\nAnswer: ", tuple(answers), notes=notes)
 
     return read
 
 
-def _answer(row: Row, column: str) -> str:
-    """An answer's text; SQuAD has a list of equally good ones, and the first counts."""
+def _list_answers(row: Row, column: str) -> list:
+    """The texts of an answer: SQuAD has a list of equally good ones."""
     value = row.get(column) if column != "answers" else _parse(row.get(column))
-    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-        if not value["text"]:
-            raise RowError(f"column `{column}` holds no answer")
-        value = value["text"][0]
-    return _text({column: value}, column)
+    if isinstance(value, Mapping) and "text" in value:
+        value = value["text"]
+    if column != "answers" or not isinstance(value, list):
+        return [value]
+    if not value:
+        raise RowError(f"column `{column}` holds no answer")
+    return [value[0], *map(str, value[1:])]
 
 
-def _read_instruction(context: str, *answers: str) -> Callable[[Row, bool], Sample]:
+def _read_instruction(*answers: str) -> Callable[[Row, bool], Sample]:
     def read(row: Row, as_chat: bool = False) -> Sample:
-        instruction, extra = _text(row, "instruction"), _text(row, context, may_be_empty=True)
+        instruction = _text(row, "instruction")
+        extras = [_text(row, column, may_be_empty=True) for column in ("input", "context")]
+        extra = "\n\n".join(each for each in extras if each.strip())
         said = [_text(row, answer) for answer in answers]
         if as_chat:
             asked = f"{instruction}\n\n{extra}" if extra.strip() else instruction
@@ -479,17 +510,24 @@ def _read_completions(preference: bool) -> Callable[[Row, bool], Sample]:
         if not isinstance(rated, list) or not rated:
             raise RowError(f"column `completions` is {_describe(rated or None)}, not a list of answers with scores")
         scored = [(each.get("overall_score"), each.get("response")) for each in rated if isinstance(each, Mapping)]
-        scored = [(score, said) for score, said in scored if isinstance(score, int | float) and isinstance(said, str)]
+        scored = [(score, said) for score, said in scored if isinstance(said, str) and _is_number(score)]
         if len(scored) < 1 + preference:
-            raise RowError("column `completions` has too few answers with `response` and `overall_score`")
+            raise RowError("column `completions` has too few answers with a `response` and a number as `overall_score`")
         scored.sort(key=itemgetter(0), reverse=True)
         if preference and scored[0][0] == scored[-1][0]:
             raise RowError("all `completions` have the same `overall_score`: none is better")
         answers = {"completion": scored[0][1], "chosen": scored[0][1], "rejected": scored[-1][1]}
         columns = ("chosen", "rejected") if preference else ("completion",)
-        return _read_texts({"prompt": row.get("instruction"), **answers}, columns, as_chat)
+        sample = _read_texts({**row, "prompt": row.get("instruction"), **answers}, columns, as_chat)
+        used = "best and the worst are" if preference else "best is"
+        notes = (f"of several `completions` the {used} used, by `overall_score`",) if len(rated) > len(columns) else ()
+        return replace(sample, notes=(*sample.notes, *notes))
 
     return read
+
+
+def _is_number(score: Any) -> bool:
+    return isinstance(score, int | float) and math.isfinite(score)
 
 
 def _read_text(row: Row, as_chat: bool = False) -> Sample:
@@ -522,16 +560,16 @@ FORMATS = (
     Format(
         "instruction",
         ("instruction", "output"),
-        _read_instruction("input", "output"),
+        _read_instruction("output"),
         '{"instruction": "Add.", "input": "2, 2", "output": "4"}',
-        optional=("input", "history", *CONVERSATION, *LABELS),
+        optional=("input", "context", "history", *CONVERSATION, *LABELS),
     ),
     Format(
         "instruction-response",
         ("instruction", "response"),
-        _read_instruction("context", "response"),
+        _read_instruction("response"),
         '{"instruction": "Add.", "context": "2, 2", "response": "4"}',
-        optional=("context", "history", *CONVERSATION, *LABELS),
+        optional=("input", "context", "history", *CONVERSATION, *LABELS),
     ),
     Format(
         "question-answer",
@@ -566,10 +604,10 @@ FORMATS = (
     Format(
         "instruction-pair",
         ("instruction", "chosen", "rejected"),
-        _read_instruction("input", "chosen", "rejected"),
+        _read_instruction("chosen", "rejected"),
         '{"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"}',
         preference=True,
-        optional=("input", "history", *CONVERSATION),
+        optional=("input", "context", "history", *CONVERSATION),
     ),
     Format(
         "conversations-pair",
@@ -585,6 +623,7 @@ FORMATS = (
         ("instruction", "completions"),
         _read_completions(preference=False),
         '{"instruction": "Add 2 and 2.", "completions": [{"response": "4", "overall_score": 9}]}',
+        optional=CONVERSATION,
     ),
     Format(
         "completions-pair",
@@ -593,6 +632,7 @@ FORMATS = (
         '{"instruction": "Add 2 and 2.", "completions": [{"response": "4", "overall_score": 9}, '
         '{"response": "5", "overall_score": 1}]}',
         preference=True,
+        optional=CONVERSATION,
     ),
     Format(
         "preference",
@@ -666,7 +706,6 @@ ALIASES = {
         "positive",
         "best",
         "response_j",
-        "answer_a",
         "win",
     ),
     "rejected": (
@@ -678,7 +717,6 @@ ALIASES = {
         "negative",
         "worst",
         "response_k",
-        "answer_b",
         "lose",
     ),
     "text": ("content", "document", "body", "story", "passage"),
@@ -697,7 +735,7 @@ def _suggest(columns: Collection[str], formats: list[Format]) -> str:
             names = (wanted, *ALIASES.get(wanted, ()))
             match = next((lower[name] for name in names if name in lower), None)
             if match is None:
-                near = next((close for name in names if (close := get_close_matches(name, lower, 1, 0.6))), None)
+                near = next((close for name in names if (close := get_close_matches(name, lower, 1, 0.75))), None)
                 parts = [column for column in lower for name in names if name in re.split(r"[^a-z]+", column)]
                 match = lower[near[0]] if near else lower[parts[0]] if parts else None
             if match is not None:

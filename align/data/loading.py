@@ -1,7 +1,9 @@
 """Loads data sets from the hub or from files, and splits them."""
 
 import hashlib
+import logging
 import re
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from align.data.files import COMPRESSED, KINDS, checksum, find_files, is_readable, load_files
+from align.data.files import COMPRESSED, KINDS, checksum, find_files, is_readable, is_sound, load_files, seal
 from align.errors import InputError, one_line
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 
@@ -161,10 +165,17 @@ def load_splits(
     load = partial(load_rows, name, streaming, token)
     rows = load(args.subset, "--subset", folder)
     train = choose_split(rows, args.split, name, "--split")
-    validation = next((rows[name] for name in VALIDATION_SPLITS if name in rows and name != args.split), None)
+    split = next((name for name in VALIDATION_SPLITS if name in rows and name != args.split), None)
+    validation = rows[split] if split else None
     if do_eval and (args.eval_subset or validation is None):
         held_out = load(args.eval_subset, "--eval_subset", "data/evaluation", optional=args.eval_subset is None)
-        validation = next(iter(held_out.values())) if held_out else validation
+        if held_out:
+            split, validation = args.eval_subset or "data/evaluation", next(iter(held_out.values()))
+    if do_eval and validation is not None:
+        flag = "size_valid_set" if streaming else "validation_split_percentage"
+        is_given = getattr(args, flag) != getattr(DataArguments, flag)
+        unused = f"; --{flag} has no effect on it" if is_given else ""
+        logger.info(f"validation: {split} of {name}{unused}")
     if do_eval and validation is None:
         train, validation = _cut_off(train, args, seed)
         if do_train and streaming and next(iter(train), None) is None:
@@ -251,13 +262,26 @@ def _load_files(splits: dict[str, list[Path]], streaming: bool) -> dict:
     loaded = {}
     for split, files in splits.items():
         if {file.suffix for file in files} == {".parquet"}:
-            sums = "".join(map(checksum, files))  # `datasets` itself would look at the time of a file alone
-            folder = Path(datasets.config.HF_DATASETS_CACHE) / "align" / hashlib.sha256(sums.encode()).hexdigest()[:32]
-            options = {"data_files": list(map(str, files)), "split": "train", "streaming": streaming}
-            loaded[split] = datasets.load_dataset("parquet", cache_dir=str(folder), **options)
+            loaded[split] = _load_parquet(files, streaming)
         else:
             loaded[split] = load_files(files, streaming)
     return loaded
+
+
+def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
+    sums = "".join(map(checksum, files))  # `datasets` itself would look at the time of a file alone
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "align" / hashlib.sha256(sums.encode()).hexdigest()[:32]
+    load = partial(datasets.load_dataset, "parquet", data_files=list(map(str, files)), split="train")
+    if streaming:
+        return load(streaming=True)
+    rows = load(cache_dir=str(folder))
+    made = [Path(file["filename"]) for file in rows.cache_files]
+    if made and made[0].with_suffix(".sums").exists() and not is_sound(made[0]):
+        shutil.rmtree(folder)
+        rows = load(cache_dir=str(folder))
+    if made and not made[0].with_suffix(".sums").exists():
+        seal(made[0], made)
+    return rows
 
 
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:
@@ -272,7 +296,8 @@ def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) ->
     if len(rows) < 2:
         raise InputError(f"--dataset_name: {len(rows)} row(s) are too few to cut off a validation split")
     size = min(max(1, round(len(rows) * args.validation_split_percentage / 100)), len(rows) - 1)
-    parts = rows.train_test_split(test_size=size, seed=seed)
+    # Not from the cache of `datasets`, which nobody checks: a damaged one would give other rows
+    parts = rows.train_test_split(test_size=size, seed=seed, load_from_cache_file=False)
     return parts["train"], parts["test"]
 
 

@@ -19,7 +19,18 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from align.data.files import PLACE, ROW, UNREADABLE, check_characters, is_sound, parse_row, seal
-from align.data.formats import LABELS, ONLY_TRUE, Format, LeftOut, RowError, Sample, find_label, read_label, recognise
+from align.data.formats import (
+    LABELS,
+    ONLY_TRUE,
+    Format,
+    LeftOut,
+    RowError,
+    Sample,
+    find_label,
+    read_label,
+    recognise,
+    without_nones,
+)
 from align.data.loading import DataArguments, check_data_arguments, load_splits, read_renames
 from align.data.packing import read_column, read_numbers
 from align.errors import InputError
@@ -102,6 +113,7 @@ def _tell_unused(args: DataArguments, rows: list[Dataset | IterableDataset], do_
         "validation_split_percentage": "nothing is cut for validation" if streams or not do_eval else None,
         "eval_subset": None if do_eval else "nothing is evaluated",
         "max_bad_rows": None if args.bad_rows == "skip" and not streams else "it limits --bad_rows skip, and no stream",
+        "num_workers": "a stream is prepared as it is read" if streams else None,
     }
     for name, reason in reasons.items():
         if reason and getattr(args, name) != getattr(DataArguments, name):
@@ -155,18 +167,33 @@ def _mix(split: str, parts: dict[str, Prepared], args: DataArguments, seed: int)
 class Reader:
     """Turns rows of one data set into samples, and these into tokens; a bad row raises, or is dropped with a reason."""
 
-    def __init__(self, args: DataArguments, format: Format, tokenize: Tokenize, as_chat: bool, is_stream: bool):
-        self.name, self.renames = args.dataset_name, read_renames(args)
+    def __init__(
+        self,
+        args: DataArguments,
+        columns: list[str],
+        format: Format,
+        tokenize: Tokenize,
+        as_chat: bool,
+        is_stream: bool,
+    ):
+        self.name, self.renames, self.columns = args.dataset_name, read_renames(args), set(columns)
         self.skips, self.only_true = args.bad_rows == "skip", args.only_true_labels
         self.format, self.tokenize, self.as_chat, self.is_stream = format, tokenize, as_chat, is_stream
         self.told: set[str] = set()
 
     def read(self, row: dict) -> Sample:
-        text = row.get(ROW, "")
+        text, is_file = row.get(ROW, ""), UNREADABLE in row
         row = get_columns(row, self.renames)
+        if not is_file:
+            row = {column: without_nones(value) for column, value in row.items()}
         check_characters(text, row, self.format.used)
         read_label(row, self.format, self.only_true)
-        return self.format.read(row, self.as_chat)
+        sample = self.format.read(row, self.as_chat)
+        if row.keys() <= self.columns:
+            return sample
+        late = ", ".join(sorted(row.keys() - self.columns - self.format.used))
+        note = f"columns that the first rows do not have are not used: {late}"
+        return replace(sample, notes=(*sample.notes, note)) if late else sample
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list] | pa.Table:
         """One batch of rows to token columns; `reason` is empty, or why the row is dropped; `notes` go to the log.
@@ -274,9 +301,10 @@ def prepare(
     columns = list(get_columns(dict.fromkeys(found), renames))
     format = recognise(columns, preference, args.data_format)
     as_chat = has_template and format.name != "text" if args.text_as_chat is None else args.text_as_chat
-    reader = Reader(args, format, tokenize, as_chat, isinstance(rows, IterableDataset))
+    reader = Reader(args, columns, format, tokenize, as_chat, isinstance(rows, IterableDataset))
     _try_first(first[:TRIED], reader)
     _tell_format(title, reader, columns, first)
+    _tell_wording(args, reader, first)
     old = rows.column_names or list(first[0])
     if isinstance(rows, IterableDataset):
         tokenized = rows.map(reader, batched=True, batch_size=100, with_indices=True, remove_columns=old)
@@ -349,7 +377,7 @@ def _tell_format(title: str, reader: Reader, columns: list[str], first: list[dic
     """Logs in one line what the rows are taken for, in which wording, and which of their columns are not used."""
     format = reader.format
     line = f"{title}: {format.name} rows ({' + '.join(column for column in columns if column in format.used)})"
-    if format.name != "text" and any(isinstance(_try_plain(reader, row), str) for row in first[:1]):
+    if format.name != "text" and _is_text(reader, first):
         line += ", as text" if not reader.as_chat else ""
     elif format.name != "text":
         line += ", as turns of the chat template"
@@ -357,6 +385,20 @@ def _tell_format(title: str, reader: Reader, columns: list[str], first: list[dic
     used = format.used - (set(LABELS) - is_label)
     unused = [column or "the one without a name" for column in columns if column not in used]
     logger.info(f"{line}; columns not used: {', '.join(unused) or 'none'}")
+
+
+def _tell_wording(args: DataArguments, reader: Reader, first: list[dict]) -> None:
+    """Flags about the chat template that change nothing of these rows."""
+    is_chat = not {"messages", "conversations"}.isdisjoint(reader.format.columns)
+    if args.text_as_chat is not None and (is_chat or (args.text_as_chat and reader.format.name == "text")):
+        reason = "rows of messages always go through the chat template" if is_chat else "plain text has no turns"
+        logger.warning(f"--text_as_chat has no effect on {args.dataset_name}: {reason}")
+    if args.chat_template and _is_text(reader, first):
+        logger.warning(f"--chat_template has no effect on {args.dataset_name}, whose rows are trained on as text")
+
+
+def _is_text(reader: Reader, first: list[dict]) -> bool:
+    return any(isinstance(_try_plain(reader, row), str) for row in first[:1])
 
 
 def _find_label(reader: Reader, row: dict) -> str | None:

@@ -7,6 +7,7 @@ that it learns, and run_generation.py asks with them.
 import hashlib
 from bisect import bisect_left, bisect_right
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ LOST_END = "cut: lost its end, and the token that ends it"
 LOST_START = "cut: lost the start of its prompt"
 LOST_PROMPT_END = "cut: lost the end of its prompt, where the question tends to be"
 LOST_BEGINNING = "cut: lost its beginning"
+UNKNOWN = "characters that the tokenizer does not know have become its unk_token"
 WINDOW = 4  # tokens of the prompt that an answer is encoded behind
 MARK = "\ue000"  # joins no other character to a token
 
@@ -73,13 +75,16 @@ class SampleTokenizer:
         self.tokenizer = tokenizer
         self.train_on_prompt = train_on_prompt
         self.eos = tokenizer.eos_token_id
+        ends = (self.eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        self.unknown = None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
         self.head = _find_head(tokenizer)  # which also sets the backend to neither cut nor pad
         self.template = ChatTemplate(tokenizer)
 
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides which ids and labels a text gets."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.eos, self.head)
+        today = date.today() if self.template.writes_date else None
+        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.eos, self.head, today)
         special = self.tokenizer.special_tokens_map
         return hashlib.sha256(repr((parts, special, self.train_on_prompt)).encode()).hexdigest()
 
@@ -142,6 +147,10 @@ class SampleTokenizer:
             return len(self.head)
         return int(len(ids) > 0 and ids[0] == self.tokenizer.bos_token_id)
 
+    def find_unknown(self, ids: np.ndarray) -> tuple[str, ...]:
+        """A note where characters were lost."""
+        return (UNKNOWN,) if self.unknown is not None and (ids == self.unknown).any() else ()
+
     def _tokenize(self, texts: list[str]) -> list[Encoding]:
         return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
@@ -183,7 +192,7 @@ def tokenize_samples(samples: list[Sample], tokenizer: SampleTokenizer, max_leng
         owners += [number] * len(parts)
         renderings += parts
     for owner, rendering, (ids, learnt, asked) in zip(owners, renderings, tokenizer.encode(renderings), strict=True):
-        reason, told = None, rendering.notes
+        reason, told = None, rendering.notes + tokenizer.find_unknown(ids)
         if len(ids) > max_length:
             if truncation == "drop":
                 reason = "longer than --max_seq_length"
@@ -228,6 +237,7 @@ def tokenize_pairs(
         told = sample.notes
         for rendering in renderings[2 * number : 2 * number + 2]:
             told += tuple(note for note in rendering.notes if note not in told)
+        told += tokenizer.find_unknown(np.concatenate([parts[0] for parts in both]))
         prompt = both[0][0][: both[0][2]]
         answers, scored = ([parts[place][parts[2] :] for parts in both] for place in (0, 1))
         reason = "chosen and rejected are the same" if np.array_equal(*answers) else None

@@ -120,7 +120,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
             f"the tokenizer ends a text with {tokenizer.eos_token!r} (its eos_token), which every answer learns as its "
             f"end, but the model's texts end with {tokenizer.convert_ids_to_tokens(ends)} (its eos_token_id)"
         )
-    turn = ChatTemplate(tokenizer).find_end() if tokenizer.chat_template else None
+    template = ChatTemplate(tokenizer)
+    if template.writes_date:
+        logger.warning("the chat template writes the date of the day: trained with today's, and asked with a later one")
+    turn = template.find_end() if tokenizer.chat_template else None
     if tokenizer.chat_template and turn is None:
         logger.info(
             "the chat template ends a turn of the assistant without a special token: of several turns, the last alone "

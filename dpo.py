@@ -25,7 +25,7 @@ with quiet_imports():
     from align.models.attention import probe_rows
     from align.training import checkpoints, folders, pairs, preference, reference, report, results
     from align.training.flags import FLAGS
-    from align.training.ranks import first_of_node_first
+    from align.training.ranks import agree, first_of_node_first
     from align.training.unused import tell_unused
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
@@ -160,10 +160,11 @@ def lay_out(rows, model, ref_model, args: GaudiDPOConfig, preference_args: Prefe
         budget = preference.token_budget(args, args.per_device_train_batch_size)
         layout = pairs.share_rows(lengths, count_pairs(args), budget, num_buckets, cost, args.seed)
     for flag, each in {} if preference_args.skip_probe else models.items():
-        probe = partial(probe_rows, each, device=args.device, autocast=computes_in_autocast(args), flag=flag)
-        if not probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each)):
+        options = {"device": args.device, "autocast": computes_in_autocast(args), "flag": flag}
+        probe = partial(probe_rows, each, **options, **attention_inputs(each))
+        if not agree(partial(probe, pairs.take_row(layout, rows, lengths, pad_token_id))):
             layout = pairs.separate_rows(lengths, num_buckets, args.max_length)
-            probe(pairs.take_row(layout, rows, lengths, pad_token_id), **attention_inputs(each))
+            agree(partial(probe, pairs.take_row(layout, rows, lengths, pad_token_id)))
     pairs.log_layout(layout, lengths)
     return layout
 
@@ -173,7 +174,7 @@ def main() -> None:
     model_args, lora_args, data_args, preference_args, run_args, args = parsed
     start_logging(args)
     used = model_args.model_name_or_path, preference_args.ref_model
-    checkpoint = folders.check_training_arguments(args, run_args, *used)
+    checkpoint = folders.check_training_arguments(args, run_args, *used, measured=preference.MEASURED)
     tell_unused(parsed, given_flags())
     check_preference_arguments(args, preference_args, lora_args)
     modeling.check_attention_flags(model_args, args)

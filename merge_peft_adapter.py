@@ -38,7 +38,7 @@ from align.merge.plan import (
     plan_merge,
 )
 from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
-from align.models.guard import check_adapter, check_folder, check_layers, check_weights, load_config
+from align.models.guard import check_adapter, check_folder, check_head, check_layers, check_weights, load_config
 from align.ranges import limit
 from align.whole import replace_folder, restore_folder
 
@@ -239,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         opened, checkpoint = open_adapter(adapter, adapter_config), open_checkpoint(base)
         check_layers(checkpoint, base_config, "--base_model_name")
+        wants_head = adapter_config.get("task_type") == "CAUSAL_LM"
+        check_head(checkpoint, base_config, "--base_model_name", wants_head)
         plan = plan_merge(checkpoint, base_config, opened, dtype)
         report_gaps(plan, opened)
     except NotStreamableError as reason:

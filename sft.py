@@ -25,7 +25,7 @@ with quiet_imports():
     from align.models.attention import probe_rows
     from align.training import checkpoints, folders, report, results
     from align.training.flags import FLAGS
-    from align.training.ranks import first_of_node_first
+    from align.training.ranks import agree, first_of_node_first
     from align.training.supervised import SupervisedTrainer, make_all_batches
     from align.training.unused import tell_unused
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
@@ -111,7 +111,7 @@ def main() -> None:
     batches, autocast = batch(packing=args.packing), computes_in_autocast(args)
     for _ in range(0 if batch_args.skip_probe else 2):
         row = next(iter(batches.values())).take_row()
-        if probe_rows(model, row, args.device, autocast, **attention_inputs(model)):
+        if agree(partial(probe_rows, model, row, args.device, autocast, **attention_inputs(model))):
             break
         batches = batch(packing=False)
 

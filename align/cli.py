@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import logging
 import os
 import re
@@ -12,10 +13,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align import __version__
-from align.errors import DISK_FULL, InputError, ResultError, Stopped, one_line
+from align.errors import DISK_FULL, InputError, ResultError, Stopped
 from align.quiet import quiet_imports, quiet_libraries
-from align.ranges import limit
-from align.upstream_flags import translate
+from align.ranges import limit, shorten
+from align.upstream_flags import split_flags, translate
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser as _Parser
@@ -26,6 +27,9 @@ else:
 
 DEFAULTS = {"use_habana": True, "report_to": "none"}
 OF_LAZY_MODE = ("use_lazy_mode", "use_hpu_graphs", "use_hpu_graphs_for_training", "use_hpu_graphs_for_inference")
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+OBJECTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+OBJECTS_OR_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 REST = "Others"  # the group of flags that --help leaves to --help_all
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads them
 
@@ -220,16 +224,57 @@ def parse_arguments(
     arguments = translate(script or os.path.basename(sys.argv[0]), list(sys.argv[1:] if argv is None else argv))
     flags, _ = parser.parse_known_args(arguments)  # shows --help, which is no chatter
     check_mode(flags)
+    check_objects(flags)
     with quiet_imports():  # optimum-habana's arguments import its models
         try:
             *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        except (ValueError, AssertionError) as error:  # rules across flags in optimum-habana's own arguments
-            raise InputError(" ".join(str(error).split())) from error
-        except OSError as error:  # optimum-habana looks for the Gaudi configuration here
-            reason = one_line(error)
-            raise InputError(f"a file that --gaudi_config_name or another flag names is not there: {reason}") from error
+        except (
+            ValueError,
+            AssertionError,
+            OSError,
+            TypeError,
+        ) as error:  # rules across flags, and files that they name
+            blamed = blame(error, arguments)
+            if blamed is None and isinstance(error, TypeError):
+                raise
+            reason = " ".join(str(error).split())
+            if isinstance(error, OSError) and getattr(flags, "gaudi_config_name", None):  # the hub's names no file
+                reason = f"--gaudi_config_name: got {flags.gaudi_config_name}; {reason}"
+            raise InputError(blamed or reason) from error
     parser.refuse_unknown(unknown)
     return tuple(parsed)
+
+
+def check_objects(flags: argparse.Namespace) -> None:
+    """Flags that take JSON, before transformers reads it."""
+    for name in OBJECTS + OBJECTS_OR_FILES:
+        text = getattr(flags, name, None)
+        if not isinstance(text, str) or (name in OBJECTS_OR_FILES and not text.startswith("{")):
+            continue
+        try:
+            is_object = text.startswith("{") and isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            file = " or a file" if name in OBJECTS_OR_FILES else ""
+            raise InputError(f"--{name}: got {shorten(text)}; give an object of JSON, as '{{\"name\": 1}}'{file}")
+
+
+def blame(error: Exception, arguments: Sequence[str]) -> str | None:
+    """What a library says of its arguments, with the flag of this command line that it means; None where it is none."""
+    message = " ".join(str(error).split())
+    given = {name.replace("-", "_"): values for name, values, _ in split_flags(list(arguments)) if name}
+    for name in [name for name in given if "_" in name]:
+        message = re.sub(rf"`?(?<!-)\b{name}\b`?", f"--{name}", message)
+    if any(re.search(rf"--{name}\b", message) for name in given):
+        return message
+    for name, values in given.items():
+        for value in values:
+            words = "|".join(map(re.escape, [value, *re.findall(r'"(\w+)"\s*:', value)]))  # it, or keys of its JSON
+            if re.search(rf"(^|['\"`]|: )({words})(\W|$)", message):
+                known = re.findall(r"'([\w-]+)'", message.partition("select one of")[2])
+                return f"--{name}: got {shorten(value)}; " + (f"choose from {', '.join(known)}" if known else message)
+    return None
 
 
 def is_eager() -> bool:
@@ -239,8 +284,9 @@ def is_eager() -> bool:
 
 def check_mode(flags: argparse.Namespace) -> None:
     """Refuses flags that need the other mode: in eager mode the plugin has no HPU graphs."""
-    if not is_eager() and getattr(flags, "torch_compile", False):
-        raise InputError("--torch_compile: needs eager mode; set the variable PT_HPU_LAZY_MODE=0 before the command")
+    for name in COMPILING:
+        if not is_eager() and getattr(flags, name, False):
+            raise InputError(f"--{name}: needs eager mode; set the variable PT_HPU_LAZY_MODE=0 before the command")
     for name in OF_LAZY_MODE:
         if is_eager() and getattr(flags, name, False):
             raise InputError(f"--{name}: the variable PT_HPU_LAZY_MODE=0 asks for eager mode; leave one of them out")

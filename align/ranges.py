@@ -137,11 +137,21 @@ RANGES = {
 }
 
 
+# The words that a flag takes, where its library takes any text and stops at it later
+WORDS = {
+    "distribution_strategy": ("ddp", "fast_ddp"),
+    "torch_compile_backend": ("hpu_backend", "eager", "aot_eager"),
+    "torch_compile_mode": ("default",),  # the others are inductor's
+}
+
+
 def limit(parser: argparse.ArgumentParser) -> None:
-    """Lets the parser refuse what `RANGES` does not hold, before anything else reads it."""
+    """Lets the parser refuse what `RANGES` and `WORDS` do not hold, before anything else reads it."""
     for action in parser._actions:
         if action.dest in RANGES and callable(action.type):
             action.type = _limited(action.dest, action.type, RANGES[action.dest])
+        if action.dest in WORDS:
+            action.choices = WORDS[action.dest]
 
 
 def shorten(text: str) -> str:

@@ -424,6 +424,27 @@ def _in_weights_type(forward: Callable) -> Callable:
     return compute
 
 
+def keep_frequencies(model: "nn.Module") -> None:
+    """Keeps the frequencies of rotary positions in float32 where a whole model is cast.
+
+    Loading in bfloat16 leaves them alone; DeepSpeed 0.16.9 casts them with the weights (runtime/engine.py:1254,
+    inference/engine.py:490), as `model.to` does: a frequency that is off by 0.2 % turns the 1000th token by up to two
+    radians. optimum-habana's classes keep tables instead. Can go when transformers' classes do not hold buffers.
+    """
+    for kind in {type(module) for module in model.modules() if "inv_freq" in module._buffers}:
+        kind._apply = _move_alone
+
+
+def _move_alone(module: "nn.Module", change: Callable, recurse: bool = True) -> "nn.Module":
+    from torch import nn
+
+    def move(tensor: "torch.Tensor") -> "torch.Tensor":
+        changed = change(tensor)
+        return changed if tensor.is_meta else tensor.to(changed.device)
+
+    return nn.Module._apply(module, move, recurse)
+
+
 def unflatten_masks(model: "nn.Module") -> None:
     for module in model.modules():
         hooks = module._forward_pre_hooks.values()

@@ -267,7 +267,7 @@ def translate(script: str, arguments: list[str]) -> list[str]:
     """A command line for `script` in this project's own flags; those of upstream that cannot work are refused."""
     known = FLAGS.get(script, {})
     translated: list[str] = []
-    for name, values, as_given in _split(arguments):
+    for name, values, as_given in split_flags(arguments):
         flag = known.get(name) or known.get(name.replace("-", "_"))
         if isinstance(flag, Refused):
             if not values or any(value not in flag.neutral for value in values):
@@ -289,7 +289,7 @@ def translate(script: str, arguments: list[str]) -> list[str]:
     return translated
 
 
-def _split(arguments: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+def split_flags(arguments: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
     """Name, values and words of each flag, in their order; words before the first one have the name ``."""
     name, values, as_given = "", [], []
     for word in arguments:

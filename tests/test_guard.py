@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from align.errors import InputError
 from align.models import guard
+from align.upstream_fixes import adapt_transformers
 
 CODE = """
 from pathlib import Path
@@ -357,6 +358,30 @@ def test_a_damaged_reference_and_a_damaged_adapter_are_told_too(run, model, copy
     fails(run, "--peft_model: adapter/.* holds NaN", "run_generation.py", *command("run_generation.py", model, *flags))
 
 
+def test_a_head_that_a_tied_model_does_not_use_is_told_by_all_and_one_like_the_embedding_is_not(run, copy, caplog):
+    write_adapter()
+    change(copy / "config.json", tie_word_embeddings=True)
+    for script in SCRIPTS:
+        guard._warn_once.cache_clear()
+        caplog.clear()
+        again = ["--overwrite_output_dir"] if script == "dpo.py" else []
+        asked = [word if "merge" not in script or word != "out" else "merged" for word in command(script, copy)]
+        said = run(script, *asked, *again).err + caplog.text
+        assert said.count("model stores two tensors, model.embed_tokens.weight and lm_head.weight, where") == 1
+
+    change_weights(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 0}))
+    guard._warn_once.cache_clear()
+    caplog.clear()
+    guard.check_weights(copy, guard.load_config(copy, "--model"), "--model")
+    assert "two tensors" not in caplog.text
+
+
+def test_a_merge_refuses_a_base_without_the_head_that_its_configuration_wants(run, copy):
+    write_adapter()
+    DAMAGES["the head is missing"][0](copy)
+    fails(run, "holds no head beside model.embed", "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
+
+
 def test_a_merge_refuses_a_base_with_fewer_layers_than_its_configuration(run, copy):
     write_adapter()
     change(copy / "config.json", num_hidden_layers=4)
@@ -477,6 +502,76 @@ def test_a_size_that_no_model_has_is_refused(copy, entries, message):
 
     with pytest.raises(InputError, match=f"--model_name_or_path: model/config.json: {message}"):
         guard.load_config(copy, "--model_name_or_path")
+
+
+WRONG_KINDS = {
+    "rope_theta is '10000', not a number": {"rope_theta": "10000"},
+    "rms_norm_eps is '1e-5', not a number": {"rms_norm_eps": "1e-5"},
+    "tie_word_embeddings is 'false', not true or false": {"tie_word_embeddings": "false"},
+    "hidden_size is 64.5, not a whole number above 0": {"hidden_size": 64.5},
+    "num_key_value_heads is 0, not a whole number above 0": {"num_key_value_heads": 0},
+    "rope_scaling is of type 'spiral'; transformers 4.55 knows default, dynamic": {"rope_scaling": {"type": "spiral"}},
+    "rope_scaling is of type None": {"rope_scaling": {"factor": 2}},
+    "rope_scaling is of type 'linear'": {"rope_scaling": "linear"},
+    "factor of rope_scaling is '2', not a number": {"rope_scaling": {"type": "linear", "factor": "2"}},
+    "pad_token_id is 999, and the tokens of this model are 0 to 511; mend": {"pad_token_id": 999},
+    "pad_token_id is -1, and the tokens": {"pad_token_id": -1},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_KINDS)
+def test_an_entry_of_another_kind_than_its_model_reads_is_refused_by_name(copy, message):
+    change("model/config.json", **WRONG_KINDS[message])
+
+    with pytest.raises(InputError, match=f"--model_name_or_path: model/config.json: {message}"):
+        guard.load_config(copy, "--model_name_or_path")
+
+
+def test_a_width_of_heads_of_its_own_and_no_quantisation_are_read_as_they_are_written(copy):
+    content = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(content | {"head_dim": 32, "quantization_config": None}))
+    adapt_transformers()
+
+    config = guard.load_config(copy, "--model")
+
+    assert config.head_dim == 32  # which optimum-habana's configuration of Llama forgets
+    assert not hasattr(config, "quantization_config")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_what_is_no_tokens_number_is_refused_in_every_file(copy, file):
+    wrong = {"pad_token_id": ("0", [0], 0.5, True, -2), "bos_token_id": ("1", [1], -1)}
+    wrong["eos_token_id"] = ("2", ["2"], [2, None], 2.0, -1)
+    for name, values in wrong.items():
+        for value in values:
+            kept = (copy / file).read_text()
+            change(copy / file, **{name: value})
+            with pytest.raises(InputError, match=rf"--model: model/{file}: {name} is .*, not a token's number"):
+                guard.check_folder(copy, "--model")
+            (copy / file).write_text(kept)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_what_transformers_stops_at_in_a_generation_config_is_refused_by_name(copy, file):
+    wrong = {"num_beams": "2", "max_new_tokens": [100], "temperature": True, "do_sample": "false"}
+    for name, value in wrong.items():
+        kept = (copy / file).read_text()
+        change(copy / file, **{name: value})
+        with pytest.raises(InputError, match=rf"--model: model/{file}: {name} is .*, not (a number|true or false)"):
+            guard.check_folder(copy, "--model")
+        (copy / file).write_text(kept)
+
+
+def test_an_end_that_no_token_of_the_model_is_is_told(run, copy, caplog):
+    change(copy / "generation_config.json", eos_token_id=[2, 999], bos_token_id=999)
+    guard._warn_once.cache_clear()
+
+    guard.load_config(copy, "--model")
+
+    said = [record.getMessage() for record in caplog.records]
+    what = "--model: model/generation_config.json: {} is {}, and the tokens of this model are 0 to 511: no text {} with"
+    assert [line.startswith(what.format("bos_token_id", 999, "begins")) for line in said] == [True, False]
+    assert said[1].startswith(what.format("eos_token_id", "[2, 999]", "ends"))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,15 @@ def takes_cudas_autocast_for_all():
     return "if not torch.is_autocast_enabled()" in ast.unparse(cast)
 
 
+def casts_frequencies_with_the_weights():
+    engines = "DeepSpeedEngine._configure_distributed_model", "InferenceEngine._convert_to_dtype"
+    modules = "deepspeed.runtime.engine", "deepspeed.inference.engine"
+    return all(
+        "self.module.bfloat16()" in ast.unparse(find(module, name))
+        for module, name in zip(modules, engines, strict=True)
+    )
+
+
 FAULTS = {
     "known_plugin": [starts_pip_for_the_plugins_version],
     "RightScaleMixin": [divides_only_when_pipelining],
@@ -197,6 +206,7 @@ FAULTS = {
     "load_deepspeed_safely": [loads_pickles],
     "inspect_deepspeed_files": [loads_pickles],
     "check_deepspeed_steps": [steps_inside_backward_and_looks_for_nan_under_fp16_alone],
+    "keep_frequencies": [casts_frequencies_with_the_weights],
     "keep_no_input_of_frozen_layers": [keeps_inputs_of_frozen_weights],
     "keep_ranks_apart": [adds_up_experts_of_all_ranks],
     "keep_out_of_autocast": [scatters_without_a_cast, takes_cudas_autocast_for_all],
@@ -269,3 +279,22 @@ def test_no_pip_is_started_and_none_is_needed(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "hl-smi" in ended.stdout
     assert "pip" not in ended.stdout
+
+
+def test_positions_are_as_exact_where_a_whole_model_is_cast_as_where_it_is_loaded_so():
+    from tiny import make_config
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(make_config("olmo")).eval()
+    positions, rotary = torch.arange(3000)[None], whole.model.rotary_emb
+    exact = rotary.inv_freq.clone()
+    upstream_fixes.keep_frequencies(whole)
+
+    whole.bfloat16()  # as DeepSpeed does
+
+    assert whole.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(rotary.inv_freq, exact)
+    turned = rotary(torch.zeros(1), positions)[0]
+    rotary.inv_freq = exact.bfloat16()
+    assert (turned - rotary(torch.zeros(1), positions)[0]).abs().max() > 0.1  # what it would be without

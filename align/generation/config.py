@@ -100,7 +100,7 @@ def _is_number(value: Any, least: float, most: float = math.inf) -> bool:
 
 
 def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
 
 
 def _are_words(value: Any) -> bool:
@@ -123,7 +123,7 @@ SHARE = "a number from 0 to 1", lambda value: _is_number(value, 0, 1)
 AT_LEAST_0 = "a number, 0 or more", lambda value: _is_number(value, 0)
 COUNT = "a whole number, 0 or more", lambda value: type(value) is int and value >= 0
 TOKENS = "a list of tokens' numbers", _are_tokens
-ENDS = "a token's number, or several", lambda value: type(value) is int or _are_tokens(value)
+ENDS = "a token's number, or several", lambda value: _are_tokens(value if isinstance(value, list) else [value])
 # What the fields of a generation_config.json must be where they are given: a sentence's end, and a test
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), SHARE),
@@ -152,6 +152,12 @@ def check_fields(model: "PreTrainedModel") -> None:
                 f"--model_name_or_path: generation_config.json of {model.name_or_path}: {name} is "
                 f"{repr(value)[:40]}, not {KINDS[name][0]}; mend that entry, or take it out"
             )
+    forced, size = model.generation_config.forced_eos_token_id, model.config.get_text_config().vocab_size
+    if forced is not None and max(forced if isinstance(forced, list) else [forced], default=size) >= size:
+        raise InputError(
+            f"--model_name_or_path: generation_config.json of {model.name_or_path}: forced_eos_token_id is {forced}, "
+            f"and this model's tokens are 0 to {size - 1}; mend that entry, or take it out"
+        )
 
 
 def find_stop_tokens(tokens: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:

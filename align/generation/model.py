@@ -191,7 +191,7 @@ def load_model(
 
     import habana_frameworks.torch  # noqa: F401 - in lazy mode torch does not load the plugin by itself
     from align.models.families import choose_class, log_class
-    from align.upstream_fixes import transformers_class
+    from align.upstream_fixes import keep_frequencies, transformers_class
 
     config = guard.load_config(folder, flags.model, arguments.trust_remote_code)
     guard.check_weights(folder, config, flags.model, arguments.trust_remote_code, rank, world_size)
@@ -218,6 +218,7 @@ def load_model(
         raise InputError(f"{flags.model}: {folder} cannot be loaded: {one_line(error)}") from error
     if loaded["missing_keys"]:
         raise InputError(f"{flags.model}: {folder} holds no weights for {sorted(loaded['missing_keys'])[0]}")
+    keep_frequencies(model)
     if adapter is not None:
         if vocabulary_size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(vocabulary_size)

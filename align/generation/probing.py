@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from align.errors import ResultError
+from align.errors import InputError, ResultError
 from align.generation.config import (
     DecodingArguments,
     GaudiArguments,
@@ -75,14 +75,14 @@ def load_generator(
     if source.arguments.skip_probe:
         return generator
     prompts, width = choose_prompts(encoded, batches)
-    fault = _agree(find_fault(generator, prompts, width), world_size)
+    fault = _find_on_all(generator, prompts, width, world_size)
     kind, is_gaudis = generator.model.config.model_type, is_gaudi_class(type(generator.model))
     if fault is not None and is_gaudis:
         logger.warning(f"{kind}: runs with transformers' own class, slower on a card, as optimum-habana's {fault}")
         del generator
         gc.collect()
         generator = make(True)
-        fault = _agree(find_fault(generator, prompts, width), world_size)
+        fault = _find_on_all(generator, prompts, width, world_size)
     if fault is not None:
         raise ResultError(
             f"{source.flags.model}: this {kind} model {fault}; --use_kv_cache False with --batch_size 1 may be right, "
@@ -91,13 +91,21 @@ def load_generator(
     return generator
 
 
-def _agree(fault: str | None, world_size: int) -> str | None:
-    """A fault where any rank has found one, as all must run the same class."""
+def _find_on_all(generator: TextGenerator, prompts: list[list[int]], width: int, world_size: int) -> str | None:
+    """A fault where any rank has found one, as all must run the same class; an `InputError` of one ends all."""
     if world_size == 1:
-        return fault
-    found = torch.tensor([fault is not None], dtype=torch.int32, device="hpu")
+        return find_fault(generator, prompts, width)
+    fault, error = None, None
+    try:
+        fault = find_fault(generator, prompts, width)
+    except InputError as raised:
+        error = raised
+    found = torch.tensor([fault is not None, error is not None], dtype=torch.int32, device="hpu")
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return fault or ("is wrong on another card" if found.item() else None)
+    is_wrong, ends = found.tolist()
+    if ends:
+        raise error or InputError("the probe of this model has ended on another card")
+    return fault or ("is wrong on another card" if is_wrong else None)
 
 
 def choose_prompts(encoded: list[list[int]], batches: list[Batch]) -> tuple[list[list[int]], int]:

@@ -164,6 +164,7 @@ def _read_torch_file(path: Path) -> list[StoredTensor]:
 
 
 def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors are one and the same, read block by block to the first difference."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with first.path.open("rb") as one, second.path.open("rb") as two:

@@ -59,7 +59,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 # Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
 BASE_WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.\w+$)")
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|(word_)?embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
 CLASSIFIERS = ("score", "classifier")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -236,7 +236,9 @@ class _Planner:
         self.tensors = {prefix + name: self._as_is(prefix + name, tensor) for name, tensor in stored.items()}
         self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}
         self.embedding: Any = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
-        self.head = "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"
+        self.head = {"gpt_neox": "embed_out.weight", "rwkv": "head.weight"}.get(
+            str(config.get("model_type")), "lm_head.weight"
+        )
         self.float_dtype = self.tensors[self.embedding].dtype if self.embedding else dtype or "F32"
 
     def plan(self) -> MergePlan:

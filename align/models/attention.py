@@ -143,7 +143,7 @@ def probe(
     try:
         in_row = compute_logits(tokens, columns, **row_inputs)
         row_differs = largest_change(torch.cat(alone), in_row)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # many models know no 4-D mask
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:  # many know no 4-D mask
         logger.debug(f"the probed row: {error}")
         row_differs = math.inf
     model.train(was_training)

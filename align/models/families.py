@@ -46,6 +46,12 @@ def _phi(config: PretrainedConfig) -> str | None:
     return None if config.num_key_value_heads == config.num_attention_heads else "stops at grouped key/value heads"
 
 
+def _experts(config: PretrainedConfig) -> str | None:
+    if getattr(config, "mlp_only_layers", None):
+        return "gives experts to the layers of mlp_only_layers too"
+    return None if config.hidden_act == "silu" else f"computes silu where hidden_act is {config.hidden_act}"
+
+
 def _split_falcon(config: PretrainedConfig) -> str | None:
     return None if config.new_decoder_architecture else STOPS
 
@@ -74,15 +80,19 @@ FAMILIES = {
     "gpt_oss": Family("sees beyond its window", wrong_attention=("gaudi_fused_sdpa",), split_fault=STOPS),  # no sinks
     "gptj": Family("says other text in padded batches"),
     "mamba": Family(split_fault=STOPS),
-    "mixtral": Family(wrong_attention=("sdpa",), always_fused=True),  # sdpa: not causal where nothing is padded
+    # sdpa is not causal where nothing is padded
+    "mixtral": Family(_experts, wrong_attention=("sdpa",), always_fused=True),
     "olmo2": Family(split_fault=STOPS),
     "opt": Family("says other text with a cache"),
     "persimmon": Family(split_fault="says other text"),
     "phi": Family(_phi),
     "phi3": Family(split_fault=STOPS),
+    "qwen2_moe": Family(_experts),
+    "qwen3_moe": Family(_experts),
     "starcoder2": Family(STOPS),
     "xglm": Family(STOPS),
 }
+DIVIDED_TWICE = ("llama", "mistral", "mixtral")  # they share GaudiLlamaRotaryEmbedding
 # What optimum-habana's classes train exactly with Gaudi's fused kernel, samples of a row apart (tests/test_families.py)
 EXACT_IN_FUSED_KERNEL = ("falcon", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
@@ -130,6 +140,28 @@ def find_window(config: PretrainedConfig) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def find_scaling(config: PretrainedConfig) -> str | None:
+    """How positions are scaled (`rope_scaling`)."""
+    scaling = getattr(config, "rope_scaling", None) or {}
+    return scaling.get("rope_type", scaling.get("type"))
+
+
+def find_turn(config: PretrainedConfig) -> int | None:
+    """The tokens up to which positions are scaled in one way, where a longer text scales them in another."""
+    if find_scaling(config) == "dynamic":
+        return config.max_position_embeddings
+    if find_scaling(config) == "longrope":
+        return getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+    return None
+
+
+def _find_rope_fault(config: PretrainedConfig, longest: int) -> str | None:
+    if find_scaling(config) == "linear" and config.model_type in DIVIDED_TWICE:
+        return "divides positions by rope_scaling's factor twice"
+    turn = find_turn(config)
+    return f"scales positions beyond {turn} as those before" if turn is not None and longest > turn else None
+
+
 def find_fault(config: PretrainedConfig, longest: int, is_split: bool = False) -> str | None:
     """What is wrong with optimum-habana's class of this model, for texts of up to `longest` tokens."""
     family, window = FAMILIES.get(config.model_type, Family()), find_window(config)
@@ -140,7 +172,7 @@ def find_fault(config: PretrainedConfig, longest: int, is_split: bool = False) -
         return fault
     if window is not None and longest > window:
         return f"does not keep to its window of {window} tokens"
-    return None
+    return _find_rope_fault(config, longest)
 
 
 def find_split_fault(config: PretrainedConfig) -> str | None:
@@ -164,4 +196,10 @@ def log_class(config: PretrainedConfig, longest: int, is_split: bool = False) ->
     if fault is not None:
         logger.warning(
             f"{config.model_type}: runs with transformers' own class, slower on a card, as optimum-habana's {fault}"
+        )
+    turn = find_turn(config)
+    if turn is not None and longest > turn:
+        logger.warning(
+            f"{config.model_type}: rope_scaling ({find_scaling(config)}) scales positions otherwise in a row or batch "
+            f"with a text of more than {turn} tokens, and after it; texts of up to {turn} do not depend on others"
         )

@@ -23,7 +23,9 @@ from align.merge.checkpoints import (
     find_folder,
     open_checkpoint,
     read_json,
+    same_bytes,
 )
+from align.merge.plan import EMBEDDING
 from align.upstream_fixes import is_gaudi_class, transformers_config_class
 
 if TYPE_CHECKING:
@@ -38,7 +40,24 @@ ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implemen
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-SIZES = (*LAYER_COUNTS, "hidden_size", "vocab_size", "num_attention_heads", "max_position_embeddings")
+SIZES: tuple[str, ...] = (
+    *LAYER_COUNTS,
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_positions",
+)
+SIZES += ("num_attention_heads", "num_key_value_heads", "n_head", "n_embd")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+HEADS = ("lm_head.weight", "embed_out.weight", "head.weight")
+# Of a generation_config.json, or beside a model's entries in config.json
+NUMBERS = tuple(
+    """max_length max_new_tokens max_time min_length min_new_tokens num_beams num_beam_groups num_return_sequences
+    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff penalty_alpha diversity_penalty length_penalty
+    repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size""".split()
+)
+SWITCHES = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # one thing in three spellings
 # Entries of transformers 5 for what 4.55 does anyway, or finds out by itself
 NEW_AND_HARMLESS = ("head_dim", "qk_head_dim", "num_nextn_predict_layers", "_sliding_window_pattern")
@@ -64,6 +83,7 @@ def check_folder(
         settings = read_json(path)
         is_tokenizer = name == "tokenizer_config.json" and trust_tokenizer is not None
         _check_keys(path, settings, flag, trust_tokenizer if is_tokenizer else trust_remote_code)
+        _check_generation(path, settings, flag)
         if name == "config.json":
             _check_config(path, settings, flag)
     if (folder / "custom_generate" / "generate.py").exists() and not trust_remote_code:
@@ -91,9 +111,15 @@ def _check_keys(path: Path, settings: dict, flag: str, trust_remote_code: bool |
         if key == "auto_map" and not trust_remote_code:
             if not place and path.name == "config.json" and _is_known(settings):
                 continue  # `load_config` leaves it out
+            is_type = not place and path.name == "config.json"  # that the installed transformers does not know
+            way = "" if is_type else "; take that entry out to use the installed classes"
             raise InputError(
-                f"{flag}: {path} asks to run code that comes with it ({nested}: {_first_text(value)}); take that entry "
-                f"out to use the installed classes{_or_trust(trust_remote_code)}"
+                f"{flag}: {path} asks to run code that comes with it ({nested}: {_first_text(value)}){way}"
+                + (
+                    _or_trust(trust_remote_code).replace(", or add", "; add")
+                    if is_type
+                    else _or_trust(trust_remote_code)
+                )
             )
         if key == "trust_remote_code" and not trust_remote_code:
             raise InputError(f"{flag}: {path} sets {nested} itself; take it out{_or_trust(trust_remote_code)}")
@@ -104,6 +130,46 @@ def _check_keys(path: Path, settings: dict, flag: str, trust_remote_code: bool |
             raise InputError(
                 f"{flag}: {path} asks for attention code from the hub ({nested}: {_first_text(value)}); take it out"
             )
+
+
+def _check_generation(path: Path, settings: dict, flag: str) -> None:
+    """Refuses what transformers stops at, or takes for yes.
+
+    Several tokens may end a text, and -1 is what some write for no padding.
+    """
+    for name in TOKEN_IDS:
+        value = settings.get(name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        least = -1 if name == "pad_token_id" else 0
+        if value is not None and not all(type(each) is int and each >= least for each in ids):
+            wanted = "a token's number" + (", or several" if name == "eos_token_id" else "")
+            raise InputError(
+                f"{flag}: {path}: {name} is {repr(value)[:40]}, not {wanted}; mend that entry, or take it out"
+            )
+    for names, kinds, wanted in ((NUMBERS, (int, float), "a number"), (SWITCHES, (bool, int), "true or false")):
+        for name in names if path.name in ("config.json", "generation_config.json") else ():
+            value = settings.get(name)
+            if value is not None and type(value) not in kinds:
+                raise InputError(
+                    f"{flag}: {path}: {name} is {repr(value)[:40]}, not {wanted}; mend that entry, or take it out"
+                )
+
+
+def _check_vocabulary(folder: Path, config: "PretrainedConfig", flag: str) -> None:
+    """Refuses padding, and tells of ends, that no token of this vocabulary is."""
+    size = config.get_text_config().vocab_size
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        settings = read_json(path) if path.is_file() else {}
+        for key in TOKEN_IDS:
+            value = settings.get(key)
+            ids = [each for each in (value if isinstance(value, list) else [value]) if each is not None]
+            if all(0 <= each < size for each in ids):
+                continue
+            what = f"{flag}: {path}: {key} is {value}, and the tokens of this model are 0 to {size - 1}"
+            if key != "pad_token_id":
+                _warn_once(f"{what}: no text {'ends' if key == 'eos_token_id' else 'begins'} with what is beyond")
+            elif path.name == "config.json":  # a row of the embedding, for most models
+                raise InputError(f"{what}; mend that entry, or take it out")
 
 
 def _is_known(config: dict) -> bool:
@@ -184,7 +250,7 @@ def find_model(name: str, flag: str, trust_remote_code: bool = False, token: str
 
 def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The configuration in a folder that `check_folder` has passed: that of a causal language model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
     from transformers.utils.hub import extract_commit_hash
 
     if not (folder / "config.json").is_file():
@@ -194,7 +260,7 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
     content = read_json(path)
     for name in SIZES:
         value = content.get(name)
-        if isinstance(value, str) or (isinstance(value, (int, float)) and value < 1):
+        if isinstance(value, str) or (isinstance(value, (int, float)) and (value < 1 or value % 1)):
             raise InputError(
                 f"{flag}: {path}: {name} is {value!r}, not a whole number above 0; copy or download it again"
             )
@@ -207,6 +273,7 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
                 )
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
         config_class = _find_class(content, folder, flag)
+        _check_kinds(content, config_class, path, flag)
         if content.pop("auto_map", None):
             _warn_once(
                 f"{flag}: {path} names code that comes with it (auto_map), which is not run: transformers' own class "
@@ -217,11 +284,23 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
                 logger.warning(
                     f"{flag}: {path} asks for {content.pop(key)}, which Gaudi does not have; its own are used"
                 )
+        for key in QUANTIZATION_KEYS:
+            if not content.get(key):  # null means none, which transformers does not know
+                content.pop(key, None)
         about = {"name_or_path": str(folder), "_commit_hash": extract_commit_hash(str(path.absolute()), None)}
         content = translate_config(content, config_class, path, flag)
         if is_gaudi_class(config_class):
             content = transformers_config_class(content["model_type"]).from_dict(content).to_dict()
-        return config_class.from_dict(content | about)
+        config = config_class.from_dict(content | about)
+        if is_gaudi_class(config_class) and content.get("head_dim"):  # GaudiLlamaConfig forgets it
+            config.head_dim = content["head_dim"]
+        if getattr(config, "head_dim", 0) is None:  # some ways to scale positions take it from here alone
+            config.head_dim = config.hidden_size // config.num_attention_heads
+        _check_vocabulary(folder, config, flag)
+        path = folder / "generation_config.json"
+        if path.is_file():
+            GenerationConfig.from_dict(read_json(path))
+        return config
     except InputError:
         raise
     except Exception as error:  # a wrong value may make a configuration's own code raise anything
@@ -237,7 +316,7 @@ def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise InputError(f"{flag}: {folder}/config.json has no model_type; give the folder of a causal language model")
-    if kind not in CONFIG_MAPPING:
+    if not _is_known(config):  # optimum-habana adds types, of which there is no other class to compare with
         raise InputError(
             f"{flag}: {folder} is a {kind!r} model, which the installed transformers does not know; docs/models.md "
             "names those that were tried"
@@ -254,6 +333,33 @@ def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig
     if not is_decoder or config.get("is_encoder_decoder"):
         raise InputError(f"{flag}: {folder} is a {kind} model; give a causal language model, of text alone")
     return config_class
+
+
+def _check_kinds(config: dict, config_class: type["PretrainedConfig"], path: Path, flag: str) -> None:
+    """Refuses text where that class wants a number or a switch, and ways to scale positions that 4.55 does not know."""
+    from transformers import PretrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for owner in (PretrainedConfig, config_class):
+        for name, parameter in inspect.signature(owner.__init__).parameters.items():
+            value, default = config.get(name), parameter.default
+            if isinstance(default, (int, float)) and (isinstance(value, str) or (value != value)):
+                wanted = "true or false" if isinstance(default, bool) else "a number"
+                raise InputError(f"{flag}: {path}: {name} is {value!r}, not {wanted}; mend that entry, or take it out")
+    scaling = config.get("rope_scaling")
+    if scaling is None:
+        return
+    is_object = isinstance(scaling, dict)
+    kind = scaling.get("rope_type", scaling.get("type")) if is_object else scaling
+    if not is_object or kind not in (*ROPE_INIT_FUNCTIONS, "su", "mrope"):  # "su" is Phi-3's name of longrope
+        raise InputError(
+            f"{flag}: {path}: rope_scaling is of type {kind!r}; transformers 4.55 knows "
+            f"{', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
+        )
+    if wrong := [
+        name for name, value in scaling.items() if name not in ("rope_type", "type") and isinstance(value, str)
+    ]:
+        raise InputError(f"{flag}: {path}: {wrong[0]} of rope_scaling is {scaling[wrong[0]]!r}, not a number; mend it")
 
 
 def translate_config(config: dict, config_class: type["PretrainedConfig"], path: Path, flag: str) -> dict:
@@ -445,6 +551,7 @@ def check_weights(
     except InputError as error:
         raise InputError(f"{flag}: {error}") from None
     check_layers(checkpoint, config.to_dict(), flag)
+    check_head(checkpoint, config.to_dict(), flag)
     used = _match(checkpoint, config, flag, trust_remote_code, has_head)
     check_values(used[rank::ranks], flag)
 
@@ -458,6 +565,41 @@ def check_layers(checkpoint: Checkpoint, config: dict, flag: str) -> None:
             f"{flag}: {checkpoint.folder}/config.json asks for {expected} layers, the files hold {len(held)}: there is "
             f"nothing of layer {min(missing)}; copy or download them again"
         )
+
+
+def check_head(checkpoint: Checkpoint, config: dict, flag: str, wants_head: bool = False) -> None:
+    """Tells of a head in the files that is not the embedding, where the configuration makes the two one tensor.
+
+    With `wants_head` it refuses files without one, where the configuration makes them two.
+    """
+    stored = checkpoint.tensors
+    embedding = min(filter(EMBEDDING.search, stored), key=len, default=None)
+    head = next((name for name in HEADS if name in stored), None)
+    if embedding is None:
+        return
+    alike = [name for name, tensor in stored.items() if tensor.shape == stored[embedding].shape]
+    if wants_head and config.get("tie_word_embeddings") is False and alike == [embedding]:
+        raise InputError(
+            f"{flag}: {checkpoint.folder} holds no head beside {embedding}, and its config.json wants one "
+            "(tie_word_embeddings is false); copy or download it again"
+        )
+    if head is not None and is_tied(config) and not same_bytes(stored[embedding], stored[head]):
+        _warn_once(
+            f"{flag}: {checkpoint.folder} stores two tensors, {embedding} and {head}, where its config.json says one "
+            "(tie_word_embeddings): the first is used for both, as transformers does; false there uses each"
+        )
+
+
+def is_tied(config: dict) -> bool:
+    """Whether head and embedding are one tensor: what config.json says, else what its type means."""
+    if config.get("tie_word_embeddings") is not None:
+        return bool(config["tie_word_embeddings"])
+    if isinstance(config.get("text_config"), dict):
+        return is_tied(config["text_config"])
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", True))
 
 
 def empty_model(config: "PretrainedConfig", trust_remote_code: bool = False) -> "PreTrainedModel":

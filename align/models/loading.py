@@ -28,6 +28,7 @@ from align.models.families import (
     log_class,
 )
 from align.upstream_fixes import (
+    keep_frequencies,
     keep_no_input_of_frozen_layers,
     keep_out_of_autocast,
     keep_ranks_apart,
@@ -279,6 +280,7 @@ def load_model(
         apply_zero3_leaf_promotion(model)
     keep_ranks_apart(model)
     keep_out_of_autocast(model)
+    keep_frequencies(model)
     return model
 
 

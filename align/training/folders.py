@@ -1,7 +1,10 @@
 """What may be written into --output_dir, and from which checkpoint a run goes on."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from align import output
 from align.errors import InputError
@@ -23,10 +26,12 @@ RESULT_FILES = (
 )
 
 
-def check_training_arguments(args, run_args: RunArguments, *models: str | None) -> str | None:
+def check_training_arguments(
+    args, run_args: RunArguments, *models: str | None, measured: Sequence[str] = ("loss",)
+) -> str | None:
     """Finds what cannot work before anything is loaded; returns the checkpoint to resume from, if any.
 
-    `models` are those that the run reads, which it must not replace.
+    `models` are those that the run reads, which it must not replace; `measured` is what an evaluation tells.
     """
     from habana_frameworks.torch.utils.internal import is_lazy
 
@@ -38,6 +43,7 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
     check_optimizer(args)
     check_deepspeed(args)
     gaudi_config(args)
+    check_best(args, measured)
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
     if args.do_train and args.max_steps <= 0 and not args.num_train_epochs:
@@ -77,6 +83,18 @@ def check_training_arguments(args, run_args: RunArguments, *models: str | None) 
     if args.should_save and folder.is_dir():
         output.lock(folder)
     return find_checkpoint(args, run_args, *models) if args.do_train else None
+
+
+def check_best(args, measured: Sequence[str]) -> None:
+    """What makes a checkpoint the best one is measured, and while training."""
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in measured:
+        raise InputError(f"--metric_for_best_model: got {metric}; choose from {', '.join(measured)}")
+    if metric is None and args.save_strategy == SaveStrategy.BEST:
+        raise InputError("--save_strategy best: needs to know by what; add --metric_for_best_model loss")
+    for flag in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
+        if getattr(args, flag) not in (None, False) and args.eval_strategy == IntervalStrategy.NO:
+            raise InputError(f"--{flag}: nothing is evaluated while training; add --eval_strategy steps --eval_steps N")
 
 
 def prepare_output(args) -> None:

@@ -32,6 +32,8 @@ SMOOTHED = ("sigmoid", "robust", "exo_pair")  # the losses that --label_smoothin
 DIVERGING = (*SMOOTHED, "hinge", "ipo")  # the losses that --f_divergence_type has an effect on
 LOSSES = (*DIVERGING, "sppo_hard", "nca_pair")
 MIXING = ("aot", "aot_pair", "bco_pair")
+MEASURED: tuple[str, ...] = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+MEASURED += ("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected")
 SYNCED_REFERENCE = "reference.safetensors"
 SLACK = 1.125  # a micro-batch may be this much larger than the padded pairs that it replaces
 

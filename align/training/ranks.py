@@ -39,6 +39,20 @@ def on_rank_0(compute: Callable[[], Any]) -> Any:
     return outcome
 
 
+def agree(compute: Callable[[], bool]) -> bool:
+    """Whether `compute()` is true on all ranks; an `InputError` of one of them ends all."""
+    outcome: Any
+    try:
+        outcome = compute()
+    except InputError as error:
+        outcome = error
+    outcomes = all_ranks(outcome)
+    for each in outcomes:
+        if isinstance(each, InputError):
+            raise each
+    return all(outcomes)
+
+
 @contextlib.contextmanager
 def first_of_node_first(args: TrainingArguments, work: str) -> Iterator[None]:
     """Runs the block on each node's first rank, then on the others, which find its cache. No rank leaves earlier.

@@ -110,6 +110,7 @@ def check_preference_arguments(
     """Flags that contradict each other, or would have no effect."""
     if args.num_train_epochs and args.max_steps > 0:
         raise InputError(f"--num_train_epochs has no effect beside --max_steps {args.max_steps}; add --max_steps -1")
+    folders.check_batches(args, 2 * args.max_length, "twice --max_length")
     if args.max_prompt_length >= args.max_length:
         raise InputError(
             f"--max_prompt_length {args.max_prompt_length}: must be from 1 to less than --max_length {args.max_length}"
@@ -212,7 +213,7 @@ def main() -> None:
         "--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash),
         "--ref_model": checkpoints.identify_model(ref_args.model_name_or_path, ref_config._commit_hash),
     }
-    this_run = checkpoints.Run.of("dpo.py", parsed, prepared, models)
+    this_run = checkpoints.Run.of("dpo.py", parsed, prepared, models, samples.fingerprint)
     this_run.check(checkpoint)
     stored = {}
     if args.precompute_ref_log_probs:

@@ -62,6 +62,7 @@ ARGUMENTS = (
 
 def check_batch_arguments(args: GaudiSFTConfig) -> None:
     """Flags that contradict each other."""
+    folders.check_batches(args, args.max_seq_length, "--max_seq_length")
     if args.flash_attention_causal_mask and args.packing:
         raise InputError("--flash_attention_causal_mask drops the mask that packing needs: add --packing False")
 
@@ -98,7 +99,7 @@ def main() -> None:
         return
 
     models = {"--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash)}
-    this_run = checkpoints.Run.of("sft.py", parsed, prepared, models)
+    this_run = checkpoints.Run.of("sft.py", parsed, prepared, models, samples.fingerprint)
     this_run.check(checkpoint)
 
     # Model

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from align import __version__
 from align.errors import DISK_FULL, InputError, ResultError, Stopped
-from align.quiet import quiet_imports, quiet_libraries
+from align.quiet import end_interrupted, quiet_imports, quiet_libraries
 from align.ranges import limit, shorten
 from align.upstream_flags import split_flags, translate
 
@@ -322,6 +322,8 @@ def run_script(main: Callable[[], None]) -> None:
         kind = "" if isinstance(error, Stopped) else "error: "
         print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr)
         sys.exit(128 + error.number if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 3)
+    except KeyboardInterrupt:
+        end_interrupted()
     except OSError as error:
         if error.errno not in (*DISK_FULL, errno.EIO):
             raise

@@ -38,7 +38,7 @@ def lock(output: Path) -> None:
     path = output.resolve() / LOCK
     while path not in _locks:
         try:
-            held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             reason = f"{output} cannot be written: {error.strerror}"
             raise InputError(f"--output_dir: {reason}; name another folder") from error

@@ -6,10 +6,13 @@ Only light imports: this comes before all others.
 import contextlib
 import io
 import logging
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 from align.errors import InputError
 from align.upstream_fixes import known_plugin
@@ -55,11 +58,19 @@ def quiet_imports() -> Iterator[None]:
             yield
     except InputError:
         raise
+    except KeyboardInterrupt:
+        end_interrupted()
     except BaseException:
         sys.stderr.write("".join(kept.texts))
         raise
     finally:
         kept.is_over = True
+
+
+def end_interrupted() -> NoReturn:
+    """After Ctrl-C where nothing is to be saved."""
+    print(f"{os.path.basename(sys.argv[0])}: SIGINT: stopped", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 def quiet_libraries() -> None:

@@ -39,6 +39,7 @@ class Range:
 COUNT = Range(1)
 SECONDS = Range(0, 1e7)
 COUNT_OR_NONE = Range(0)
+PROCESSES = 1024  # more than any host has cores: as many would take it down
 POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
 SHARE_BELOW_1 = Range(0, 1, below=True)
@@ -46,7 +47,7 @@ SEED = Range(0, 2**32 - 1)  # what numpy can be seeded with
 
 RANGES = {
     # LoRA
-    "lora_r": COUNT,
+    "lora_r": Range(1, 65536),  # the largest of models are not as wide
     "lora_alpha": Range(1e-3, 1e6),
     "lora_dropout": SHARE_BELOW_1,
     # Data
@@ -55,7 +56,7 @@ RANGES = {
     "validation_split_percentage": Range(0, 100, above=True, below=True),
     "max_train_samples": COUNT,
     "max_eval_samples": COUNT,
-    "num_workers": COUNT,
+    "num_workers": Range(1, PROCESSES),
     "max_bad_rows": SHARE,
     "dataset_mix": Range(0, 1, above=True, below=True),
     "show_examples": COUNT_OR_NONE,
@@ -68,7 +69,7 @@ RANGES = {
     "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
     "eval_accumulation_steps": COUNT,
-    "dataloader_num_workers": COUNT_OR_NONE,
+    "dataloader_num_workers": Range(0, PROCESSES),
     "dataloader_prefetch_factor": COUNT,
     # Optimisation
     "learning_rate": Range(1e-12, 1000),  # float32 rounds less to nothing

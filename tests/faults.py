@@ -18,6 +18,15 @@ def signal_rank_1_in_step_3() -> None:
     _call_in_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
 
+def signal_rank_1_in_the_evaluation_after_step_4() -> None:
+    class InEvaluation(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step == 4 and args.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    transformers.trainer.DEFAULT_CALLBACKS.append(InEvaluation())
+
+
 def poison_rank_1_in_step_2() -> None:
     """A loss that is not finite, as a bad row makes it."""
     from optimum.habana import GaudiTrainer

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, write_rows
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from tiny import save_model
 
-from align.errors import InputError
+from align.errors import InputError, ResultError
+from align.training import reference
 
 FLAGS = ["--max_prompt_length", 48, "--max_length", 96, "--max_steps", 4, "--logging_steps", 1, "--eval_steps", 2]
 FLAGS += ["--warmup_steps", 0, "--learning_rate", "1e-3", "--disable_tqdm", True, "--max_eval_samples", 4]
@@ -188,6 +190,23 @@ def test_damaged_or_foreign_log_probs_are_refused_by_name(dpo, damage):
 
     with pytest.raises(InputError, match=f"^stored/{first.name} is"):
         dpo("--precompute_ref_log_probs", "--ref_log_probs_dir", "stored", output="again")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stored_log_probs_of_another_model_are_found_in_the_first_step(dpo, bf16):
+    stored = ["--precompute_ref_log_probs", "--ref_log_probs_dir", "stored", "--eval_strategy", "no", "--bf16", bf16]
+    dpo(*stored, "--max_steps", 1)
+    path = next(Path("stored").iterdir())
+    values = load_numpy(path)["log_probs"]
+    values[:, 1] -= 10  # as if the reference had liked the rejected answers less
+    reference.store(reference.Stored(path, None), values, write=True)
+
+    with pytest.raises(
+        ResultError, match=r"\(ln 2\): of pair \d+ the rejected answer has the log-prob .* stored/.* delete it"
+    ):
+        dpo(*stored, output="again")
+
+    assert not list(Path("again").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def import_what_fails():
         import nowhere_to_be_found  # noqa: F401
 
 
+def test_control_c_while_libraries_are_imported_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, quiet_imports():
+        raise KeyboardInterrupt
+
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith(": SIGINT: stopped\n")
+
+
 def test_what_a_failed_import_has_said_is_shown(capsys):
     with pytest.raises(ModuleNotFoundError):
         import_what_fails()

@@ -21,7 +21,7 @@ COMMON = "--bf16 False --disable_tqdm True --do_eval --eval_strategy steps --log
 COMMON += "--eval_steps 2 --sample_prompts 2 --learning_rate 1e-2 --save_strategy no --token hf_SECRET".split()
 SCRIPTS = {
     "sft.py": "--do_train --max_seq_length 64 --per_device_train_batch_size 2 --size_valid_set 10",
-    "dpo.py": "--max_prompt_length 48 --max_length 96 --warmup_steps 0 --size_valid_set 10 --hub_token=hf_SECRET",
+    "dpo.py": "--max_prompt_length 48 --max_length 96 --warmup_steps 0 --size_valid_set 10 --hub_token=hf_SECRET2",
 }
 
 

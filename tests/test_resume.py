@@ -56,25 +56,26 @@ def train(run, model, questions):
 
 
 class StopAt(TrainerCallback):
-    """Does something at the end of a step, as the machine would."""
+    """Does something at the end of a step, or in the evaluation after it, as the machine would."""
 
-    def __init__(self, step, what):
+    def __init__(self, step, what, event):
         self.step, self.what = step, what
+        setattr(self, event, self.look)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def look(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.what()
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """`at_step(4, function)` calls it once, at the end of that step of the next run."""
+    """`at_step(4, function)` calls it at the end of that step of the next run; `event` names another moment of it."""
     import transformers.trainer
 
     before = list(transformers.trainer.DEFAULT_CALLBACKS)
 
-    def at_step(step, what):
-        callbacks = [*before, StopAt(step, what)]
+    def at_step(step, what, event="on_step_end"):
+        callbacks = [*before, StopAt(step, what, event)]
         monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
 
     return at_step
@@ -167,6 +168,12 @@ OTHERS = {
     "packing": ("sft.py", ["--packing", False], "--packing True, this is False"),
     "length": ("sft.py", ["--max_seq_length", 32], "another --dataset_name|--max_seq_length 64, this is 32"),
     "accumulation": ("sft.py", ["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps 1, this is 2"),
+    "smoothing": ("sft.py", ["--label_smoothing_factor", 0.1], "--label_smoothing_factor 0.0, this is 0.1"),
+    "batch that no memory holds": (
+        "sft.py",
+        ["--per_device_train_batch_size", 2**31 - 1],
+        "--max_seq_length 64: a batch of 137,438,953,408 tokens; give at most 67,108,864",
+    ),
     "batch size": ("sft.py", ["--per_device_train_batch_size", 4], "another number of rows"),
     "fewer rows": ("sft.py", ["--max_train_samples", 40], "another --dataset_name"),
     "optimizer": ("sft.py", ["--optim", "sgd"], "--optim adamw_torch, this is sgd"),
@@ -197,6 +204,21 @@ def test_another_model_or_data_set_is_refused_by_name(train, stopped, tmp_path, 
 
     with pytest.raises(InputError, match=f"was made with another {flag}: "):
         train(script, "--resume", "auto", flag, other, output=stopped / script)
+
+
+def test_of_a_stream_what_decides_its_rows_must_be_as_it_was(train, monkeypatch):
+    """Nobody has read all of it, so that tokens cannot be compared."""
+    stream = ["--streaming", True, "--size_valid_set", 5, "--resume", "auto"]
+    train("sft.py", *stream, "--max_steps", 2)
+    monkeypatch.setattr("align.models.loading.load_model", die)
+
+    for flags, message in (
+        (["--chat_template", "plain"], "with another --tokenizer_name_or_path or --chat_template"),
+        (["--max_train_samples", 70], "with --max_train_samples None, this is 70"),
+        (["--do_eval"], "with --do_eval False, this is True"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train("sft.py", *stream, *flags)
 
 
 def test_the_same_model_and_data_in_another_place_are_the_same(train, model, questions, tmp_path):
@@ -255,6 +277,8 @@ def test_resume_auto_begins_where_there_is_nothing_and_without_it_nothing_is_rep
         train("sft.py")
     with pytest.raises(InputError, match="--resume auto contradicts --overwrite_output_dir"):
         train("sft.py", "--resume", "auto", "--overwrite_output_dir")
+    with pytest.raises(InputError, match="--resume goes on with training: add --do_train"):
+        train("sft.py", "--resume", "auto", "--do_train", False, "--do_eval")
 
 
 def test_a_checkpoint_without_optimizer_says_so(train):
@@ -262,6 +286,18 @@ def test_a_checkpoint_without_optimizer_says_so(train):
 
     with pytest.raises(InputError, match="checkpoint-2 was made with --save_only_model"):
         train("sft.py", "--resume_from_checkpoint", "out/checkpoint-2")
+
+
+def test_code_planted_in_the_state_of_the_optimizer_is_not_run(train, stopped):
+    from test_resume_soak import plant
+
+    shutil.copytree(stopped / "sft.py", "out")
+    plant(Path("out/checkpoint-4/optimizer.pt"), Path("it ran").absolute())
+
+    with pytest.raises(InputError, match="out/checkpoint-4 holds more than tensors and is not loaded"):
+        train("sft.py", "--resume", "auto")
+
+    assert not Path("it ran").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -274,6 +310,75 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(train, 
     assert stop.value.number == number
     assert [path.name for path in Path("out").glob("*checkpoint-*")] == ["checkpoint-4"]
     assert not Path("out/adapter_model.safetensors").exists()
+
+
+EVALUATED = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", 2, "--max_eval_samples", 8]
+
+
+def test_a_signal_does_not_wait_for_an_evaluation(train, at_step, capsys):
+    train("sft.py", *EVALUATED, output="whole")
+    batches = []
+    at_step(4, lambda: batches.append(1) or os.kill(os.getpid(), signal.SIGTERM), "on_prediction_step")
+
+    with pytest.raises(Stopped, match="SIGTERM: stopped after step 4; out/checkpoint-4 is saved"):
+        train("sft.py", *EVALUATED, "--save_steps", 6, "--per_device_eval_batch_size", 1)
+
+    assert len(batches) == 1
+    assert "the evaluation after step 4 was not finished, and is not in the log" in capsys.readouterr().err
+    at_step(0, die)
+    train("sft.py", *EVALUATED, "--resume", "auto")
+    assert_same_run("out", "whole")
+
+
+def test_a_signal_while_the_model_is_saved_waits_until_it_is_there(train, monkeypatch):
+    move_in = SupervisedTrainer._move_in
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        move_in(*arguments)
+
+    monkeypatch.setattr(SupervisedTrainer, "_move_in", interrupted)
+
+    with pytest.raises(Stopped, match="SIGTERM: stopped; the model is saved in out; the same command with --resume"):
+        train("sft.py", "--max_steps", 2)
+
+    assert weights()
+    assert not list(Path("out").glob("unfinished-*"))
+
+
+BEST = [*EVALUATED, "--load_best_model_at_end", "--save_total_limit", 1, "--metric_for_best_model", "loss"]
+
+
+def test_the_best_model_is_saved_and_the_last_checkpoint_stays_to_go_on_from(train, at_step):
+    best_first = [*BEST, "--greater_is_better", True]  # the loss falls, so that the first one counts as the best
+    at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="out/checkpoint-6 is saved"):
+        train("sft.py", *best_first, "--max_steps", 8)
+    at_step(0, die)
+    shutil.copytree("out", "moved")
+    shutil.rmtree("out")
+
+    for _ in range(2):
+        train("sft.py", *best_first, "--resume", "auto", "--max_steps", 8, output="moved")
+
+    assert {path.name for path in Path("moved").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-8"}
+    best = load_file("moved/checkpoint-2/adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights("moved").items())
+    with open("moved/checkpoint-2/adapter_model.safetensors", "ab") as damaged:
+        damaged.write(b"more")
+    with pytest.raises(
+        ResultError, match="--load_best_model_at_end: moved/checkpoint-2 cannot be loaded .adapter_model"
+    ):
+        train("sft.py", *best_first, "--resume", "auto", "--max_steps", 8, output="moved")
+
+
+def test_the_best_model_is_also_saved_where_only_the_best_ones_are_kept(train):
+    train(
+        "sft.py", *BEST[:-4], "--save_strategy", "best", "--metric_for_best_model", "loss", "--greater_is_better", True
+    )
+
+    best = load_file("out/checkpoint-2/adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights().items())
 
 
 def test_checkpoints_by_the_clock(train):
@@ -329,6 +434,13 @@ def test_a_run_whose_steps_stay_not_finite_ends(train, poisoned):
         train("sft.py", *poisoned, "--dataset_name", rows, "--skip_probe", True, "--max_nonfinite_steps", 2)
 
     assert not list(Path("out").glob("*checkpoint*"))
+
+
+def test_an_evaluation_that_is_not_finite_is_exit_code_3(train, poisoned):
+    rows = write_rows(Path("all.jsonl"), [{**row, "question": "~"} for row in make_rows(20)])
+
+    with pytest.raises(ResultError, match="the evaluation loss after step 0 is nan"):
+        train("sft.py", *poisoned, "--dataset_name", rows, "--skip_probe", True, "--do_train", False, "--do_eval")
 
 
 def spoil(name, change):
@@ -396,17 +508,27 @@ assert "optimum.habana" not in sys.modules
 # ---------------------------------------------------------------- torn checkpoints
 
 
-def change_manifest(folder, left_out):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest[left_out]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def change_manifest(folder, **values):
+    """`None` takes a value out."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | values
+    left = {name: value for name, value in manifest.items() if value is not None or name not in values}
+    (folder / "manifest.json").write_text(json.dumps(left))
+
+
+def replace_by_an_older_one(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("checkpoint-2"), folder)
 
 
 TEARS = {
     "no manifest": lambda folder, file: (folder / "manifest.json").unlink(),
-    "half a manifest": lambda folder, file: (folder / "manifest.json").write_text('{"version": 1, "fil'),
+    "half a manifest": lambda folder, file: (folder / "manifest.json").write_text('{"version": 2, "fil'),
     "an empty manifest": lambda folder, file: (folder / "manifest.json").write_text("{}"),
-    "a manifest without flags": lambda folder, file: change_manifest(folder, "flags"),
+    "a manifest without flags": lambda folder, file: change_manifest(folder, flags=None),
+    "a manifest of another seed": lambda folder, file: change_manifest(folder, flags={"seed": 43}),
+    "a manifest of another release": lambda folder, file: change_manifest(folder, version=3),
+    "a manifest of brackets": lambda folder, file: (folder / "manifest.json").write_text("[" * 100_000),
+    "an older one": lambda folder, file: replace_by_an_older_one(folder),
     "a file gone": lambda folder, file: file.unlink(),
     "a file cut": lambda folder, file: file.write_bytes(file.read_bytes()[:-1]),
     "a file empty": lambda folder, file: file.write_bytes(b""),
@@ -510,8 +632,21 @@ def test_a_second_run_in_the_same_folder_is_refused_before_it_loads(script, run)
 
 def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_loads(train, monkeypatch):
     Path("file").write_text("")
-    with pytest.raises(InputError, match="--output_dir: file/out cannot be made: Not a directory"):
-        train("sft.py", output="file/out")
+    for folder, message in (
+        ("file/out", "file/out cannot be made: Not a directory"),
+        ("", "is empty; name a folder"),
+        ("x" * 300, "File name too long"),
+    ):
+        with pytest.raises(InputError, match=f"--output_dir: {message}"):
+            train("sft.py", output=folder)
+    write_rows("rows/rows.jsonl", make_rows(5))
+    with pytest.raises(InputError, match="--output_dir: rows/out lies in --dataset_name rows, all files of which"):
+        train("sft.py", "--dataset_name", "rows", output="rows/out")
+    Path("project").mkdir()
+    Path("project/README.md").write_text("mine")
+    for more in ([], ["--overwrite_output_dir"], ["--resume", "auto"]):
+        with pytest.raises(InputError, match="--output_dir: project holds a README.md of no run, which would be"):
+            train("sft.py", *more, output="project")
     monkeypatch.setattr("align.output.LEAST_FREE", 1 << 60)
     with pytest.raises(InputError, match="--output_dir: the disk of out has [0-9]+ MiB left"):
         train("sft.py")

@@ -144,6 +144,25 @@ def test_the_loss_of_a_run_is_the_mean_over_its_ranks_however_often_it_is_logged
     bench.assert_same("each step is logged", whole)
 
 
+def test_a_signal_to_one_rank_in_an_evaluation_stops_all_and_both_load_the_best_model_in_the_end(bench):
+    flags = "--packing False --do_eval --validation_split_percentage 50 --per_device_eval_batch_size 1 --eval_steps 2"
+    flags += " --eval_strategy steps --load_best_model_at_end --greater_is_better True --max_steps 6"
+    flags = [*flags.split(), "--save_total_limit", "1"]
+    run = bench.start("sft ddp", "best", *flags, before="signal_rank_1_in_the_evaluation_after_step_4")
+
+    assert run.wait() == [128 + signal.SIGTERM] * 2, run.said()
+    assert "SIGTERM: stopped after step 4; best/checkpoint-4 is saved" in run.said()
+    bench.finish("sft ddp", "best", *flags)
+    history = json.loads((bench.folder / "best" / "trainer_state.json").read_text())["log_history"]
+    told = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    assert 4 not in told
+    assert max(told, key=told.get) == 2, "the loss falls, so that the first one counts as the best"
+    best = load_file(bench.folder / "best" / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in bench.weights("best").items())
+    found = json.loads((bench.folder / "best" / "eval_results.json").read_text())["eval_loss"]
+    assert found == pytest.approx(told[2], abs=1e-5), "a rank evaluates other weights"
+
+
 @pytest.mark.parametrize("way", ["sft ddp", "sft zero2", "sft full zero3"])
 def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none_and_its_rows_are_kept(bench, way):
     run = bench.start(way, f"poison {way}", "--max_steps", 4, before="poison_rank_1_in_step_2")
@@ -206,7 +225,7 @@ def test_code_planted_in_a_shard_is_not_run(bench):
 
 def plant(shard: Path, proof: Path) -> None:
     """Replaces a shard by a pickle that runs code, and its manifest by one that fits: as an attacker would."""
-    from align.training.checkpoints import hash_file
+    from align.training.checkpoints import hash_file, write_manifest
 
     class Code:
         def __reduce__(self):
@@ -215,8 +234,10 @@ def plant(shard: Path, proof: Path) -> None:
     torch.save({"optimizer_state_dict": Code()}, shard)
     folder = next(parent for parent in shard.parents if (parent / "manifest.json").exists())
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][str(shard.relative_to(folder))] = {"size": shard.stat().st_size, "xxh3_128": hash_file(shard)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["xxh3_128"]
+    files = manifest.pop("files")
+    files[str(shard.relative_to(folder))] = {"size": shard.stat().st_size, "xxh3_128": hash_file(shard)}
+    write_manifest(folder, files, manifest)
 
 
 @pytest.mark.soak

@@ -61,7 +61,7 @@ def prepare(caplog):
         if rows is not None:
             write_rows(name, rows)
         args = DataArguments(dataset_name=[name] if isinstance(name, str) else name, num_workers=1, **flags)
-        training = SimpleNamespace(do_train=True, do_eval=False, max_steps=0, seed=0)
+        training = SimpleNamespace(do_train=True, do_eval=False, max_steps=0, seed=0, output_dir="out")
         has_template, key = bool(tokenizer.chat_template), f"{samples.fingerprint} {length}"
         found = prepare_data(args, training, "data/x", tokenize, key, has_template, preference=preference)["train"]
 

@@ -318,7 +318,7 @@ def test_a_target_that_matches_nothing_is_named_and_left_out(sft, caplog, monkey
         ("--do_train --lora_target_modules (q", r"'\(q' is not a regular expression"),
         ("--do_train --lora_target_modules q_proj .*up_proj", r"'.\*up_proj' is not a module's name"),
         ("--do_train --seed -1", "--seed: got -1; give 0 to 4294967295"),
-        ("--do_train --lora_r 0", "--lora_r: got 0; give 1 or more"),
+        ("--do_train --lora_r 0", "--lora_r: got 0; give 1 to 65536"),
         ("--do_train --packing False --num_buckets 0", "--num_buckets: got 0; give 1 or more"),
         ("--do_train --use_habana False", "cannot be used without `--use_habana`"),
         ("--do_train --resume_from_checkpoint True", "--resume_from_checkpoint: no checkpoint at out"),

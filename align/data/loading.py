@@ -222,7 +222,7 @@ def load_rows(
                 raise InputError(f"--dataset_name: {name} is empty")
             return _load_files({"train": [local]}, streaming)
         if local.is_dir():
-            where = local / subset if subset else local / folder if (local / folder).is_dir() else local
+            where = find_folder(local, subset, folder)
             if not where.is_dir():
                 raise InputError(f"{subset_flag}: {name} has no folder {subset!r}")
             if optional and where == local:
@@ -248,6 +248,24 @@ def load_rows(
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "cannot be read" if local.exists() else "is not a file or folder, and cannot be read from the hub"
         raise InputError(f"--dataset_name: {name} {kind}: {one_line(error)}") from error
+
+
+def find_folder(local: Path, subset: str | None, folder: str) -> Path:
+    """The folder of rows inside a local data set."""
+    return local / subset if subset else local / folder if (local / folder).is_dir() else local
+
+
+def check_output(name: str, subset: str | None, folder: str, output: str) -> None:
+    """What a run writes must not be rows of the next one."""
+    local = Path(name).expanduser()
+    if not local.is_dir():
+        return
+    where = find_folder(local, *((None, "") if subset == "None" else (subset, folder))).resolve()
+    if Path(output).resolve().is_relative_to(where):
+        raise InputError(
+            f"--output_dir: {output} lies in --dataset_name {name}, all files of which are read as rows; name a folder "
+            "elsewhere"
+        )
 
 
 def choose_split(rows: dict[str, Any], split: str, name: str, flag: str) -> Any:

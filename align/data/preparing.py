@@ -31,7 +31,7 @@ from align.data.formats import (
     recognise,
     without_nones,
 )
-from align.data.loading import DataArguments, check_data_arguments, load_splits, read_renames
+from align.data.loading import DataArguments, check_data_arguments, check_output, load_splits, read_renames
 from align.data.packing import read_column, read_numbers
 from align.errors import InputError
 
@@ -83,6 +83,8 @@ def prepare_data(
     for name in names:
         named: Any = name  # one of several
         one = replace(args, dataset_name=named)
+        if not args.show_examples:  # which writes nothing that would be read
+            check_output(name, args.subset, folder, training_args.output_dir)
         read = load_splits(one, training_args.do_train, training_args.do_eval, ends, training_args.seed, folder, token)
         loaded[name] = one, {split: rows for split, rows in vars(read).items() if rows is not None}
     _tell_unused(args, [rows for _, splits in loaded.values() for rows in splits.values()], training_args.do_eval)

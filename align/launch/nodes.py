@@ -174,15 +174,21 @@ def inspect_nodes(run: Run) -> tuple[int, int]:
     return answers[0]["port"], cores
 
 
-def take_token(script: list[str]) -> tuple[list[str], str | None]:
-    """The script's command line without tokens for the hub, and the token: a command line can be read by all users."""
+def split_tokens(script: list[str]) -> tuple[list[str], list[str]]:
+    """A command line without tokens for the hub, and the tokens."""
     kept, tokens, words = [], [], iter(script)
     for word in words:
-        flag, _, value = word.partition("=")
+        flag, equals, value = word.partition("=")
         if flag in TOKEN_FLAGS:
-            tokens.append(value or next(words, ""))
+            tokens.append(value if equals else next(words, ""))
         else:
             kept.append(word)
+    return kept, tokens
+
+
+def take_token(script: list[str]) -> tuple[list[str], str | None]:
+    """The script's command line without tokens, and the one that ranks get: a command line can be read by all users."""
+    kept, tokens = split_tokens(script)
     if len(set(tokens)) > 1:
         raise InputError("--token and --hub_token differ: ranks get one token, by the variable HF_TOKEN; give one")
     return kept, tokens[0] if tokens else None

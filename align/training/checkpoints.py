@@ -7,6 +7,7 @@ every file with its size and hash, everything is flushed to the disk, and one re
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,7 @@ from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 
 from align import __version__
+from align.data.files import is_readable
 from align.errors import InputError
 from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
 from align.whole import flush, put_in_place, write_file
@@ -26,7 +28,7 @@ from align.whole import flush, put_in_place, write_file
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 NEEDED = {"resumable", "world_size", "facts", "flags", "order", "progress"}  # by those who read it
 UNFINISHED = "unfinished-"
 CHUNK = 1 << 22  # bytes read at once
@@ -89,10 +91,19 @@ def seal(folder: Path, rank: int, ranks: int) -> dict[str, dict]:
     return described
 
 
+def write_manifest(folder: Path, files: Mapping[str, dict], about: Mapping[str, Any]) -> None:
+    """With a hash of itself: a bit that flips in it would else be another seed, or another step."""
+    manifest = _plain({"version": MANIFEST_VERSION, **about, "files": dict(sorted(files.items()))})
+    write_file(folder / MANIFEST, json.dumps({**manifest, "xxh3_128": _hash_manifest(manifest)}, indent=1))
+
+
+def _hash_manifest(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def commit(folder: Path, final: Path, files: Mapping[str, dict], about: Mapping[str, Any]) -> None:
     """Makes the sealed `folder` the checkpoint `final`: from here on it is whole."""
-    manifest = {"version": MANIFEST_VERSION, **about, "files": dict(sorted(files.items()))}
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1, default=str))
+    write_manifest(folder, files, about)
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
     put_in_place(folder, final)  # also of one of the same step, from before a resume
@@ -115,23 +126,31 @@ def noting_disk_errors(noted: list[str]) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> Any:
-    """A dict; None where the manifest is missing or damaged."""
+    """A dict; None where the manifest is missing, damaged or of another version."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = manifest["version"] == MANIFEST_VERSION and all(
-            entry["xxh3_128"] for entry in manifest["files"].values()
-        )
-        return manifest if known and isinstance(manifest["step"], int) and manifest.keys() >= NEEDED else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        own_hash = manifest.pop("xxh3_128")
+        is_whole = own_hash == _hash_manifest(manifest) and manifest["version"] == MANIFEST_VERSION
+        return manifest if is_whole and isinstance(manifest["step"], int) and manifest.keys() >= NEEDED else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _find_damage_of_manifest(folder: Path) -> str:
+    if not (folder / MANIFEST).is_file():
+        return f"{MANIFEST} is missing: not finished, or of another program"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        version = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["version"]
+        if isinstance(version, int) and version != MANIFEST_VERSION:
+            return f"its version is {version}, this release reads {MANIFEST_VERSION}; go on with the one that wrote it"
+    return f"{MANIFEST} is damaged"
 
 
 def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """What keeps `folder` from being a whole checkpoint; of several ranks each reads its share of the files."""
     manifest = read_manifest(folder)
     if manifest is None:
-        missing = not (folder / MANIFEST).is_file()
-        return f"{MANIFEST} is missing: not finished, or of another program" if missing else f"{MANIFEST} is damaged"
+        return _find_damage_of_manifest(folder)
     if more := sorted(set(list_files(folder)) - set(manifest["files"])):
         return f"{more[0]} is not in its {MANIFEST}"
     for name, entry in manifest["files"].items():
@@ -159,7 +178,7 @@ def step_of(folder: Path) -> int:
 
 def list_checkpoints(output: Path) -> list[Path]:
     """The checkpoints in `output`, the newest first, whole or not."""
-    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and re.fullmatch("[0-9]+", path.name[11:])]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -174,8 +193,11 @@ def find_last(output: Path, rank: int, ranks: int) -> Path | None:
         logger.warning(f"{output / name} was being written when its run ended; it is left out")
     for name in all_ranks([path.name for path in list_checkpoints(output)])[0]:
         damage = shared_damage(output / name, rank, ranks)
-        if damage is None and not read_manifest(output / name)["resumable"]:
+        manifest = read_manifest(output / name) or {}
+        if damage is None and not manifest["resumable"]:
             damage = "made with --save_only_model: it holds no optimizer"
+        if damage is None and manifest["step"] != step_of(output / name):
+            damage = f"it is of step {manifest['step']}, under another name"
         if damage is None:
             return output / name
         logger.warning(f"{output / name} cannot be resumed ({damage}); looking for the one before it")
@@ -190,14 +212,17 @@ SAME = {
     "train_on_prompt", "share_prompts", "gradient_accumulation_steps", "streaming", "shuffle_buffer", "split", "subset",
     "dataset_mix", "columns", "text_as_chat", "only_true_labels",
     "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "bf16", "torch_dtype", "optim",
+    "label_smoothing_factor", "neftune_noise_alpha",
     "loss_type", "beta", "label_smoothing", "rpo_alpha", "reference_free", "sync_ref_model", "ref_model_mixup_alpha",
     "ref_model_sync_steps", "f_divergence_type", "f_alpha_divergence_coef", "ignore_data_skip", "disable_dropout",
 }  # fmt: skip
+# Of a stream these too decide which rows are read, which nobody can compare
+SAME_OF_STREAMS = {"size_valid_set", "max_train_samples", "do_eval", "data_format", "bad_rows", "num_buckets"}
 # Flags that change with every command, or do not change what is learnt
 UNTOLD = {
     "resume", "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "logging_dir", "run_name", "local_rank",
     "model_name_or_path", "tokenizer_name_or_path", "ref_model", "dataset_name", "deepspeed", "deepspeed_plugin",
-    "distributed_state", "accelerator_config", "world_size",
+    "distributed_state", "world_size",
 }  # fmt: skip
 
 
@@ -209,17 +234,26 @@ class Run:
     facts: dict[str, Any]  # what must not differ, beside the flags in `SAME`
 
     @classmethod
-    def of(cls, script: str, parsed: Iterable, prepared: Mapping[str, Any], models: Mapping[str, str]) -> "Run":
-        """`parsed` are the dataclasses of the command line, `prepared` the splits, `models` what identifies each."""
+    def of(
+        cls, script: str, parsed: Iterable, prepared: Mapping[str, Any], models: Mapping[str, str], tokenizer: str
+    ) -> "Run":
+        """`parsed` are the dataclasses of the command line, `prepared` the splits.
+
+        `models` is what identifies each model by its flag, `tokenizer` what identifies tokenizer and chat template.
+        """
         *_, data_args, args = [each for each in parsed if hasattr(each, "dataset_name") or hasattr(each, "output_dir")]
         flags = {one.name: _plain(getattr(each, one.name, None)) for each in parsed for one in fields(each)}
         flags = {name: value for name, value in flags.items() if name not in SECRETS and not name.startswith("_")}
         train = prepared.get("train")
+        is_stream = train is not None and isinstance(train.rows, IterableDataset)
+        names = [data_args.dataset_name] if isinstance(data_args.dataset_name, str) else data_args.dataset_name
         facts = {
             "script": script,
             **models,
-            "--dataset_name": train and on_rank_0(lambda: identify_rows(train.rows, data_args.dataset_name)),
+            "--dataset_name": train and on_rank_0(lambda: identify_rows(train.rows, names)),
+            "--tokenizer_name_or_path or --chat_template": tokenizer if is_stream else None,  # else the tokens tell
             "--deepspeed": _sharing(args),
+            "optimizer and number format in the file of --deepspeed": _decided_by_deepspeed(args),
             "number of rows of all ranks (--per_device_train_batch_size x ranks)": str(
                 args.per_device_train_batch_size * args.world_size
             ),
@@ -232,6 +266,7 @@ class Run:
             return
         folder, manifest = Path(checkpoint), read_manifest(Path(checkpoint))
         then, facts = manifest["flags"], manifest["facts"]
+        is_stream = self.facts["--tokenizer_name_or_path or --chat_template"] is not None
         for name, value in self.facts.items():
             if name in facts and facts[name] != value:
                 short = f"{_short(facts[name])} then, {_short(value)} now"
@@ -239,7 +274,7 @@ class Run:
         changed = {name: (then[name], value) for name, value in self.flags.items() if name in then}
         changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
         for name, (before, now) in changed.items():
-            if name in SAME:
+            if name in SAME or (is_stream and name in SAME_OF_STREAMS):
                 raise InputError(
                     f"{folder} was made with --{name} {_short(before)}, this is {_short(now)}; "
                     "give the same, or another --output_dir"
@@ -274,6 +309,15 @@ def _sharing(args: Any) -> str:
     return f"ZeRO-{config.get('zero_optimization', {}).get('stage', 0)}"
 
 
+def _decided_by_deepspeed(args: Any) -> str | None:
+    """What the file decides of the steps in place of --optim and --bf16."""
+    if args.deepspeed is None:
+        return None
+    file = args.hf_deepspeed_config
+    bfloat16 = file.get_value("bf16.enabled", False)
+    return f"{file.get_value('optimizer.type')}, bf16 {args.bf16 if bfloat16 == 'auto' else bfloat16}"
+
+
 def software() -> dict[str, str]:
     return {"gaudi-align": __version__, **{name: version(name) for name in PACKAGES}}
 
@@ -282,8 +326,7 @@ def identify_rows(rows: Dataset | IterableDataset, names: Iterable[str]) -> str:
     """A hash of all tokens; for a stream, which nobody has read, of its names and its local files."""
     digest = xxhash.xxh3_128()
     if isinstance(rows, IterableDataset):
-        paths = {name: Path(name).expanduser() for name in names}
-        return "stream " + " ".join(identify_files([path]) if path.is_file() else name for name, path in paths.items())
+        return f"stream {' '.join(_identify_source(name) for name in names)}"
     columns = [column for column in rows.column_names if column not in ("length", "trained")]
     table = rows.select_columns([*columns]).with_format("arrow")
     for part in table.iter(batch_size=10_000):
@@ -292,6 +335,13 @@ def identify_rows(rows: Dataset | IterableDataset, names: Iterable[str]) -> str:
             digest.update(array.value_lengths().to_numpy(zero_copy_only=False).tobytes())
             digest.update(array.flatten().to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
+
+
+def _identify_source(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return identify_files([file for file in path.rglob("*") if file.is_file() and is_readable(file)])
+    return identify_files([path]) if path.is_file() else name
 
 
 def identify_files(paths: Iterable[Path]) -> str:

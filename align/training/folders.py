@@ -24,6 +24,8 @@ RESULT_FILES = (
     *("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json"),
     *("report.html", "README.md", "curves.png"),
 )
+MOST_TOKENS = 1 << 26  # of a batch of a card
+OF_OTHERS = ("README.md", "config.json")  # that a run would replace, where no run has left them
 
 
 def check_training_arguments(
@@ -60,8 +62,19 @@ def check_training_arguments(
             "--flash_attention_fast_softmax: a card's kernel has no gradients for it with --flash_attention_recompute "
             "and a mask; leave one of the two out"
         )
+    if not args.do_train and (run_args.resume != "no" or args.resume_from_checkpoint):
+        flag = "--resume" if run_args.resume != "no" else "--resume_from_checkpoint"
+        raise InputError(
+            f"{flag} goes on with training: add --do_train; to evaluate a trained model, give --model_name_or_path"
+        )
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
+    if not args.output_dir:
+        raise InputError("--output_dir: is empty; name a folder")
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+    except OSError as error:  # a name that is too long
+        raise InputError(f"--output_dir: {error.strerror}; name another folder") from error
+    if is_file:
         raise InputError(f"--output_dir: {folder} is a file; name a folder")
     if not args.save_safetensors:
         raise InputError(
@@ -97,6 +110,16 @@ def check_best(args, measured: Sequence[str]) -> None:
             raise InputError(f"--{flag}: nothing is evaluated while training; add --eval_strategy steps --eval_steps N")
 
 
+def check_batches(args, length: int, flag: str) -> None:
+    """Refuses batches that no memory holds, which would end a process without a word, or take hours to make."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if (tokens := getattr(args, name) * length) > MOST_TOKENS:
+            raise InputError(
+                f"--{name} {getattr(args, name)} with {flag} {length}: a batch of {tokens:,} tokens; give at most "
+                f"{MOST_TOKENS:,}"
+            )
+
+
 def prepare_output(args) -> None:
     """Makes --output_dir (rank 0), for this run alone, where there is room for what it writes."""
     if args.should_save:
@@ -108,15 +131,21 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     wanted = None if wanted in (None, "False", "false") else wanted
     ranks = args.process_index, args.world_size
+    held = next((path for name in RUN_FILES for path in folder.glob(name)), None)
+    foreign = next((name for name in OF_OTHERS if (folder / name).exists()), None)
+    if held is None and foreign is not None:
+        raise InputError(
+            f"--output_dir: {folder} holds a {foreign} of no run, which would be replaced; name another folder"
+        )
     if run_args.resume == "auto" and (wanted or args.overwrite_output_dir):
         other = "--resume_from_checkpoint" if wanted else "--overwrite_output_dir"
         raise InputError(f"--resume auto contradicts {other}; give one of them")
     if run_args.resume == "auto":
         found = checkpoints.find_last(folder, *ranks)
-        held = next((path for name in WEIGHTS for path in folder.glob(name)), None)
-        if found is None and held is not None:
+        model = next((path for name in WEIGHTS for path in folder.glob(name)), None)
+        if found is None and model is not None:
             raise InputError(
-                f"--resume auto: {folder} holds a model ({held.name}) but no checkpoint to go on from; add "
+                f"--resume auto: {folder} holds a model ({model.name}) but no checkpoint to go on from; add "
                 "--overwrite_output_dir without --resume to replace it, or name another folder"
             )
         return _as_text(found)
@@ -133,7 +162,6 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
         if not checkpoints.read_manifest(Path(wanted))["resumable"]:
             raise InputError(f"--resume_from_checkpoint: {wanted} was made with --save_only_model: it has no optimizer")
         return wanted
-    held = next((path for name in RUN_FILES for path in folder.glob(name)), None)
     if held is not None and not args.overwrite_output_dir:
         raise InputError(
             f"--output_dir: {folder} holds another run ({held.name}); add --resume auto to go on "

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 
 from align.errors import InputError
 
@@ -48,8 +49,11 @@ def _check_schedule(args) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
     kwargs = args.lr_scheduler_kwargs or {}
     try:
-        get_scheduler(name, optimizer, args.get_warmup_steps(100), 100, scheduler_specific_kwargs=dict(kwargs))
-    except (ValueError, TypeError) as error:
+        made = get_scheduler(name, optimizer, args.get_warmup_steps(100), 100, scheduler_specific_kwargs=dict(kwargs))
+        factors = [factor(step) for factor in getattr(made, "lr_lambdas", ()) for step in range(101)]
+        if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or (factors and not any(factors)):
+            raise ValueError("it gives learning rates below 0, none above 0, or some that are no numbers")
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"--lr_scheduler_type {name}: --lr_scheduler_kwargs {kwargs}: {error}") from error
 
 
@@ -65,4 +69,7 @@ def _check_loggers(args) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError, AssertionError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"--report_to {name}: {reason or 'no package'}; install it, or leave it out") from error
+            command = "" if "pip install" in reason else f" (`pip install {name}`)"
+            raise InputError(
+                f"--report_to {name}: {reason or 'no package'}{command}; install it, or leave it out"
+            ) from error

@@ -19,7 +19,7 @@ from trl.trainer.dpo_config import FDivergenceConstants, FDivergenceType
 from trl.trainer.utils import SyncRefModelCallback, disable_dropout_in_model
 
 from align.data.packing import NONE
-from align.errors import InputError
+from align.errors import InputError, ResultError
 from align.models.head import find_head, look_up_as_stored, records_graphs
 from align.models.loading import find_padding
 from align.training.pairs import Layout, PairCollator, PairDataset, PairSampler, no_slot
@@ -35,6 +35,8 @@ MIXING = ("aot", "aot_pair", "bco_pair")
 MEASURED: tuple[str, ...] = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 MEASURED += ("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected")
 SYNCED_REFERENCE = "reference.safetensors"
+# Times sqrt(n): how far two computations of the log-prob of an answer of n tokens may be apart, as they round
+ALIKE = {"float32": 0.02, "bfloat16": 0.25}
 SLACK = 1.125  # a micro-batch may be this much larger than the padded pairs that it replaces
 
 
@@ -291,8 +293,41 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         """Sums, over the pairs of a micro-batch, what is averaged later; counts pairs and tokens."""
         reference = self._score_reference(inputs)  # first: the policy's activations need not be there yet
         policy, logits = self._score(model, inputs)
+        if model.training and self.state.global_step == 0 and self.starts_as_reference():
+            self._check_start(policy, reference, inputs)
         with self._in_float32():
             return self._add_up(policy, logits, reference, inputs["answer_lengths"])
+
+    def starts_as_reference(self) -> bool:
+        """Whether policy and reference say the same before the first step, so that its loss is ln 2 (of sigmoid)."""
+        facts = self.run.facts if self.run else {}
+        is_random = (
+            not self.args.disable_dropout
+            or self.args.neftune_noise_alpha
+            or getattr(self.model.config, "router_jitter_noise", 0)
+        )
+        is_same = facts.get("--ref_model") == facts.get("--model_name_or_path", self)
+        return is_same and not self.args.reference_free and not is_random
+
+    def _check_start(self, policy: torch.Tensor, reference: torch.Tensor, inputs: Mapping) -> None:
+        """Finds stored log-probs that are stale, and whatever else makes a policy that was not trained yet differ."""
+        lengths = inputs["answer_lengths"]
+        is_exact = not self.args.bf16 and all(weight.dtype == torch.float32 for weight in self.model.parameters())
+        allowed = ALIKE["float32" if is_exact else "bfloat16"] * lengths.clamp(min=1).sqrt()
+        far = ((policy - reference).abs().nan_to_num(0) > allowed) & (lengths > 0)  # what is not finite is told later
+        if not far.any():
+            return
+        pair, answer = far.nonzero()[0].tolist()
+        said, asked = policy[pair, answer].item(), reference[pair, answer].item()
+        stored = self.train_dataset.stored
+        cause = "the two are not computed alike; try --use_flash_attention False or --share_prompts False"
+        if stored is not None:
+            cause = f"{stored.path} is of another model; delete it to compute it anew"
+        raise ResultError(
+            "the first loss would not be that of a model equal to its reference (ln 2): of pair "
+            f"{int(inputs['indices'][pair])} the {('chosen', 'rejected')[answer]} answer has the log-prob {said:.4f}, "
+            f"in the reference {asked:.4f}: {cause}"
+        )
 
     def _add_up(
         self, policy: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
@@ -301,6 +336,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         if self.loss_type == "ipo":
             policy, reference = policy / tokens, reference / tokens
         losses, chosen, rejected = self.dpo_loss(*policy.T, *reference.T)
+        losses = losses + 0 * reference.sum(-1)  # of a reference of -inf the loss would be 0
         logps, logits = policy.detach().T, (logits / tokens).T
         values = {
             "loss": losses,
@@ -403,7 +439,13 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         """Computes the log-probs that --precompute_ref_log_probs asks for and are not stored yet."""
         for pairs in filter(None, (self.train_dataset, self.eval_dataset)):
             if pairs.stored is not None and pairs.stored.values is None:
-                store(pairs.stored, self._compute_reference(pairs), write=self.args.local_process_index == 0)
+                values = self._compute_reference(pairs)
+                if len(bad := np.flatnonzero(~np.isfinite(values).all(1))):
+                    raise ResultError(
+                        f"--precompute_ref_log_probs: the reference's log-probs of pair {bad[0]} are not finite (of "
+                        f"{len(bad)} pairs in all); nothing is stored"
+                    )
+                store(pairs.stored, values, write=self.args.local_process_index == 0)
 
     @torch.no_grad()
     def _compute_reference(self, pairs: PairDataset) -> np.ndarray:
@@ -413,6 +455,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         was_training = self.model.training
         self.model.eval()
         for batch in tqdm(loader, desc="Reference log-probs", disable=not self.is_world_process_zero()):
+            self.give_way()
             inputs, indices = self._prepare_inputs(batch), batch["indices"].cpu()
             with self.compute_loss_context_manager():
                 scored = self._score_reference(inputs).float().cpu()

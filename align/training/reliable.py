@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -21,7 +22,6 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import SaveStrategy
 
 from align.data.preparing import Prepared
 from align.errors import InputError, ResultError, Stopped
@@ -33,7 +33,7 @@ from align.training.results import show_steps
 from align.training.samples import Samples, find_prompts
 from align.training.uploading import UploadingMixin
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
-from align.whole import flush, write_file
+from align.whole import flush
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STATE = "trainer_state.json"
 # The first is a pickle that nobody reads; PEFT's model card is an empty form.
 UNWANTED = ("training_args.bin", report.CARD)
+LOOKED_EVERY = 10  # batches of an evaluation on several ranks, which must agree on a signal
+
+
+class Interrupted(Exception):
+    """All ranks have agreed that a signal ends what they compute between two steps."""
 
 
 class ReliableMixin(UploadingMixin):
@@ -50,6 +55,7 @@ class ReliableMixin(UploadingMixin):
     run: Any = None  # a `Run`; the steps of tests and benchmarks belong to none
     signal = 0  # the one that this rank got
     stopped_by = 0  # the one that all ranks agree on
+    looks = 0  # between batches without a step
     nonfinite_steps = 0
     resumed: Any = None  # the manifest, a dict
 
@@ -83,24 +89,35 @@ class ReliableMixin(UploadingMixin):
         self.resumed = checkpoints.read_manifest(folder) if folder else None
         if self.resumed and self.resumed["order"] != self.hashes_order:
             raise InputError(
-                f"{folder} was made with rows in another order (other data, batch size or number of ranks); "
-                "give what it was made with, or another --output_dir"
+                f"{folder} was made with rows in another order (other data, --num_buckets, batch size or number of "
+                "ranks); give what it was made with, or another --output_dir"
             )
         if self.is_deepspeed_enabled:
             load_deepspeed_safely()
             self._inspect(folder)
-        with self._heed_signals(), self.own_stdout():
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            with self._heed_signals(), self.own_stdout(), contextlib.suppress(Interrupted):
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{folder} holds more than tensors and is not loaded: {reason}") from error
         if self.stopped_by:
-            name, saved = signal.Signals(self.stopped_by).name, "nothing is saved"
-            last = self.resumed_from
-            if self.saved_step is not None:
-                last = Path(self.args.output_dir, f"checkpoint-{self.saved_step}")
+            last, saved = self._last_checkpoint(), "nothing is saved"
             if last:
                 saved = f"{last} is saved, and the same command with --resume auto goes on from there"
+            name = signal.Signals(self.stopped_by).name
             raise Stopped(f"{name}: stopped after step {self.state.global_step}; {saved}", self.stopped_by)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            logger.warning(
+                "--load_best_model_at_end: no checkpoint had a best --metric_for_best_model; the last weights stay"
+            )
         self._correct_speed(output.metrics)
         return output
+
+    def _last_checkpoint(self) -> Path | None:
+        if self.saved_step is not None:
+            return Path(self.args.output_dir, f"checkpoint-{self.saved_step}")
+        return self.resumed_from
 
     def _inspect(self, folder: Path | None) -> None:
         """Inspects DeepSpeed's files before any rank loads: one that refused its own would leave the others waiting."""
@@ -145,8 +162,16 @@ class ReliableMixin(UploadingMixin):
         return digest.hexdigest()
 
     def evaluate(self, *args, **kwargs):
+        """Raises a ResultError where the loss is not finite, unless training goes on, which may yet mend it."""
         with self.own_stdout():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        loss = metrics.get("eval_loss", 0.0)
+        if not np.isfinite(loss):
+            line = f"the evaluation loss after step {self.state.global_step} is {loss}"
+            if not self.is_in_train:
+                raise ResultError(f"{line}: the model gives values that are not finite for rows that were held out")
+            logger.warning(line)
+        return metrics
 
     @contextlib.contextmanager
     def own_stdout(self) -> Iterator[None]:
@@ -256,6 +281,17 @@ class ReliableMixin(UploadingMixin):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def give_way(self) -> None:
+        """Between two batches without a step, of an evaluation within training: a signal does not wait for its end.
+
+        All ranks call it as often.
+        """
+        self.looks += 1
+        if self.args.world_size == 1 or self.looks % LOOKED_EVERY == 0:
+            self.stopped_by = self._highest([self.signal])[0]
+            if self.stopped_by:
+                raise Interrupted
+
     # Saving
 
     def _state_to_save(self) -> dict[str, torch.Tensor]:
@@ -327,8 +363,8 @@ class ReliableMixin(UploadingMixin):
         with noting_disk_errors(errors):
             self.save_more(folder)
         progress = self.progress()
+        self._note_best(final)
         if self.args.should_save:
-            self._note_best(final)
             self._note_callbacks()
             with noting_disk_errors(errors):
                 self.state.save_to_json(str(folder / STATE))
@@ -385,6 +421,28 @@ class ReliableMixin(UploadingMixin):
                 self._remove_old()
         return first_of_all_ranks(next(iter(errors), None))
 
+    def _sorted_checkpoints(self, *args, **kwargs) -> list[str]:
+        """While training; at its end optimum-habana 1.21.2 removes the last one for the best one's sake where
+        --save_total_limit is 1 (transformers/trainer.py:1212): a run that was stopped goes on from it."""
+        return super()._sorted_checkpoints(*args, **kwargs) if self.is_in_train else []
+
+    def _load_best_model(self) -> None:
+        if self.stopped_by:
+            return  # the grace period may be short, and nothing is saved from here
+        best = Path(self.state.best_model_checkpoint)
+        if damage := checkpoints.shared_damage(best, self.args.process_index, self.args.world_size):
+            raise ResultError(
+                f"--load_best_model_at_end: {best} cannot be loaded ({damage}); leave the flag out and add --resume "
+                "auto to save the last weights"
+            )
+        super()._load_best_model()
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:  # also under --save_strategy best, of which transformers 4.55.4 never loads the best one at the end
+            self.state.best_global_step = self.state.global_step
+        return is_best
+
     def _remove_old(self) -> None:
         errors: list[str] = []
         with noting_disk_errors(errors):
@@ -413,10 +471,10 @@ class ReliableMixin(UploadingMixin):
         raise ResultError(f"{problem}; kept as {kept}")
 
     def _note_best(self, final: Path) -> None:
-        if self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH) and self.state.best_global_step:
-            best = final.with_name(f"checkpoint-{self.state.best_global_step}")
-            if best == final or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+        """On all ranks: each of them loads it at the end."""
+        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        if all_ranks(best == final or best.is_dir())[0]:
+            self.state.best_model_checkpoint = str(best)
 
     def _note_callbacks(self) -> None:
         for callback in (*self.callback_handler.callbacks, self.control):
@@ -424,8 +482,19 @@ class ReliableMixin(UploadingMixin):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the final model beside its place, checks it, then moves it in; the weights come last."""
-        output, problem, errors = Path(output_dir or self.args.output_dir), None, []
+        """Writes the final model beside its place, checks it, then moves it in. A signal waits until it is there."""
+        output = Path(output_dir or self.args.output_dir)
+        with self._heed_signals():
+            self._save_final(output)
+        if self.signal:
+            rest = "; the same command with --resume auto does the rest" if self._last_checkpoint() else ""
+            raise Stopped(
+                f"{signal.Signals(self.signal).name}: stopped; the model is saved in {output}{rest}", self.signal
+            )
+
+    def _save_final(self, output: Path) -> None:
+        """The weights come last."""
+        problem, errors = None, []
         folder = output / f"{UNFINISHED}final"
         with noting_disk_errors(errors):
             self._begin(folder)
@@ -447,10 +516,9 @@ class ReliableMixin(UploadingMixin):
 
     def _move_in(self, folder: Path, output: Path) -> None:
         files = checkpoints.seal(folder, 0, 1)
-        about = {**self._about({"total_loss": self._total_loss_scalar}), "files": files}
         for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
             os.replace(folder / name, output / name)
-        write_file(output / checkpoints.MANIFEST, json.dumps(about, indent=1, default=str))
+        checkpoints.write_manifest(output, files, self._about({"total_loss": self._total_loss_scalar}))
         flush(output)
         folder.rmdir()
 
@@ -478,6 +546,17 @@ class ReliableMixin(UploadingMixin):
     save_is_due = False
     passed: dict | None = None
 
+    def find_best_again(self) -> None:
+        """The best checkpoint so far stands beside the one that is resumed, also where the folder was moved."""
+        if self.state.best_model_checkpoint is None:
+            return
+        best = self.resumed_from.with_name(Path(self.state.best_model_checkpoint).name)
+        if first_of_all_ranks(not best.is_dir()):
+            logger.warning(f"{best}, the best checkpoint so far, is gone: the best of those to come counts")
+            self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
+        else:
+            self.state.best_model_checkpoint = str(best)
+
     def restore_progress(self, progress: Mapping[str, Any]) -> None:
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged_step"]
@@ -492,7 +571,13 @@ class ReliableMixin(UploadingMixin):
         tr_loss += self.carried_loss
         self.carried_loss, self.unlogged = 0.0, tr_loss
         self.logged = self._globalstep_last_logged, self._total_loss_scalar
-        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        except Interrupted:
+            name, step = signal.Signals(self.stopped_by).name, self.state.global_step
+            logger.warning(f"{name}: the evaluation after step {step} was not finished, and is not in the log")
+            self._save_checkpoint(self.model)
+            self.control.should_training_stop, self.control.should_evaluate = True, False
         if self.control.should_training_stop:  # optimum-habana 1.21.2 adds what is left on the first rank alone
             tr_loss.copy_(self._nested_gather(tr_loss).mean())  # (transformers/trainer.py:1184)
 
@@ -538,6 +623,7 @@ class _AfterEachStep(TrainerCallback):
         trainer.saved_at = time.monotonic()
         if trainer.resumed:
             state.compute_steps(args, state.max_steps)  # else the checkpoint's intervals would count, not the flags'
+            trainer.find_best_again()
             trainer.restore_progress(trainer.resumed["progress"])
             trainer.load_more(trainer.resumed_from)
         if trainer.is_deepspeed_enabled:
@@ -569,6 +655,10 @@ class _AfterEachStep(TrainerCallback):
             return trainer.grad_norm
 
         setattr(clipper, name, record)
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        if self.trainer.is_in_train:
+            self.trainer.give_way()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         trainer = self.trainer

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from align.data.packing import read_numbers
 from align.data.preparing import CUT, Prepared
-from align.launch.nodes import take_token
+from align.launch.nodes import split_tokens
 from align.page import escape, frame
 from align.training import checkpoints
 from align.whole import write_file
@@ -73,7 +73,7 @@ def collect(trainer: Any) -> dict[str, Any]:
         "gate": describe_gate(trainer.passed),
         "left_out": trainer.nonfinite_steps,
         "resumed": str(trainer.resumed_from) if trainer.resumed else None,
-        "command": shlex.join(take_token(sys.argv)[0]),
+        "command": shlex.join(split_tokens(sys.argv)[0]),
         "flags": {name: value for name, value in sorted(flags.items()) if value not in (None, [], {}, "")},
         "versions": {**checkpoints.software(), "python": sys.version.split()[0]},
         "prompts": trainer.samples.prompts,

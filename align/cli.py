@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from align import __version__
 from align.errors import DISK_FULL, InputError, ResultError, Stopped
@@ -234,7 +234,7 @@ def parse_arguments(
             OSError,
             TypeError,
         ) as error:  # rules across flags, and files that they name
-            blamed = blame(error, arguments)
+            blamed = blame(error, arguments, dataclasses)
             if blamed is None and isinstance(error, TypeError):
                 raise
             reason = " ".join(str(error).split())
@@ -260,21 +260,40 @@ def check_objects(flags: argparse.Namespace) -> None:
             raise InputError(f"--{name}: got {shorten(text)}; give an object of JSON, as '{{\"name\": 1}}'{file}")
 
 
-def blame(error: Exception, arguments: Sequence[str]) -> str | None:
-    """What a library says of its arguments, with the flag of this command line that it means; None where it is none."""
+def blame(error: Exception, arguments: Sequence[str], dataclasses: Sequence[type]) -> str | None:
+    """What a library says of its arguments, with the flag of this command line that it means; None where none is sure.
+
+    A value may be that of several flags: where a library names a type, the flag is of that type.
+    """
     message = " ".join(str(error).split())
     given = {name.replace("-", "_"): values for name, values, _ in split_flags(list(arguments)) if name}
     for name in [name for name in given if "_" in name]:
         message = re.sub(rf"`?(?<!-)\b{name}\b`?", f"--{name}", message)
     if any(re.search(rf"--{name}\b", message) for name in given):
         return message
-    for name, values in given.items():
-        for value in values:
-            words = "|".join(map(re.escape, [value, *re.findall(r'"(\w+)"\s*:', value)]))  # it, or keys of its JSON
-            if re.search(rf"(^|['\"`]|: )({words})(\W|$)", message):
-                known = re.findall(r"'([\w-]+)'", message.partition("select one of")[2])
-                return f"--{name}: got {shorten(value)}; " + (f"choose from {', '.join(known)}" if known else message)
-    return None
+    pairs = [(name, value) for name, values in given.items() for value in values]
+    if choice := re.fullmatch(r"(.*?) ?is not a valid (\w+), please select one of (.*)", message):
+        kinds = {name: str(kind) for each in dataclasses for name, kind in get_type_hints(each).items()}
+        meant = [
+            (name, value)
+            for name, value in pairs
+            if re.search(rf"\b{choice[2]}\b", kinds.get(name, "")) and choice[1] in (value, *value.split())
+        ]
+        message = "choose from " + ", ".join(re.findall(r"'([^']+)'", choice[3]))
+    else:
+        meant = [(name, value) for name, value in pairs if _is_quoted(value, message)]
+        if len({name for name, _ in meant}) > 1:
+            return None
+    if not meant:
+        return None
+    name, value = meant[0]
+    return f"--{name}: got {shorten(value) or repr(value)}; {message}"
+
+
+def _is_quoted(value: str, message: str) -> bool:
+    """Whether a message quotes this value, or a key of its JSON, as a whole."""
+    words = "|".join(re.escape(word) for word in [value, *re.findall(r'"(\w+)"\s*:', value)] if word)
+    return bool(words) and bool(re.search(rf"(['\"`])({words})\1|Received: ({words})$", message))
 
 
 def is_eager() -> bool:

@@ -431,18 +431,26 @@ def keep_frequencies(model: "nn.Module") -> None:
     inference/engine.py:490), as `model.to` does: a frequency that is off by 0.2 % turns the 1000th token by up to two
     radians. optimum-habana's classes keep tables instead. Can go when transformers' classes do not hold buffers.
     """
-    for kind in {type(module) for module in model.modules() if "inv_freq" in module._buffers}:
-        kind._apply = _move_alone
+    for kind in {type(module) for module in model.modules() if _frequencies(module)}:
+        kind._apply = _move_frequencies
 
 
-def _move_alone(module: "nn.Module", change: Callable, recurse: bool = True) -> "nn.Module":
+def _frequencies(module: "nn.Module") -> "dict[str, torch.Tensor]":
+    return {
+        name: buffer for name, buffer in module._buffers.items() if name.endswith("inv_freq") and buffer is not None
+    }
+
+
+def _move_frequencies(module: "nn.Module", change: Callable, recurse: bool = True) -> "nn.Module":
+    """nn.Module._apply, but the frequencies of this very module go to another device alone."""
     from torch import nn
 
-    def move(tensor: "torch.Tensor") -> "torch.Tensor":
-        changed = change(tensor)
-        return changed if tensor.is_meta else tensor.to(changed.device)
-
-    return nn.Module._apply(module, move, recurse)
+    before = _frequencies(module)
+    nn.Module._apply(module, change, recurse)
+    for name, buffer in before.items():
+        if not buffer.is_meta:
+            module._buffers[name] = buffer.to(module._buffers[name].device)
+    return module
 
 
 def unflatten_masks(model: "nn.Module") -> None:

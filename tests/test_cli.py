@@ -9,7 +9,7 @@ import pytest
 from describe_flags import describe, read_help
 
 from align import __version__
-from align.cli import run_script
+from align.cli import blame, run_script
 from align.errors import InputError, one_line
 from align.training.flags import RARE
 
@@ -131,6 +131,17 @@ def test_each_flag_of_the_help_says_what_it_does_and_some_test_gives_it(script):
 )
 def test_a_page_of_another_librarys_error_is_told_in_one_line(said, told):
     assert one_line(OSError(said)) == told
+
+
+@pytest.mark.parametrize("value", ["", "0", "no", "out"])
+@pytest.mark.parametrize("said", ["steps: {} is too few", "{} is wrong", "it wants: {}", "a 'way {}' of it"])
+def test_no_flag_is_blamed_for_a_word_that_may_be_anothers(value, said):
+    error = ValueError(said.format(value))
+
+    assert blame(error, ["--run_name", value, "--deepspeed", "file"], ()) is None
+    assert blame(ValueError("no 'file'"), ["--run_name", value, "--deepspeed", "file"], ()).startswith(
+        "--deepspeed: got"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import write_rows
 from tiny import save_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.errors import InputError
 from align.models import guard
@@ -515,7 +515,6 @@ WRONG_KINDS = {
     "rope_scaling is of type 'linear'": {"rope_scaling": "linear"},
     "factor of rope_scaling is '2', not a number": {"rope_scaling": {"type": "linear", "factor": "2"}},
     "pad_token_id is 999, and the tokens of this model are 0 to 511; mend": {"pad_token_id": 999},
-    "pad_token_id is -1, and the tokens": {"pad_token_id": -1},
 }
 
 
@@ -560,6 +559,30 @@ def test_what_transformers_stops_at_in_a_generation_config_is_refused_by_name(co
         with pytest.raises(InputError, match=rf"--model: model/{file}: {name} is .*, not (a number|true or false)"):
             guard.check_folder(copy, "--model")
         (copy / file).write_text(kept)
+
+
+def test_padding_that_is_none_or_that_no_embedding_reads_is_told_and_taken_for_none(tmp_path, copy, caplog):
+    change(copy / "config.json", pad_token_id=-1)
+    unread = tmp_path / "unread"
+    unread.mkdir()
+    guard._warn_once.cache_clear()
+
+    assert guard.load_config(copy, "--model").pad_token_id is None
+    for kind in guard.WITHOUT_PADDING:
+        content = {"model_type": kind, "vocab_size": 16, "pad_token_id": 99}
+        (unread / "config.json").write_text(json.dumps(content))
+        config = guard.load_config(unread, "--model")
+        assert config.pad_token_id is None, kind
+        config.pad_token_id = 99  # as if it were left there
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert model.get_input_embeddings().padding_idx is None, kind
+
+    told = [record.getMessage() for record in caplog.records if "pad_token_id" in record.getMessage()]
+    assert [line.endswith(": it is taken for none") for line in told] == [True] * 2
+    assert told[0].startswith(
+        "--model: model/config.json: pad_token_id is -1, and the tokens of this model are 0 to 511:"
+    )
 
 
 def test_an_end_that_no_token_of_the_model_is_is_told(run, copy, caplog):

@@ -298,3 +298,21 @@ def test_positions_are_as_exact_where_a_whole_model_is_cast_as_where_it_is_loade
     turned = rotary(torch.zeros(1), positions)[0]
     rotary.inv_freq = exact.bfloat16()
     assert (turned - rotary(torch.zeros(1), positions)[0]).abs().max() > 0.1  # what it would be without
+
+
+def test_weights_within_a_module_that_holds_frequencies_are_cast():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = torch.nn.Linear(2, 2)
+            self.register_buffer("inv_freq", torch.tensor([1 / 3]))
+            self.register_buffer("scale", torch.ones(1))
+
+    attention = Attention()
+    upstream_fixes.keep_frequencies(attention)
+
+    attention.to(torch.bfloat16)
+
+    assert attention.project.weight.dtype == attention.scale.dtype == torch.bfloat16
+    assert attention.inv_freq.equal(torch.tensor([1 / 3]))
+    assert attention.to("meta").inv_freq.is_meta

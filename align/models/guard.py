@@ -50,6 +50,11 @@ SIZES: tuple[str, ...] = (
 )
 SIZES += ("num_attention_heads", "num_key_value_heads", "n_head", "n_embd")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Types whose classes give no padding to their embedding, so that any number of it will do
+WITHOUT_PADDING = tuple(
+    """bloom codegen ctrl falcon falcon_mamba gpt2 gpt_bigcode gpt_neo gpt_neox gptj mamba mamba2 mpt openai-gpt
+    rwkv""".split()
+)
 HEADS = ("lm_head.weight", "embed_out.weight", "head.weight")
 # Of a generation_config.json, or beside a model's entries in config.json
 NUMBERS = tuple(
@@ -156,7 +161,11 @@ def _check_generation(path: Path, settings: dict, flag: str) -> None:
 
 
 def _check_vocabulary(folder: Path, config: "PretrainedConfig", flag: str) -> None:
-    """Refuses padding, and tells of ends, that no token of this vocabulary is."""
+    """Refuses padding, and tells of ends, that no token of this vocabulary is.
+
+    Padding of -1, or of a model whose class has no use for it, is told and becomes none in `config`: torch would take
+    -1 for the last token, whose row of the embedding is then never trained.
+    """
     size = config.get_text_config().vocab_size
     for path in (folder / "config.json", folder / "generation_config.json"):
         settings = read_json(path) if path.is_file() else {}
@@ -169,7 +178,10 @@ def _check_vocabulary(folder: Path, config: "PretrainedConfig", flag: str) -> No
             if key != "pad_token_id":
                 _warn_once(f"{what}: no text {'ends' if key == 'eos_token_id' else 'begins'} with what is beyond")
             elif path.name == "config.json":  # a row of the embedding, for most models
-                raise InputError(f"{what}; mend that entry, or take it out")
+                if value != -1 and config.model_type not in WITHOUT_PADDING:
+                    raise InputError(f"{what}; mend that entry, or take it out")
+                _warn_once(f"{what}: it is taken for none")
+                config.pad_token_id = None
 
 
 def _is_known(config: dict) -> bool:

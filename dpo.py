@@ -56,6 +56,7 @@ RECIPE = {
     "seed": 0,
     "remove_unused_columns": False,
 }
+FOLDER = "data/rl"  # of a data set, where it is there
 CURVES = {
     "Loss": ["loss"],
     "Rewards": ["rewards/chosen", "rewards/rejected", "rewards/margins"],
@@ -201,9 +202,7 @@ def main() -> None:
     key = f"dpo {samples.fingerprint} {limits} {data_args.truncation}"
     has_template = bool(tokenizer.chat_template)
     with first_of_node_first(args, "data"):
-        prepared = prepare_data(
-            data_args, args, "data/rl", tokenize, key, has_template, model_args.token, preference=True
-        )
+        prepared = prepare_data(data_args, args, FOLDER, tokenize, key, has_template, model_args.token, preference=True)
     if data_args.show_examples:
         show_examples(prepared, tokenizer, data_args.show_examples, folders.page_of(args, "examples.html"))
         return
@@ -213,7 +212,7 @@ def main() -> None:
         "--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash),
         "--ref_model": checkpoints.identify_model(ref_args.model_name_or_path, ref_config._commit_hash),
     }
-    this_run = checkpoints.Run.of("dpo.py", parsed, prepared, models, samples.fingerprint)
+    this_run = checkpoints.Run.of("dpo.py", parsed, prepared, FOLDER, models, samples.fingerprint)
     this_run.check(checkpoint)
     stored = {}
     if args.precompute_ref_log_probs:

@@ -31,6 +31,7 @@ with quiet_imports():
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
 RECIPE = {"pad_max": False, "remove_unused_columns": False}
+FOLDER = "data/finetune"  # of a data set, where it is there
 CURVES = {"Loss": ["loss"], "Learning rate": ["learning_rate"]}
 
 
@@ -93,13 +94,13 @@ def main() -> None:
     key = f"sft {samples.fingerprint} {args.max_seq_length} {data_args.truncation}"
     has_template = bool(tokenizer.chat_template)
     with first_of_node_first(args, "data"):
-        prepared = prepare_data(data_args, args, "data/finetune", tokenize, key, has_template, model_args.token)
+        prepared = prepare_data(data_args, args, FOLDER, tokenize, key, has_template, model_args.token)
     if data_args.show_examples:
         show_examples(prepared, tokenizer, data_args.show_examples, folders.page_of(args, "examples.html"))
         return
 
     models = {"--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash)}
-    this_run = checkpoints.Run.of("sft.py", parsed, prepared, models, samples.fingerprint)
+    this_run = checkpoints.Run.of("sft.py", parsed, prepared, FOLDER, models, samples.fingerprint)
     this_run.check(checkpoint)
 
     # Model

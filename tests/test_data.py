@@ -52,12 +52,16 @@ def test_an_existing_validation_split_is_used_and_nothing_is_cut_off(tmp_path, c
     assert f"validation: validation of {tmp_path / 'set'}; --validation_split_percentage has no effect" in caplog.text
 
 
-def test_without_a_validation_split_the_same_rows_are_cut_off_each_time(tmp_path):
+def test_without_a_validation_split_the_same_rows_are_cut_off_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     file = write_rows(tmp_path / "rows.jsonl", ROWS)
     first, second = (load(file, validation_split_percentage=10) for _ in range(2))
     assert (len(first.train), len(first.validation)) == (36, 4)
     assert texts(first.validation) == texts(second.validation)
     assert not set(texts(first.train)) & set(texts(first.validation))
+    assert not [*(tmp_path / "cache").rglob("cache-*.arrow")], "each rank would write the same indices at each start"
+    plain = datasets.Dataset.from_list(ROWS).train_test_split(test_size=4, seed=0)
+    assert (texts(first.train), texts(first.validation)) == (plain["train"]["text"], plain["test"]["text"])
 
 
 def test_the_conventional_folders_of_a_data_set_are_found(tmp_path):

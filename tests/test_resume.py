@@ -15,13 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_rows
+from datasets import IterableDataset
 from safetensors.torch import load_file
 from test_dpo import make_rows
 from tiny import save_model
 from transformers import TrainerCallback
 
+from align.data.loading import find_source
 from align.errors import InputError, ResultError, Stopped
-from align.training.checkpoints import find_damage
+from align.training import checkpoints
+from align.training.checkpoints import find_damage, identify_rows
 from align.training.results import read_results
 from align.training.supervised import SupervisedTrainer
 
@@ -219,6 +222,33 @@ def test_of_a_stream_what_decides_its_rows_must_be_as_it_was(train, monkeypatch)
     ):
         with pytest.raises(InputError, match=message):
             train("sft.py", *stream, *flags)
+
+
+def test_a_stream_of_many_files_is_told_apart_by_their_sizes_and_a_few_of_their_bytes(tmp_path, monkeypatch):
+    stream = IterableDataset.from_generator(lambda: iter(()))
+    opened = []
+
+    def count_and_open(*given):
+        opened.append(given)
+        return open(*given)
+
+    monkeypatch.setattr(checkpoints, "open", count_and_open, raising=False)
+
+    def identify():
+        opened.clear()
+        return identify_rows(stream, {"set": find_source("set", None, "data/finetune")})
+
+    for number in range(200):
+        write_rows(tmp_path / f"set/data/finetune/{number:03}.jsonl", [{"text": str(number)}])
+    whole = identify()
+    assert 0 < len(opened) <= 64
+    os.utime("set/data/finetune/000.jsonl", (1, 1))
+    write_rows("set/data/rl/rows.jsonl", [{"text": "of another script"}])
+    assert identify() == whole
+    write_rows("set/data/finetune/000.jsonl", [{"text": "9"}])
+    edited = identify()
+    write_rows("set/data/finetune/001.jsonl", [{"text": "longer"}])
+    assert len({whole, edited, identify()}) == 3
 
 
 def test_the_same_model_and_data_in_another_place_are_the_same(train, model, questions, tmp_path):

@@ -13,6 +13,7 @@ import zstandard
 from conftest import write_rows
 from tiny import make_tokenizer
 
+from align.data.chats import ChatTemplate
 from align.data.loading import DataArguments
 from align.data.packing import IGNORED
 from align.data.preparing import prepare_data
@@ -222,6 +223,12 @@ FINE_TUNING = {
         {},
         ["b" + END],
         ["the key `mood` of a message is not used: 1 of 1 samples"],
+    ),
+    "a score beside the content of a message": (
+        {"messages": [user("a"), {**said("b"), "value": 0.7, "from": 3}]},
+        {},
+        ["b" + END],
+        ["the key `value` of a message is not used: 1 of 1 samples", "the key `from` of a message is not used"],
     ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
@@ -591,6 +598,22 @@ def test_what_cannot_be_learnt_is_refused_with_the_row_or_the_flag(what, prepare
     row, flags, message = REFUSED[what]
     with pytest.raises(InputError, match=message):
         prepare([row], **flags)
+
+
+def test_a_chat_like_earlier_ones_is_rendered_no_more_for_keys_that_were_seen_to_count(monkeypatch):
+    tokenizer = make_tokenizer("llama-3")
+    tokenizer.chat_template = TOOLS_TEMPLATE.replace("(m['content'] or '')", "(m['content'] or '') + m.get('mood', '')")
+    template, written = ChatTemplate(tokenizer), []
+    write = template.write
+    monkeypatch.setattr(template, "write", lambda *given, **more: written.append(given) or write(*given, **more))
+    counts, notes = [], []
+    for word in ("", "", "", "", "glad"):  # the template never writes the key `word`
+        chat = [{**user("a"), "mood": "glad", **({"word": word} if word else {})}, said("b")] * 5
+        written.clear()
+        notes.append(template.render([], chat)[0].notes)
+        counts.append(len(written))
+    assert counts[0] > counts[3] == counts[2]
+    assert notes == [(), (), (), (), ("the key `word` of a message is not used",)]
 
 
 def test_rows_of_which_nothing_shall_be_learnt_are_left_out_and_counted(prepare, caplog):

@@ -1,5 +1,7 @@
 """Labels, BOS, EOS and templates for every kind of tokenizer. Run: pytest tests/test_tokenization.py"""
 
+from datetime import date, datetime
+
 import numpy as np
 import pytest
 from tiny import TOKENIZERS, make_tokenizer
@@ -69,6 +71,24 @@ def test_a_chat_has_one_bos_and_teaches_every_turn_of_the_assistant_with_its_end
 
 def _edges(learnt):
     return np.flatnonzero(np.diff(learnt)) + 1
+
+
+def test_a_run_is_the_same_run_on_the_day_after_though_its_chat_template_writes_the_day(monkeypatch):
+    class Clock(datetime):
+        now = classmethod(lambda cls, tz=None: datetime(2026, 1, days[-1]))
+        today = classmethod(lambda cls: date(2026, 1, days[-1]))
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    for name in ("date", "datetime"):
+        monkeypatch.setattr(f"align.data.tokenization.{name}", Clock, raising=False)
+    found, days = [], []
+    for day in (3, 4):
+        days.append(day)
+        tokenizer = make_tokenizer("llama-3")
+        tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizer.chat_template
+        found.append((SampleTokenizer(tokenizer).fingerprint, tokenizer.decode(encode_prompt(tokenizer, CHAT[:1]))[:2]))
+    assert [shown for _, shown in found] == ["03", "04"]
+    assert found[0][0] == found[1][0]
 
 
 def test_the_plain_template_needs_no_token_that_the_model_has_never_seen(tokenizer):

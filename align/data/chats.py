@@ -7,6 +7,7 @@ ones show what the template writes around their turns.
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,7 @@ class ChatTemplate:
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
         self.shapes: dict[tuple, list[Shape | None]] = {}
+        self.shown: Counter[tuple] = Counter()  # how often a key of messages with the same keys changed the text
 
     def render(self, prompt: Messages, answer: Messages, tools: list | None = None) -> list[Rendering]:
         """The chat as one text, with spans on the assistant's turns in `answer`.
@@ -257,19 +259,24 @@ class ChatTemplate:
     def _find_unseen(self, messages: Messages, tools: list | None, text: str, shown: str) -> list[str]:
         """Names what the row says and neither the chat's `text` nor its single turns (`shown`) have."""
         notes = []
+        contents = MARK.join(message["content"] or "" for message in messages)
         for number, message in enumerate(messages):
             content = (message["content"] or "").strip()
-            quoted = any(content in (other["content"] or "") for other in messages if other is not message)
-            is_seen = len(content) >= SURELY and content in shown and not quoted
-            if content and not is_seen and not is_learnt(message) and not THOUGHTS.search(content):
+            must_show = content and not is_learnt(message) and not THOUGHTS.search(content)
+            is_seen = must_show and len(content) >= SURELY and content in shown and contents.count(content) == 1
+            if must_show and not is_seen:
                 changed = [*messages[:number], {**message, "content": MARK}, *messages[number + 1 :]]
                 if MARK not in self.write(changed, tools):
                     notes.append(f"{NOT_SHOWN} the {message['role']} message")
             for key in message.keys() - PLAIN - {"weight", "reasoning_content"}:
-                without = {other: value for other, value in message.items() if other != key}
-                changed = [*messages[:number], without, *messages[number + 1 :]]
                 is_seen = all(value in shown for value in _leaves(message[key]))
-                if not is_seen or (shown == text and self._shows_the_same(text, changed, tools)):
+                alike = (key, message["role"], frozenset(message), message is messages[-1], tools is None)
+                if is_seen and shown == text and self.shown[alike] < ALIKE:
+                    without = {other: value for other, value in message.items() if other != key}
+                    changed = [*messages[:number], without, *messages[number + 1 :]]
+                    is_seen = not self._shows_the_same(text, changed, tools)
+                    self.shown[alike] += is_seen
+                if not is_seen:
                     lost = f"{NOT_SHOWN} the key `{key}` of a message"
                     notes.append(lost if key == "tool_calls" else f"the key `{key}` of a message is not used")
             if message.get("weight") and message["role"] != "assistant":

@@ -150,6 +150,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     made = {key: value for key, value in message.items() if value is not None and value != []}
     for old, new in (("from", "role"), ("value", "content"), ("loss_weight", "weight")):
         if old in made:
+            if isinstance(made.get(new), str) and not isinstance(made[old], str):
+                continue  # a key of its own, as a score
             value = made.pop(old)
             if _name_role(made.setdefault(new, value)) != _name_role(value):
                 raise RowError(f"{where}: `{old}` and `{new}` say two different things")

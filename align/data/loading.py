@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from align.data.files import COMPRESSED, KINDS, checksum, find_files, is_readable, is_sound, load_files, seal
@@ -255,13 +256,16 @@ def find_folder(local: Path, subset: str | None, folder: str) -> Path:
     return local / subset if subset else local / folder if (local / folder).is_dir() else local
 
 
+def find_source(name: str, subset: str | None, folder: str) -> Path:
+    """Where the rows of a data set are that is a local file or folder; where they would be, of others."""
+    local = Path(name).expanduser()
+    return find_folder(local, *((None, "") if subset == "None" else (subset, folder)))
+
+
 def check_output(name: str, subset: str | None, folder: str, output: str) -> None:
     """What a run writes must not be rows of the next one."""
-    local = Path(name).expanduser()
-    if not local.is_dir():
-        return
-    where = find_folder(local, *((None, "") if subset == "None" else (subset, folder))).resolve()
-    if Path(output).resolve().is_relative_to(where):
+    where = find_source(name, subset, folder)
+    if where.is_dir() and Path(output).resolve().is_relative_to(where.resolve()):
         raise InputError(
             f"--output_dir: {output} lies in --dataset_name {name}, all files of which are read as rows; name a folder "
             "elsewhere"
@@ -314,9 +318,10 @@ def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) ->
     if len(rows) < 2:
         raise InputError(f"--dataset_name: {len(rows)} row(s) are too few to cut off a validation split")
     size = min(max(1, round(len(rows) * args.validation_split_percentage / 100)), len(rows) - 1)
-    # Not from the cache of `datasets`, which nobody checks: a damaged one would give other rows
-    parts = rows.train_test_split(test_size=size, seed=seed, load_from_cache_file=False)
-    return parts["train"], parts["test"]
+    # As `train_test_split`, whose indices go through a cache that nobody checks: a damaged one would give other rows
+    order = np.random.default_rng(seed).permutation(len(rows))
+    train, validation = (rows.select(part, keep_in_memory=True) for part in (order[size:], order[:size]))
+    return train, validation
 
 
 def take_first(rows: Dataset | IterableDataset | None, limit: int | None) -> Dataset | IterableDataset | None:

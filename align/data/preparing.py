@@ -187,7 +187,8 @@ class Reader:
         text, is_file = row.get(ROW, ""), UNREADABLE in row
         row = get_columns(row, self.renames)
         if not is_file:
-            row = {column: without_nones(value) for column, value in row.items()}
+            used = self.format.used  # others, as an embedding of 1,024 numbers, nobody reads
+            row = {column: without_nones(value) if column in used else value for column, value in row.items()}
         check_characters(text, row, self.format.used)
         read_label(row, self.format, self.only_true)
         sample = self.format.read(row, self.as_chat)

@@ -7,7 +7,6 @@ that it learns, and run_generation.py asks with them.
 import hashlib
 from bisect import bisect_left, bisect_right
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,9 @@ class SampleTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides which ids and labels a text gets."""
-        today = date.today() if self.template.writes_date else None
-        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.eos, self.head, today)
+        """A hash of all that decides which ids and labels a text gets, but for the day that some chat templates write:
+        a run that goes on after midnight is the same run."""
+        parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.eos, self.head)
         special = self.tokenizer.special_tokens_map
         return hashlib.sha256(repr((parts, special, self.train_on_prompt)).encode()).hexdigest()
 

@@ -123,7 +123,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
         )
     template = ChatTemplate(tokenizer)
     if template.writes_date:
-        logger.warning("the chat template writes the date of the day: trained with today's, and asked with a later one")
+        logger.warning(
+            "the chat template writes the date of the day: that on which the rows were tokenised (rows from the cache "
+            "keep it), and another when the model is asked later"
+        )
     turn = template.find_end() if tokenizer.chat_template else None
     if tokenizer.chat_template and turn is None:
         logger.info(

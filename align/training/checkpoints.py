@@ -7,8 +7,9 @@ every file with its size and hash, everything is flushed to the disk, and one re
 import contextlib
 import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 
 from align import __version__
 from align.data.files import is_readable
+from align.data.loading import find_source
 from align.errors import InputError
 from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
 from align.whole import flush, put_in_place, write_file
@@ -235,9 +237,15 @@ class Run:
 
     @classmethod
     def of(
-        cls, script: str, parsed: Iterable, prepared: Mapping[str, Any], models: Mapping[str, str], tokenizer: str
+        cls,
+        script: str,
+        parsed: Iterable,
+        prepared: Mapping[str, Any],
+        folder: str,
+        models: Mapping[str, str],
+        tokenizer: str,
     ) -> "Run":
-        """`parsed` are the dataclasses of the command line, `prepared` the splits.
+        """`parsed` are the dataclasses of the command line, `prepared` the splits, `folder` as in `prepare_data`.
 
         `models` is what identifies each model by its flag, `tokenizer` what identifies tokenizer and chat template.
         """
@@ -247,10 +255,11 @@ class Run:
         train = prepared.get("train")
         is_stream = train is not None and isinstance(train.rows, IterableDataset)
         names = [data_args.dataset_name] if isinstance(data_args.dataset_name, str) else data_args.dataset_name
+        sources = {name: find_source(name, data_args.subset, folder) for name in names}
         facts = {
             "script": script,
             **models,
-            "--dataset_name": train and on_rank_0(lambda: identify_rows(train.rows, names)),
+            "--dataset_name": train and on_rank_0(lambda: identify_rows(train.rows, sources)),
             "--tokenizer_name_or_path or --chat_template": tokenizer if is_stream else None,  # else the tokens tell
             "--deepspeed": _sharing(args),
             "optimizer and number format in the file of --deepspeed": _decided_by_deepspeed(args),
@@ -322,11 +331,11 @@ def software() -> dict[str, str]:
     return {"gaudi-align": __version__, **{name: version(name) for name in PACKAGES}}
 
 
-def identify_rows(rows: Dataset | IterableDataset, names: Iterable[str]) -> str:
-    """A hash of all tokens; for a stream, which nobody has read, of its names and its local files."""
+def identify_rows(rows: Dataset | IterableDataset, sources: Mapping[str, Path]) -> str:
+    """A hash of all tokens; for a stream, which nobody has read, of its names, or of its local files."""
     digest = xxhash.xxh3_128()
     if isinstance(rows, IterableDataset):
-        return f"stream {' '.join(_identify_source(name) for name in names)}"
+        return f"stream {' '.join(_identify_source(name, path) for name, path in sources.items())}"
     columns = [column for column in rows.column_names if column not in ("length", "trained")]
     table = rows.select_columns([*columns]).with_format("arrow")
     for part in table.iter(batch_size=10_000):
@@ -337,24 +346,30 @@ def identify_rows(rows: Dataset | IterableDataset, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _identify_source(name: str) -> str:
-    path = Path(name).expanduser()
+def _identify_source(name: str, path: Path) -> str:
+    """Reads some 4 MiB of all files together, as the other ranks wait and a stream may have thousands of shards."""
     if path.is_dir():
-        return identify_files([file for file in path.rglob("*") if file.is_file() and is_readable(file)])
-    return identify_files([path]) if path.is_file() else name
+        files = [file for file in path.rglob("*") if file.is_file() and is_readable(file)]
+        return identify_files(files, pieces=64)
+    return identify_files([path], pieces=64) if path.is_file() else name
 
 
-def identify_files(paths: Iterable[Path]) -> str:
+def identify_files(paths: Collection[Path], pieces: int | None = None) -> str:
     """A hash of names, sizes and content; of files beyond 64 MiB it reads 1024 pieces.
 
-    Another model's weights differ nearly everywhere, and those of a merge in every layer.
+    Another model's weights differ nearly everywhere, and those of a merge in every layer. With `pieces`, it reads
+    about so many of all files together.
     """
     digest = xxhash.xxh3_128()
-    for path in sorted(paths):
+    every = math.ceil(len(paths) / pieces) if pieces and paths else 1  # which files are read at all
+    each = max(1, pieces // len(paths)) if pieces and paths else 1024
+    for number, path in enumerate(sorted(paths)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
+        if number % every:
+            continue
         with open(path, "rb") as file:
-            for start in range(0, size, max(PIECE, size // 1024)):
+            for start in range(0, size, max(PIECE, size // each)):
                 file.seek(start)
                 digest.update(file.read(PIECE))
     return digest.hexdigest()

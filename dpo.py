@@ -191,6 +191,7 @@ def main() -> None:
     ref_config = modeling.load_config(ref_args, "--ref_model")
     preference.check_same_vocabulary(config, ref_config, "--ref_model")
     if not data_args.show_examples:
+        folders.check_foreign(args)
         modeling.check_weights(model_args, args, config, "--model_name_or_path")
         if preference_args.ref_model:
             modeling.check_weights(ref_args, args, ref_config, "--ref_model")

@@ -84,6 +84,7 @@ def main() -> None:
     modeling.check_tokenizer(tokenizer, config)
     peft_config = modeling.lora_config(lora_args, config, model_args.trust_remote_code) if args.do_train else None
     if not data_args.show_examples:
+        folders.check_foreign(args)
         modeling.check_weights(model_args, args, config, "--model_name_or_path")
 
     # Data

@@ -221,9 +221,16 @@ def test_full_models_are_tuned_against_what_they_were(dpo, flags):
     assert losses[1] < 0.693
 
 
-def test_the_models_dropout_is_off_while_preferences_are_learnt_unless_it_is_asked_for(dpo, tmp_path):
+DROPPING = {
+    "modules": ("gpt2", {"resid_pdrop": 0.5}),
+    "functions": ("opt", {"dropout": 0.1, "ffn_dim": 128, "word_embed_proj_dim": 64}),
+}
+
+
+@pytest.mark.parametrize(("family", "changes"), DROPPING.values(), ids=DROPPING)
+def test_the_models_dropout_is_off_while_preferences_are_learnt_unless_it_is_asked_for(dpo, tmp_path, family, changes):
     """With dropout policy and reference are never the same, so the first loss is not ln 2."""
-    drops = save_model(tmp_path / "drops", "gpt2", "gpt2", resid_pdrop=0.5)
+    drops = save_model(tmp_path / "drops", family, "gpt2", **changes)
     flags = ["--max_steps", 1, "--eval_strategy", "no"]
 
     dpo(*flags, model=drops)

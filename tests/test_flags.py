@@ -135,6 +135,14 @@ def test_a_flag_that_changes_nothing_beside_the_others_is_told(script, run, caps
     assert set(told) == set(re.findall(r"--\w+", IN_VAIN[script])) - NOT_IN_VAIN
 
 
+@pytest.mark.parametrize(("more", "told"), [([], 0), (["--eval_steps", 5], 1)])
+def test_the_interval_of_the_log_is_in_vain_only_where_no_evaluation_takes_it(run, capsys, more, told):
+    flags = ["--do_eval", "--logging_strategy", "no", "--logging_steps", 3, "--eval_strategy", "steps", *more]
+    with pytest.raises(InputError, match="none"):
+        run("sft.py", "--output_dir", "out", "--do_train", "--model_name_or_path", "none", *flags)
+    assert capsys.readouterr().err.count("--logging_steps has no effect here") == told
+
+
 def test_the_table_of_flags_beside_others_names_no_flag_that_does_not_exist():
     known = {
         each.name

@@ -77,6 +77,15 @@ def test_what_cannot_run_is_one_line_before_anything_is_loaded(run, flags):
     fails(run, REFUSED[flags], *flags.split())
 
 
+POLYNOMIAL = ["--lr_scheduler_type", "polynomial", "--warmup_steps", 100]
+
+
+def test_a_schedule_is_tried_with_the_steps_that_it_will_have(run):
+    for flags in ([], ["--max_steps", 50], ["--max_steps", 1_000_000]):
+        fails(run, "nowhere is not a folder", *POLYNOMIAL, *flags)
+    fails(run, "--lr_scheduler_type polynomial: .*division by zero", *POLYNOMIAL, "--max_steps", 100)
+
+
 def write_gaudi_config(folder, **values):
     Path(folder).mkdir()
     (Path(folder) / "gaudi_config.json").write_text(json.dumps(values))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from family_models import save_family_model
 from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 from optimum.habana.trl import GaudiDPOConfig
 from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -240,6 +241,28 @@ def test_each_epoch_learns_every_pair_in_an_order_of_its_own(make_trainer):
 
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))
     assert orders[0] != orders[1]
+
+
+DROPPING = {
+    "opt": {"dropout": 0.5, "attention_dropout": 0.5},
+    "llama": {"attention_dropout": 0.5},
+    "gpt_neox": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
+    "falcon": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("row", DROPPING)
+def test_dropout_that_is_left_out_is_left_out_of_functions_too(row, tmp_path):
+    adapt_transformers_to_gaudi()
+    folder = save_family_model(tmp_path / "model", row, **DROPPING[row])
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
+    ids = torch.arange(4, 24)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert not torch.equal(*(model(**inputs).logits for _ in range(2)))
+
+    preference.leave_out_dropout(model, keeps_config=False)
+
+    assert torch.equal(*(model(**inputs).logits for _ in range(2)))
 
 
 def test_evaluation_averages_over_pairs_wherever_they_fell(make_trainer):

@@ -309,6 +309,11 @@ def test_resume_auto_begins_where_there_is_nothing_and_without_it_nothing_is_rep
         train("sft.py", "--resume", "auto", "--overwrite_output_dir")
     with pytest.raises(InputError, match="--resume goes on with training: add --do_train"):
         train("sft.py", "--resume", "auto", "--do_train", False, "--do_eval")
+    with pytest.raises(InputError, match="nowhere"):
+        train(
+            *("sft.py", "--resume_from_checkpoint", False, "--do_train", False, "--do_eval"),
+            *("--model_name_or_path", "nowhere"),
+        )
 
 
 def test_a_checkpoint_without_optimizer_says_so(train):
@@ -608,6 +613,46 @@ def test_a_torn_checkpoint_is_named_in_one_line_and_the_one_before_it_taken(kind
         shutil.rmtree(torn)
 
 
+def drop_the_hash(folder):
+    change_manifest(folder, version=1, xxh3_128=None)
+
+
+def flip_a_bit(folder):
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 5'))
+
+
+UNUSABLE = {
+    "another release's": (lambda folder: change_manifest(folder, version=3), "its version is 3, this release reads 2"),
+    "a bit flipped": (flip_a_bit, "manifest.json is damaged"),
+    "renamed": (lambda folder: folder.rename(folder.with_name("checkpoint-5")), "it is of step 4, under another name"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+}
+
+
+def test_checkpoints_that_cannot_be_used_are_named_and_never_deleted(train, stopped):
+    for spoil_checkpoint, reason in UNUSABLE.values():
+        shutil.rmtree("out", ignore_errors=True)
+        Path("out").mkdir()
+        shutil.copytree(stopped / "sft.py/checkpoint-4", "out/checkpoint-4")
+        spoil_checkpoint(Path("out/checkpoint-4"))
+        before = sorted(Path("out").rglob("*"))
+
+        with pytest.raises(InputError, match=f"none to go on from; out/checkpoint-. cannot be resumed .{reason}"):
+            train("sft.py", "--resume", "auto")
+
+        assert [path for path in sorted(Path("out").rglob("*")) if path.name != ".lock"] == before
+
+
+def test_a_checkpoint_of_the_release_before_is_resumed(train, stopped):
+    shutil.copytree(stopped / "sft.py", "out")
+    drop_the_hash(Path("out/checkpoint-4"))
+
+    train("sft.py", "--max_steps", 4, "--resume", "auto")
+
+    assert_same_run("out", stopped / "sft.py")
+
+
 class CrashPoint:
     """Dies when the `number`-th file below an unfinished folder is opened or renamed; counts them."""
 
@@ -674,12 +719,19 @@ def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_load
         train("sft.py", "--dataset_name", "rows", output="rows/out")
     Path("project").mkdir()
     Path("project/README.md").write_text("mine")
-    for more in ([], ["--overwrite_output_dir"], ["--resume", "auto"]):
+    for more in ([], ["--resume", "auto"]):
         with pytest.raises(InputError, match="--output_dir: project holds a README.md of no run, which would be"):
             train("sft.py", *more, output="project")
+    train("sft.py", "--show_examples", 1, output="project")
+    assert Path("project/README.md").read_text() == "mine"
     monkeypatch.setattr("align.output.LEAST_FREE", 1 << 60)
     with pytest.raises(InputError, match="--output_dir: the disk of out has [0-9]+ MiB left"):
         train("sft.py")
+    with pytest.raises(InputError, match="--output_dir: the disk of project has"):
+        train("sft.py", "--overwrite_output_dir", output="project")
+    Path("project/trainer_state.json").write_text("{}")  # of a run whose weights were removed
+    with pytest.raises(InputError, match="--output_dir: the disk of project has"):
+        train("sft.py", output="project")
 
 
 @pytest.fixture

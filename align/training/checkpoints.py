@@ -30,7 +30,7 @@ from align.whole import flush, put_in_place, write_file
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 2  # 1 had no hash of the manifest itself
 NEEDED = {"resumable", "world_size", "facts", "flags", "order", "progress"}  # by those who read it
 UNFINISHED = "unfinished-"
 CHUNK = 1 << 22  # bytes read at once
@@ -131,8 +131,11 @@ def read_manifest(folder: Path) -> Any:
     """A dict; None where the manifest is missing, damaged or of another version."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        own_hash = manifest.pop("xxh3_128")
-        is_whole = own_hash == _hash_manifest(manifest) and manifest["version"] == MANIFEST_VERSION
+        own_hash = manifest.pop("xxh3_128", None)
+        wanted = {1: None, MANIFEST_VERSION: _hash_manifest(manifest)}
+        is_whole = wanted[manifest["version"]] == own_hash and all(
+            file["xxh3_128"] for file in manifest["files"].values()
+        )
         return manifest if is_whole and isinstance(manifest["step"], int) and manifest.keys() >= NEEDED else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -143,8 +146,8 @@ def _find_damage_of_manifest(folder: Path) -> str:
         return f"{MANIFEST} is missing: not finished, or of another program"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         version = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["version"]
-        if isinstance(version, int) and version != MANIFEST_VERSION:
-            return f"its version is {version}, this release reads {MANIFEST_VERSION}; go on with the one that wrote it"
+        if isinstance(version, int) and version not in (1, MANIFEST_VERSION):
+            return f"its version is {version}, this release reads {MANIFEST_VERSION}: go on with the one that wrote it"
     return f"{MANIFEST} is damaged"
 
 
@@ -189,10 +192,14 @@ def shared_damage(folder: Path, rank: int, ranks: int) -> str | None:
 
 
 def find_last(output: Path, rank: int, ranks: int) -> Path | None:
-    """The newest whole checkpoint; a line names each newer one that is not."""
+    """The newest whole checkpoint, None where there are none at all; a line names each newer one that is not whole.
+
+    Raises an InputError where there are some but none to go on from: they may be whole for another release.
+    """
     unfinished = sorted(path.name for path in output.glob(f"{UNFINISHED}checkpoint-*"))
     for name in all_ranks(unfinished)[0]:
         logger.warning(f"{output / name} was being written when its run ended; it is left out")
+    skipped: dict[Path, str] = {}
     for name in all_ranks([path.name for path in list_checkpoints(output)])[0]:
         damage = shared_damage(output / name, rank, ranks)
         manifest = read_manifest(output / name) or {}
@@ -201,8 +208,16 @@ def find_last(output: Path, rank: int, ranks: int) -> Path | None:
         if damage is None and manifest["step"] != step_of(output / name):
             damage = f"it is of step {manifest['step']}, under another name"
         if damage is None:
+            for newer, reason in skipped.items():
+                logger.warning(f"{newer} cannot be resumed ({reason}); looking for the one before it")
             return output / name
-        logger.warning(f"{output / name} cannot be resumed ({damage}); looking for the one before it")
+        skipped[output / name] = damage
+    if skipped:
+        newest, reason = next(iter(skipped.items()))
+        raise InputError(
+            f"--output_dir: {output} holds checkpoints but none to go on from; {newest} cannot be resumed ({reason}); "
+            "name another folder, or add --overwrite_output_dir without --resume to replace them"
+        )
     return None
 
 

@@ -18,7 +18,8 @@ from align.upstream_fixes import gaudi_config
 
 HUB_FLAGS = ("hub_model_id", "hub_private_repo", "hub_always_push", "hub_revision")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*")
-RUN_FILES = (*WEIGHTS, "adapter_config.json", "checkpoint-*")
+CHECKPOINTS = "checkpoint-*"
+RUN_FILES = (*WEIGHTS, "adapter_config.json", CHECKPOINTS)
 LEFTOVERS = (f"{UNFINISHED}*", "failed-*", ".*.[0-9]*.partial", "bad_batch.jsonl", checkpoints.MANIFEST)
 RESULT_FILES = (
     *("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json"),
@@ -26,6 +27,7 @@ RESULT_FILES = (
 )
 MOST_TOKENS = 1 << 26  # of a batch of a card
 OF_OTHERS = ("README.md", "config.json")  # that a run would replace, where no run has left them
+SIGNS = (*RUN_FILES, checkpoints.MANIFEST, "trainer_state.json", "report.html")  # that one has
 
 
 def check_training_arguments(
@@ -62,7 +64,7 @@ def check_training_arguments(
             "--flash_attention_fast_softmax: a card's kernel has no gradients for it with --flash_attention_recompute "
             "and a mask; leave one of the two out"
         )
-    if not args.do_train and (run_args.resume != "no" or args.resume_from_checkpoint):
+    if not args.do_train and (run_args.resume != "no" or _wanted_checkpoint(args)):
         flag = "--resume" if run_args.resume != "no" else "--resume_from_checkpoint"
         raise InputError(
             f"{flag} goes on with training: add --do_train; to evaluate a trained model, give --model_name_or_path"
@@ -120,23 +122,33 @@ def check_batches(args, length: int, flag: str) -> None:
             )
 
 
+def check_foreign(args) -> None:
+    """Refuses to replace what somebody else keeps in --output_dir, unless told to."""
+    folder = Path(args.output_dir)
+    foreign = next((name for name in OF_OTHERS if (folder / name).exists()), None)
+    is_of_a_run = any(path for name in SIGNS for path in folder.glob(name))
+    if args.do_train and foreign is not None and not is_of_a_run and not args.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir: {folder} holds a {foreign} of no run, which would be replaced; name another folder, or add "
+            "--overwrite_output_dir"
+        )
+
+
 def prepare_output(args) -> None:
     """Makes --output_dir (rank 0), for this run alone, where there is room for what it writes."""
     if args.should_save:
         output.prepare(Path(args.output_dir))
 
 
+def _wanted_checkpoint(args) -> str | None:
+    return None if args.resume_from_checkpoint in (None, "False", "false") else args.resume_from_checkpoint
+
+
 def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | None:
     """The checkpoint that --resume or --resume_from_checkpoint ask for; refuses to write over another run unasked."""
-    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    wanted = None if wanted in (None, "False", "false") else wanted
+    folder, wanted = Path(args.output_dir), _wanted_checkpoint(args)
     ranks = args.process_index, args.world_size
     held = next((path for name in RUN_FILES for path in folder.glob(name)), None)
-    foreign = next((name for name in OF_OTHERS if (folder / name).exists()), None)
-    if held is None and foreign is not None:
-        raise InputError(
-            f"--output_dir: {folder} holds a {foreign} of no run, which would be replaced; name another folder"
-        )
     if run_args.resume == "auto" and (wanted or args.overwrite_output_dir):
         other = "--resume_from_checkpoint" if wanted else "--overwrite_output_dir"
         raise InputError(f"--resume auto contradicts {other}; give one of them")
@@ -167,7 +179,7 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
             f"--output_dir: {folder} holds another run ({held.name}); add --resume auto to go on "
             "with it, --overwrite_output_dir to replace it, or name another folder"
         )
-    replaced = [folder.resolve(), *(path.resolve() for path in folder.glob("checkpoint-*"))]
+    replaced = [folder.resolve(), *(path.resolve() for path in folder.glob(CHECKPOINTS))]
     used = next((model for model in models if model and Path(model).resolve() in replaced), None)
     if held is not None and used is not None:
         raise InputError(f"--overwrite_output_dir would replace {used}, which this run reads; name another folder")
@@ -187,9 +199,11 @@ def clear_output(args, run_args: RunArguments, checkpoint: str | None) -> None:
     """Removes what an earlier run left in --output_dir where --overwrite_output_dir asks for it (rank 0).
 
     Else its last checkpoint might be resumed, or its adapter loaded on top of newly trained weights. Where --resume
-    auto begins anew, the earlier run left no whole checkpoint, and goes as well.
+    auto begins anew, the earlier run left no checkpoint, and goes as well.
     """
     if checkpoint is None and (args.overwrite_output_dir or run_args.resume == "auto") and args.should_save:
-        names = RUN_FILES + RESULT_FILES + LEFTOVERS
+        names = [*RUN_FILES, *RESULT_FILES, *LEFTOVERS]
+        if not args.overwrite_output_dir:
+            names.remove(CHECKPOINTS)  # one of a name that no run gives may be somebody's copy
         for path in [path for name in names for path in Path(args.output_dir).glob(name)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -41,16 +41,19 @@ def check_optimizer(args) -> None:
 
 
 def _check_schedule(args) -> None:
-    """Tries to make the schedule, for a parameter of its own."""
+    """Tries to make the schedule, for a parameter of its own and as many steps as are known."""
     import torch
     from transformers import get_scheduler
 
     name = args.lr_scheduler_type.value
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
     kwargs = args.lr_scheduler_kwargs or {}
+    steps = args.max_steps if args.max_steps > 0 else max(100, 2 * args.warmup_steps + 2)
+    looked_at = (*range(0, steps, max(1, steps // 100)), steps)
     try:
-        made = get_scheduler(name, optimizer, args.get_warmup_steps(100), 100, scheduler_specific_kwargs=dict(kwargs))
-        factors = [factor(step) for factor in getattr(made, "lr_lambdas", ()) for step in range(101)]
+        warmup = args.get_warmup_steps(steps)
+        made = get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(kwargs))
+        factors = [factor(step) for factor in getattr(made, "lr_lambdas", ()) for step in looked_at]
         if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or (factors and not any(factors)):
             raise ValueError("it gives learning rates below 0, none above 0, or some that are no numbers")
     except (ValueError, TypeError, ArithmeticError) as error:

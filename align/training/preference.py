@@ -46,6 +46,18 @@ def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig
         raise InputError(f"{flag}: its vocabulary has {sizes[1]} tokens, the model's has {sizes[0]}")
 
 
+def leave_out_dropout(model: torch.nn.Module, keeps_config: bool) -> None:
+    """Of modules, and of functions: their probability is kept in a module or, of a few families, the config.
+
+    A config that is saved with the model must say what it was: `keeps_config`.
+    """
+    disable_dropout_in_model(model)
+    for holder in (*model.modules(), *(() if keeps_config else (model.config,))):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(holder, name, 0.0)
+
+
 def needs_copy(
     args: GaudiDPOConfig, trains_adapter: bool, ref_model: str | None, stored: Mapping[str, Stored], resumes: bool
 ) -> bool:
@@ -149,7 +161,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
             model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             for each in filter(None, (model, ref_model)):
-                disable_dropout_in_model(each)
+                leave_out_dropout(each, keeps_config=each is model and not isinstance(model, PeftModel))
         self.beta, self.label_smoothing, self.loss_type = args.beta, args.label_smoothing, args.loss_type
         self.reference_free, self.rpo_alpha = args.reference_free, args.rpo_alpha
         self.f_divergence_type = FDivergenceType(args.f_divergence_type).value
@@ -256,7 +268,8 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
             return self._score(self.ref_model, inputs)[0]
         model = self.accelerator.unwrap_model(self.model)
         if not self.is_peft_model:
-            return self._score(model, inputs)[0]
+            with self._without_noise(model):
+                return self._score(model, inputs)[0]
         # An HPU graph of the PEFT model would be replayed with its adapter: the base's own forward is in none. Only
         # DeepSpeed, which knows no such graphs in training, must see a pass enter by its module.
         with model.disable_adapter(), self._without_noise(model):
@@ -320,7 +333,10 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         pair, answer = far.nonzero()[0].tolist()
         said, asked = policy[pair, answer].item(), reference[pair, answer].item()
         stored = self.train_dataset.stored
-        cause = "the two are not computed alike; try --use_flash_attention False or --share_prompts False"
+        cause = (
+            "the two are not computed alike; try --use_flash_attention False, --share_prompts False, or dropouts of 0 "
+            "in the model's config.json"
+        )
         if stored is not None:
             cause = f"{stored.path} is of another model; delete it to compute it anew"
         raise ResultError(

@@ -101,6 +101,12 @@ EVALUATES = (lambda flags: flags.do_eval, "nothing is evaluated")
 PROFILES = (lambda flags: flags.profiling_steps > 0, "it is for --profiling_steps")
 UPLOADS = (lambda flags: flags.push_to_hub, "nothing is uploaded without --push_to_hub")
 
+
+def _evaluates_as_logged(flags: Any) -> bool:
+    """Without --eval_steps transformers takes --logging_steps."""
+    return flags.eval_strategy.value == "steps" and flags.eval_steps == flags.logging_steps
+
+
 # Flags that have an effect beside others alone: when they have one, and why they have none otherwise
 BESIDE_OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lora_r": ADAPTER,
@@ -119,7 +125,10 @@ BESIDE_OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "eval_delay": (lambda flags: flags.eval_strategy.value != "no", "it is for --eval_strategy steps or epoch"),
     "per_device_eval_batch_size": EVALUATES,
     "max_eval_samples": EVALUATES,
-    "logging_steps": (lambda flags: flags.logging_strategy.value == "steps", "it is for --logging_strategy steps"),
+    "logging_steps": (
+        lambda flags: flags.logging_strategy.value == "steps" or _evaluates_as_logged(flags),
+        "it is for --logging_strategy steps",
+    ),
     "save_steps": (lambda flags: flags.save_strategy.value == "steps", "it is for --save_strategy steps"),
     "logging_dir": (lambda flags: flags.report_to, "it is for --report_to"),
     "run_name": (lambda flags: flags.report_to, "it is for --report_to"),

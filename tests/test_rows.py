@@ -14,6 +14,7 @@ from conftest import write_rows
 from tiny import make_tokenizer
 
 from align.data.chats import ChatTemplate
+from align.data.formats import without_nones
 from align.data.loading import DataArguments
 from align.data.packing import IGNORED
 from align.data.preparing import prepare_data
@@ -661,6 +662,18 @@ def test_a_damaged_cache_is_noticed_and_made_anew(prepare, caplog, damage, monke
     newest.write_bytes(content[: len(content) // 2] + damage)
     assert prepare(None) == before
     assert "is damaged, and is made anew" in caplog.text
+
+
+def test_of_typed_rows_nulls_are_looked_for_in_the_columns_that_are_read(prepare, monkeypatch):
+    import datasets
+
+    seen = []
+    monkeypatch.setattr("align.data.preparing.without_nones", lambda value: seen.append(value) or without_nones(value))
+    row = {"ask": [{**user("a"), "mood": None}, said("b")], "embedding": [[0.5, None]]}
+    datasets.Dataset.from_list([row]).to_parquet("rows.parquet")
+    assert prepare(None, name="rows.parquet", columns=["messages=ask"]) == [["b" + END]]
+    assert seen
+    assert not any(0.5 in each for value in seen for each in value)
 
 
 def test_damaged_rows_of_parquet_files_are_noticed_and_made_anew(prepare, caplog, monkeypatch, tmp_path):

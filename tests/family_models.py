@@ -24,6 +24,7 @@ DEEPSEEK |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key
 DEEPSEEK |= {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 DERIVED = {"deepseek_v3": ("qk_head_dim", "head_dim", "rope_interleave")}  # what published folders leave out
 HEAD = {"head_dim": 16}
+WITH_A_STATE = ("falcon_mamba", "mamba")  # PEFT adapts no `out_proj` of theirs
 SOFT_CAPS = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 5.0}
 NO_DROPOUT = {"dropout": 0, "attention_dropout": 0, "activation_dropout": 0}
 
@@ -57,6 +58,8 @@ CONFIGS = {  # row: (model_type, what differs from SIZES)
     "gptj": ("gptj", GPT2 | {"rotary_dim": 8}),
     "granite": ("granite", {}),
     "llama": ("llama", {}),
+    "llama (linear positions)": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "mamba": ("mamba", {"state_size": 8, "time_step_rank": 8}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral (window)": ("mistral", WINDOW),
     "mixtral": ("mixtral", {"sliding_window": None, "num_local_experts": 4}),

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from family_models import CONFIGS, save_family_model
+from family_models import CONFIGS, WITH_A_STATE, save_family_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -75,7 +75,7 @@ def merge(model, folder: Path) -> None:
         for name, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
-    if model.config.model_type == "falcon_mamba":
+    if model.config.model_type in WITH_A_STATE:
         adapted = {name: module for name, module in adapted.items() if not name.endswith("out_proj")}
     elif not model.config.tie_word_embeddings:
         adapted |= {name: module for name, module in model.named_modules() if module is embedding}

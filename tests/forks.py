@@ -131,6 +131,8 @@ def serve() -> None:
             answer = [codes.get(pid) for pid in request["poll"]]
         else:
             answer = [fork(request, rank) for rank in range(request["ranks"])]
+            for pid in answer:
+                codes.pop(pid, None)  # of an earlier run: numbers come again
         answers.write(json.dumps(answer) + "\n")
 
 

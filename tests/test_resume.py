@@ -644,6 +644,17 @@ def test_checkpoints_that_cannot_be_used_are_named_and_never_deleted(train, stop
         assert [path for path in sorted(Path("out").rglob("*")) if path.name != ".lock"] == before
 
 
+def test_where_the_only_checkpoint_is_torn_a_run_begins_anew(train, stopped):
+    Path("out").mkdir()
+    shutil.copytree(stopped / "sft.py/checkpoint-4", "out/checkpoint-4")
+    Path("out/checkpoint-4/optimizer.pt").unlink()
+
+    said = train("sft.py", "--max_steps", 4, "--resume", "auto").err
+
+    assert "out/checkpoint-4 cannot be resumed (optimizer.pt is missing), and there is none before it" in said
+    assert_same_run("out", stopped / "sft.py")
+
+
 def test_a_checkpoint_of_the_release_before_is_resumed(train, stopped):
     shutil.copytree(stopped / "sft.py", "out")
     drop_the_hash(Path("out/checkpoint-4"))

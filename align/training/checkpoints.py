@@ -192,17 +192,20 @@ def shared_damage(folder: Path, rank: int, ranks: int) -> str | None:
 
 
 def find_last(output: Path, rank: int, ranks: int) -> Path | None:
-    """The newest whole checkpoint, None where there are none at all; a line names each newer one that is not whole.
+    """The newest whole checkpoint, None where there is none; a line names each newer one that is not whole.
 
-    Raises an InputError where there are some but none to go on from: they may be whole for another release.
+    Raises an InputError where one is left that may be whole for another release, or for whoever renamed it.
     """
     unfinished = sorted(path.name for path in output.glob(f"{UNFINISHED}checkpoint-*"))
     for name in all_ranks(unfinished)[0]:
         logger.warning(f"{output / name} was being written when its run ended; it is left out")
     skipped: dict[Path, str] = {}
+    foreign: list[Path] = []
     for name in all_ranks([path.name for path in list_checkpoints(output)])[0]:
         damage = shared_damage(output / name, rank, ranks)
-        manifest = read_manifest(output / name) or {}
+        manifest = read_manifest(output / name)
+        if manifest is None or damage is None:
+            foreign.append(output / name)
         if damage is None and not manifest["resumable"]:
             damage = "made with --save_only_model: it holds no optimizer"
         if damage is None and manifest["step"] != step_of(output / name):
@@ -212,12 +215,14 @@ def find_last(output: Path, rank: int, ranks: int) -> Path | None:
                 logger.warning(f"{newer} cannot be resumed ({reason}); looking for the one before it")
             return output / name
         skipped[output / name] = damage
-    if skipped:
-        newest, reason = next(iter(skipped.items()))
+    if foreign:
         raise InputError(
-            f"--output_dir: {output} holds checkpoints but none to go on from; {newest} cannot be resumed ({reason}); "
-            "name another folder, or add --overwrite_output_dir without --resume to replace them"
+            f"--output_dir: {output} holds checkpoints but none to go on from; {foreign[0]} cannot be resumed "
+            f"({skipped[foreign[0]]}); name another folder, or add --overwrite_output_dir without --resume to replace "
+            "them"
         )
+    for torn, reason in skipped.items():
+        logger.warning(f"{torn} cannot be resumed ({reason}), and there is none before it")
     return None
 
 

@@ -228,12 +228,7 @@ def parse_arguments(
     with quiet_imports():  # optimum-habana's arguments import its models
         try:
             *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        except (
-            ValueError,
-            AssertionError,
-            OSError,
-            TypeError,
-        ) as error:  # rules across flags, and files that they name
+        except (ValueError, AssertionError, OSError, TypeError) as error:  # rules across flags, files that they name
             blamed = blame(error, arguments, dataclasses)
             if blamed is None and isinstance(error, TypeError):
                 raise

@@ -117,14 +117,14 @@ def _check_keys(path: Path, settings: dict, flag: str, trust_remote_code: bool |
             if not place and path.name == "config.json" and _is_known(settings):
                 continue  # `load_config` leaves it out
             is_type = not place and path.name == "config.json"  # that the installed transformers does not know
-            way = "" if is_type else "; take that entry out to use the installed classes"
+            trust = _or_trust(trust_remote_code)
+            way = (
+                trust.replace(", or add", "; add")
+                if is_type
+                else f"; take that entry out to use the installed classes{trust}"
+            )
             raise InputError(
                 f"{flag}: {path} asks to run code that comes with it ({nested}: {_first_text(value)}){way}"
-                + (
-                    _or_trust(trust_remote_code).replace(", or add", "; add")
-                    if is_type
-                    else _or_trust(trust_remote_code)
-                )
             )
         if key == "trust_remote_code" and not trust_remote_code:
             raise InputError(f"{flag}: {path} sets {nested} itself; take it out{_or_trust(trust_remote_code)}")

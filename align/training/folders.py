@@ -199,7 +199,7 @@ def clear_output(args, run_args: RunArguments, checkpoint: str | None) -> None:
     """Removes what an earlier run left in --output_dir where --overwrite_output_dir asks for it (rank 0).
 
     Else its last checkpoint might be resumed, or its adapter loaded on top of newly trained weights. Where --resume
-    auto begins anew, the earlier run left no checkpoint, and goes as well.
+    auto begins anew, what the earlier run left goes as well, but for checkpoints.
     """
     if checkpoint is None and (args.overwrite_output_dir or run_args.resume == "auto") and args.should_save:
         names = [*RUN_FILES, *RESULT_FILES, *LEFTOVERS]

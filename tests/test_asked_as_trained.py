@@ -66,6 +66,12 @@ TEMPLATES = {
         LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + ('<think></think>' if m['role'] == 'assistant' else '') }}"
         "{{ m['content'] + '<|im_end|>\n' }}" + ASK + "{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
     ),
+    "content as a list of parts alone": (
+        "qwen",
+        LOOP + "{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}"
+        + ASK + "{{ '<|im_start|>assistant\n' }}{% endif %}",
+    ),
 }  # fmt: skip
 FACTS = {"What is two and two?": "It is four", "What is France?": "Paris of course", "Hello": "Hello there, you"}
 THOUGHTS = "<think>\nso\n</think>\n\n"
@@ -95,8 +101,10 @@ def test_what_stands_before_the_first_learnt_token_is_what_the_template_asks_wit
         )
         ids, learnt, size = samples.encode([rendering])[0]
         before = ids[: int(np.argmax(learnt))].tolist()
-        assert before == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert before == encode_prompt(tokenizer, messages)
+        if "parts" in property:
+            messages[0]["content"] = [{"type": "text", "text": asked}]
+        assert before == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert size == len(before)
         assert said in tokenizer.decode(ids[learnt])
         assert ids[-1] == tokenizer.eos_token_id
@@ -124,7 +132,27 @@ def teach_and_ask(run):
     return teach_and_ask
 
 
-LIKE_OTHERS = ("other blanks where it asks", "a thought that is asked for and closed at once")
+def test_no_token_holds_characters_of_a_later_turn_and_of_what_it_is_asked_with():
+    kind, template = TEMPLATES["a blank of its own behind ASSISTANT:"]
+    tokenizer = make_tokenizer(kind)
+    tokenizer.chat_template = template
+    messages = [{"role": role, "content": "Hello"} for role in ("user", "assistant") * 3]
+    samples = SampleTokenizer(tokenizer)
+    ids, learnt, _ = samples.encode([samples.render(Sample([], (messages,)))])[0]
+    starts, ends = (np.flatnonzero(np.diff(learnt.astype(int), prepend=0, append=0) == step) for step in (1, -1))
+    assert [tokenizer.decode(ids[start:end]) for start, end in zip(starts, ends, strict=True)] == [
+        "Hello<|endoftext|>"
+    ] * 3
+    asked = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)
+    assert ids[starts[1] - 1] == asked[-1] == tokenizer.convert_tokens_to_ids("Ġ")
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+LIKE_OTHERS = (
+    "content as a list of parts alone",
+    "other blanks where it asks",
+    "a thought that is asked for and closed at once",
+)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Labels, BOS, EOS and templates for every kind of tokenizer. Run: pytest tests/test_tokenization.py"""
 
+import json
 from datetime import date, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +169,38 @@ def test_chatml_without_its_tokens_names_the_template_that_needs_none():
         set_chat_template(make_tokenizer("llama-2"), "chatml")
     with pytest.raises(InputError, match="'nowhere.jinja' is not a file; name one, or choose from plain, chatml"):
         set_chat_template(make_tokenizer("llama-2"), "nowhere.jinja")
+
+
+TEMPLATE = "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.jinja", b"\xef\xbb\xbf" + TEMPLATE.encode()),
+        ("chat_template.json", json.dumps({"chat_template": TEMPLATE}).encode()),
+    ],
+)
+def test_a_chat_template_may_stand_in_files_of_several_kinds(name, content):
+    Path(name).write_bytes(content)
+    tokenizer = make_tokenizer("llama-2")
+    set_chat_template(tokenizer, name)
+    assert tokenizer.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jinja", b"", "empty.jinja holds no template of `messages`"),
+        ("notes.txt", b"Be kind.", "notes.txt holds no template of `messages`"),
+        ("utf16.jinja", TEMPLATE.encode("utf-16"), "utf16.jinja cannot be read: .*utf-8"),
+        ("open.jinja", b"{% for m in messages %}\n{{ m ", "open.jinja, line 2: "),
+        ("list.json", b"[1]", "list.json cannot be read: "),
+        ("half.json", b'{"chat', "half.json cannot be read: "),
+        ("tokenizer_config.json", b'{"bos_token": "a"}', "tokenizer_config.json holds no template of `messages`"),
+    ],
+)
+def test_a_file_that_is_no_chat_template_is_refused(name, content, message):
+    Path(name).write_bytes(content)
+    with pytest.raises(InputError, match=f"--chat_template: {message}"):
+        set_chat_template(make_tokenizer("llama-2"), name)

@@ -66,6 +66,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.source = tokenizer.chat_template
+        self.wants_parts = wants_parts(tokenizer)
         self.writes_date = "strftime_now" in str(self.source)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         if tokenizer.bos_token != tokenizer.eos_token:
@@ -116,7 +117,10 @@ class ChatTemplate:
         try:
             text = self._apply(messages, tools, ask)
             if any(message["content"] is None for message in messages) and "None" in text:
-                return self._apply(_without_none(messages), tools, ask)
+                text = self._apply(_without_none(messages), tools, ask)
+            if written := _find_written_by_python(messages, text):
+                as_json = self._apply(_with_arguments_as_text(messages), tools, ask)
+                return text if any(each in as_json for each in written) else as_json
             return text
         except Exception as error:  # jinja2 errors and whatever a template raises on its own
             reason = error
@@ -136,6 +140,7 @@ class ChatTemplate:
             if message["role"] == "developer" and not knows_developer:
                 message = {**message, "role": "system"}
             shown.append(message)
+        shown = with_parts(shown) if self.wants_parts else shown
         if tools is not None or not isinstance(self.source, str):  # the tokenizer may have another template for tools
             options = {"tools": tools, "add_generation_prompt": ask, "tokenize": False}
             return self.tokenizer.apply_chat_template(shown, **options)
@@ -160,7 +165,7 @@ class ChatTemplate:
             if not text.startswith(turn.asked + turn.said):
                 inner = self._read_inner_turn(messages, number, tools, text, turn) if number != turns[-1] else None
                 if inner is None:
-                    others.append(turn)
+                    others.append((number, turn))
                     continue
                 turn = inner
             found.append((number, turn))
@@ -170,11 +175,12 @@ class ChatTemplate:
             notes.append(APART)
         if messages[-1]["role"] != "assistant":
             notes.append("what follows the last turn of the assistant is not used")
-        shown = "".join([text, *(turn.asked for turn in others)])
-        notes = list(dict.fromkeys([*notes, *self._find_unseen(messages, tools, text, shown)]))
+        shown = "".join([text, *(turn.asked for _, turn in others)])
+        unseen = self._find_unseen(messages, tools, text, shown, [number for number, _ in others])
+        notes = list(dict.fromkeys([*notes, *unseen]))
         spans = [(len(turn.asked), len(turn.asked) + len(turn.said)) for _, turn in found]
         renderings = [_cut(text, spans)] if found else []
-        renderings += [Rendering(turn.asked, turn.said, ((0, len(turn.said)),)) for turn in others]
+        renderings += [Rendering(turn.asked, turn.said, ((0, len(turn.said)),)) for _, turn in others]
         renderings[0] = replace(renderings[0], notes=tuple(notes))
         is_plain = tools is None and not notes and all(map(_is_plain, messages)) and len(found) == len(turns)
         return renderings, _find_shape(messages, found, text) if is_plain else None
@@ -219,7 +225,7 @@ class ChatTemplate:
                 elif owed and said is not None and owed.count("<think>") == owed.count("</think>"):
                     pass  # asked with more than the template shows, as an empty block of thoughts: learnt behind it
                 else:
-                    asks, shows = asked_tail[-40:], opened_tail[-40:]
+                    asks, shows = asked_tail.lstrip()[-40:], opened_tail.lstrip()[-40:]
                     notes = (f"asked with …{asks!r}, but shown by the chat template behind …{shows!r}",)
                     if said is None:
                         raise RowError("the chat template does not show the answer behind what is asked; " + notes[0])
@@ -256,8 +262,10 @@ class ChatTemplate:
                 return Turn(alone.asked, opened[len(alone.asked) :] + said + alone.closing, alone.closing)
         return None
 
-    def _find_unseen(self, messages: Messages, tools: list | None, text: str, shown: str) -> list[str]:
-        """Names what the row says and neither the chat's `text` nor its single turns (`shown`) have."""
+    def _find_unseen(
+        self, messages: Messages, tools: list | None, text: str, shown: str, apart: list[int]
+    ) -> list[str]:
+        """Names what the row says and neither the chat's `text` nor what the turns `apart` are asked with has."""
         notes = []
         contents = MARK.join(message["content"] or "" for message in messages)
         for number, message in enumerate(messages):
@@ -266,7 +274,8 @@ class ChatTemplate:
             is_seen = must_show and len(content) >= SURELY and content in shown and contents.count(content) == 1
             if must_show and not is_seen:
                 changed = [*messages[:number], {**message, "content": MARK}, *messages[number + 1 :]]
-                if MARK not in self.write(changed, tools):
+                texts = [self.write(changed, tools), *(self.write(changed[:turn], tools, ask=True) for turn in apart)]
+                if not any(MARK in each for each in texts):
                     notes.append(f"{NOT_SHOWN} the {message['role']} message")
             for key in message.keys() - PLAIN - {"weight", "reasoning_content"}:
                 is_seen = all(value in shown for value in _leaves(message[key]))
@@ -322,6 +331,26 @@ class ChatTemplate:
         if not all(message["content"].strip() in text for message in messages):
             return None
         return _cut(text, spans)
+
+
+def wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows content only as a list of parts, as those of some models for images do."""
+    for content in (MARK, [{"type": "text", "text": MARK}]):
+        try:
+            if MARK in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False):
+                return content is not MARK
+        except Exception:  # whatever a template raises on its own, or that there is none: not shown
+            continue
+    return False
+
+
+def with_parts(messages: Messages) -> Messages:
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in messages
+    ]
 
 
 def _find_shape(messages: Messages, found: list[tuple[int, Turn]], text: str) -> Shape | None:
@@ -386,6 +415,13 @@ def _with_arguments_as_text(messages: Messages) -> Messages:
                     function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
             message["tool_calls"] = calls
     return changed
+
+
+def _find_written_by_python(messages: Messages, text: str) -> list[str]:
+    """Arguments of calls that stand in the text in Python's words, {'a': 1}: the template wants them as JSON text."""
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    arguments = (each for each in map(_arguments, calls) if each and isinstance(each, dict))
+    return [written for each in arguments if (written := str(each)) in text]
 
 
 def _arguments(call: Any) -> Any:

@@ -5,19 +5,23 @@ that it learns, and run_generation.py asks with them.
 """
 
 import hashlib
+import json
 from bisect import bisect_left, bisect_right
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from align.data.chats import ChatTemplate, Rendering
+from align.data.chats import ChatTemplate, Rendering, wants_parts, with_parts
 from align.data.formats import Messages, RowError, Sample
 from align.data.packing import IGNORED
-from align.errors import InputError
+from align.errors import InputError, one_line
 
 CHAT_TEMPLATES = {
     # Ends every answer with the tokenizer's own EOS, so it needs no token that the model has never seen.
@@ -48,6 +52,7 @@ def encode_prompt(
     if isinstance(prompt, str):
         head, ids = _find_head(tokenizer), tokenizer(clean_prompt(prompt), add_special_tokens=False).input_ids
         return ids if ids[: len(head)] == head else head + ids
+    prompt = with_parts(prompt) if wants_parts(tokenizer) else prompt
     return tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True)
 
 
@@ -112,6 +117,15 @@ class SampleTokenizer:
         The prompt is encoded as it is asked, then the answer behind the prompt's last tokens: no token can hold
         characters of both.
         """
+        results = []
+        for ids, learnt, size in self._encode(renderings):
+            if ids[-1:] != [self.eos]:
+                ids, learnt = [*ids, self.eos], np.append(learnt, True)
+            results.append((np.array(ids, dtype=np.int32), learnt, size))
+        return results
+
+    def _encode(self, renderings: list[Rendering]) -> list[tuple[list[int], np.ndarray, int]]:
+        """The same without the token that ends a text."""
         if not renderings:
             return []
         texts = list(dict.fromkeys(rendering.prompt for rendering in renderings))
@@ -127,18 +141,33 @@ class SampleTokenizer:
             if cut is None:
                 tail, before = self._tokenize([MARK + rendering.answer])[0], len(MARK)
                 cut = _find_tokens(tail, before, before).start
-            head = [] if rendering.chat or asked[: len(self.head)] == self.head else self.head
+            ids = [*asked, *tail.ids[cut:]]
+            head = [] if rendering.chat or ids[: len(self.head)] == self.head else self.head
             size = len(head) + len(asked)
-            ids = [*head, *asked, *tail.ids[cut:]]
-            lacks_end = ids[-1] != self.eos
-            ids = np.array([*ids, self.eos] if lacks_end else ids, dtype=np.int32)
-            learnt = np.full(len(ids), self.train_on_prompt)
+            learnt = np.full(len(head) + len(ids), self.train_on_prompt)
             for start, end in rendering.spans:
                 tokens = _find_tokens(tail, start + before, end + before)
                 learnt[size - cut + max(tokens.start, cut) : size - cut + tokens.stop] = True
-            learnt[-1] |= lacks_end
-            results.append((ids, learnt, size))
+            is_torn = any(_holds_both_sides(tail, start + before) for start, _ in rendering.spans[1:])
+            results.append(self._encode_turn_by_turn(rendering) if is_torn else ([*head, *ids], learnt, size))
         return results
+
+    def _encode_turn_by_turn(self, rendering: Rendering) -> tuple[list[int], np.ndarray, int]:
+        """A chat of which a token would hold characters of a later turn and of what that is asked with."""
+        starts = [0, *(start for start, _ in rendering.spans[1:]), len(rendering.answer)]
+        turns = [
+            replace(
+                rendering,
+                prompt=rendering.prompt + rendering.answer[:start],
+                answer=rendering.answer[start:end],
+                spans=((first - start, last - start),),
+            )
+            for (first, last), (start, end) in zip(rendering.spans, pairwise(starts), strict=True)
+        ]
+        (ids, learnt, size), *later = self._encode(turns)
+        for more, mask, before in later:
+            ids, learnt = ids + more[before:], np.append(learnt, mask[before:])
+        return ids, learnt, size
 
     def count_head(self, ids: np.ndarray) -> int:
         """How many ids at the start stay when a prompt is cut there: those that tokenizer or template begin with."""
@@ -173,6 +202,12 @@ def _find_tokens(encoding: Encoding, start: int, end: int) -> slice:
     tokens = range(len(encoding))
     first = bisect_right(tokens, start, key=lambda token: encoding.token_to_chars(token)[1])
     return slice(first, bisect_left(tokens, end, key=lambda token: encoding.token_to_chars(token)[0]))
+
+
+def _holds_both_sides(encoding: Encoding, character: int) -> bool:
+    """Whether a token holds this character together with those in front of it."""
+    token = encoding.char_to_token(character)
+    return token is not None and encoding.token_to_chars(token)[0] < character
 
 
 Columns = tuple[dict[str, list], list[str | None], list[tuple[str, ...]]]
@@ -271,10 +306,22 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         return
     if chat_template == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
         raise InputError("--chat_template chatml: the tokenizer has no <|im_end|>; use plain, which needs no new token")
-    if chat_template in CHAT_TEMPLATES:
-        tokenizer.chat_template = CHAT_TEMPLATES[chat_template]
-    elif Path(chat_template).is_file():
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-    else:
+    tokenizer.chat_template = CHAT_TEMPLATES.get(chat_template) or _read_template(Path(chat_template))
+
+
+def _read_template(path: Path) -> str:
+    """A Jinja template, which may also be the `chat_template` of a JSON file, as transformers has written it."""
+    if not path.is_file():
         known = ", ".join(CHAT_TEMPLATES)
-        raise InputError(f"--chat_template: {chat_template!r} is not a file; name one, or choose from {known}")
+        raise InputError(f"--chat_template: {str(path)!r} is not a file; name one, or choose from {known}")
+    try:
+        text: Any = path.read_text(encoding="utf-8-sig")
+        text = dict(json.loads(text)).get("chat_template") if path.suffix == ".json" else text
+        if not isinstance(text, str) or "messages" not in text:
+            raise InputError(f"--chat_template: {path} holds no template of `messages`")
+        _compile_jinja_template(text)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--chat_template: {path} cannot be read: {one_line(error)}") from error
+    except TemplateSyntaxError as error:
+        raise InputError(f"--chat_template: {path}, line {error.lineno}: {one_line(error)}") from error
+    return text

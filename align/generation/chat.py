@@ -124,8 +124,10 @@ class Speaker:
     def encode(self) -> list[int]:
         from jinja2 import TemplateError
 
+        from align.data.tokenization import encode_prompt
+
         try:
-            ids = self.generator.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+            ids = encode_prompt(self.generator.tokenizer, self.messages)
         except TemplateError as error:
             raise InputError(f"{self.name}: its chat template refuses the chat: {error}") from None
         vocabulary_size = self.generator.model.config.vocab_size

@@ -1,6 +1,7 @@
 """Where data sets come from and what becomes of their rows. Run: pytest tests/test_data.py"""
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,23 @@ def test_bad_rows_can_be_skipped_up_to_a_share_and_are_counted(tmp_path):
     assert sum(prepare_text(file, bad_rows="skip", max_bad_rows=0.2).dropped.values()) == 4
     with pytest.raises(InputError, match="4 of 43 rows are bad, more than --max_bad_rows 0.01"):
         prepare_text(file, bad_rows="skip", max_bad_rows=0.01)
+
+
+def test_the_files_that_a_card_names_are_read_as_files_are_and_anew_where_one_is_replaced(tmp_path):
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.csv\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    write_rows(tmp_path / "b.jsonl", ROWS)
+    for text in ("2024-01-02", "2024-01-03"):
+        (tmp_path / "a.csv").write_text(f"text\n{text}\n")
+        os.utime(tmp_path / "a.csv", (1, 1))
+        assert texts(load(tmp_path, do_eval=False).train) == [text]
+
+
+def test_dates_and_bytes_of_parquet_are_no_text_in_a_folder_of_several_kinds_either(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    datasets.Dataset.from_list([{"text": b"Hello"}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="rows.parquet, row 1: column `text` is dict .*bytes"):
+        prepare_text(tmp_path)
 
 
 @pytest.mark.parametrize("late", [False, True])

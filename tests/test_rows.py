@@ -148,6 +148,36 @@ FINE_TUNING = {
         ["good" + END],
         [],
     ),
+    "a turn whose weight is a text": (
+        {"messages": [user("a"), said("bad", weight="0"), user("b"), said("good", weight="1.0")]},
+        {},
+        ["good" + END],
+        [],
+    ),
+    "texts without roles, as in LIMA and UltraChat": (
+        {"conversations": ["a", "b", "c", "d"]},
+        {},
+        ["b<|eot|>", "d" + END],
+        ["texts without a role are taken for turns of user and assistant, the user first: 1 of 1 samples"],
+    ),
+    "messages that are JSON one by one": (
+        {"messages": [json.dumps(user("a")), json.dumps(said("b"))]},
+        {},
+        ["b" + END],
+        [],
+    ),
+    "a text that has BOS and EOS of its own": (
+        {"text": "<s>Hello there</s>"},
+        {"kind": "llama-2"},
+        ["Hello there</s>"],
+        [],
+    ),
+    "arguments that the template would write in Python's words": (
+        {"messages": [user("2"), said(None, tool_calls=CALL)]},
+        {"template": SHOWS_ARGUMENTS.replace(" | tojson }}{% endfor %}", " }}{% endfor %}")},
+        ['CALL {"a": 1}' + END],
+        [],
+    ),
     "a call in OpenAI's older words": (
         {
             "messages": [
@@ -188,6 +218,18 @@ FINE_TUNING = {
             "--max_bad_rows has no effect here",
             "--eval_subset has no effect here: nothing is evaluated",
         ],
+    ),
+    "wording without a chat template": (
+        {"prompt": "a", "completion": "b"},
+        {"kind": "gpt2", "text_as_chat": False},
+        ["b<|endoftext|>"],
+        ["--text_as_chat has no effect here: the tokenizer has no chat template"],
+    ),
+    "an answer beside its scores": (
+        {"instruction": "do", "completions": [{"response": "b", "overall_score": 3, "critique": "c", "model": "m"}]},
+        {},
+        ["b" + END],
+        ["keys of `completions` that are not used: critique, model: 1 of 1 samples"],
     ),
     "true labels alone": (
         {"prompt": "a", "completion": "b", "label": True},
@@ -440,6 +482,12 @@ def test_a_turn_that_is_shown_otherwise_later_is_a_sample_of_its_own(what, prepa
     assert prepare([{"messages": messages}] * 2, kind="qwen", template=template) == learnt * 2
     assert "turns of the assistant that the chat template changes once others follow become samples of" in caplog.text
     assert "does not show the system message" not in caplog.text
+
+
+def test_a_short_system_message_that_only_a_question_shows_is_not_told_as_lost(prepare, caplog):
+    shows_when_asked = SYSTEM_LAST.replace("loop.index >= messages | length - 1", "loop.last")
+    prepare([{"messages": [{"role": "system", "content": "Be"}, user("a"), said("b")]}], "qwen", shows_when_asked)
+    assert "does not show" not in caplog.text
 
 
 PAIRS = {

@@ -200,7 +200,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str, str]]:
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH):
         for row in batch.to_pylist():
             number += 1
-            yield number, json.dumps({key: without_nones(value) for key, value in row.items()}, default=str), ""
+            values = {key: without_nones(value) for key, value in row.items()}
+            yield number, json.dumps(values, default=_name_type), ""
+
+
+def _name_type(value: Any) -> dict[str, str]:
+    """A date or bytes: where text is wanted, the row is refused, as in a folder of Parquet files alone."""
+    return {type(value).__name__: str(value)}
 
 
 def parse_row(row: Mapping[str, Any]) -> dict[str, Any]:

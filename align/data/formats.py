@@ -7,8 +7,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import cycle
 from operator import itemgetter
 from typing import Any
 
@@ -20,11 +22,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 PLAIN = {"role", "content"}
 SPEAKERS = {role: role for role in (*ROLES, "function_call")} | {  # and other names: ShareGPT's, OpenAI's older ones
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
@@ -177,6 +182,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             raise RowError(f"{where}: `content` is {_describe(made['content'])}")
     if not isinstance(made.get("reasoning_content", ""), str):
         raise RowError(f"{where}: `reasoning_content` is {_describe(made['reasoning_content'])}, not text")
+    if isinstance(made.get("weight"), str):
+        with suppress(ValueError):  # the next line names what is no number
+            made["weight"] = float(made["weight"])
     if "weight" in made and made["weight"] not in (0, 1):
         raise RowError(f"{where}: `weight` is {_describe(made['weight'])}; 0 is not learnt, 1 is, and nothing between")
     if "train" in made:
@@ -272,12 +280,27 @@ def _history(row: Row) -> list[tuple[str, str]]:
 
 def _read_chat(column: str) -> Callable[[Row, bool], Sample]:
     def read(row: Row, as_chat: bool = False) -> Sample:
-        messages = _with_system(row, _messages(row.get(column), column))
+        value, notes = _give_roles(row.get(column))
+        messages = _with_system(row, _messages(value, column))
         if not any(message["role"] == "assistant" for message in messages):
             raise RowError(f"column `{column}` has no assistant turn to learn from")
-        return Sample([], (messages,), _tools(row))
+        return Sample([], (messages,), _tools(row), notes)
 
     return read
+
+
+WITHOUT_ROLES = "texts without a role are taken for turns of user and assistant, the user first"
+
+
+def _give_roles(value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Texts without a role, as LIMA and UltraChat have them, as messages; other values as they are. And a note."""
+    value = _parse(value)
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        value = [_parse_messages(each) for each in value]  # each may be a message as JSON
+        if all(isinstance(each, str) for each in value):
+            roles = zip(cycle(("user", "assistant")), value, strict=False)
+            return [{"role": role, "content": text} for role, text in roles], (WITHOUT_ROLES,)
+    return value, ()
 
 
 def _read_chat_pair(row: Row, as_chat: bool = False) -> Sample:
@@ -522,7 +545,10 @@ def _read_completions(preference: bool) -> Callable[[Row, bool], Sample]:
         columns = ("chosen", "rejected") if preference else ("completion",)
         sample = _read_texts({**row, "prompt": row.get("instruction"), **answers}, columns, as_chat)
         used = "best and the worst are" if preference else "best is"
-        notes = (f"of several `completions` the {used} used, by `overall_score`",) if len(rated) > len(columns) else ()
+        notes = [f"of several `completions` the {used} used, by `overall_score`"] if len(rated) > len(columns) else []
+        keys = {key for each in rated if isinstance(each, Mapping) for key in each} - {"response", "overall_score"}
+        if keys:
+            notes.append(f"keys of `completions` that are not used: {', '.join(sorted(keys))}")
         return replace(sample, notes=(*sample.notes, *notes))
 
     return read
@@ -722,7 +748,7 @@ ALIASES = {
         "lose",
     ),
     "text": ("content", "document", "body", "story", "passage"),
-    "messages": ("conversation", "conversations", "chat", "dialog", "dialogue", "turns"),
+    "messages": ("conversation", "conversations", "chat", "dialog", "dialogue", "turns", "data"),
     "conversations": ("conversation", "messages", "chat", "dialog", "dialogue", "turns"),
 }
 

@@ -234,7 +234,9 @@ def load_rows(
                 return {key: rows.to_iterable_dataset() for key, rows in stored.items()} if streaming else stored
             card = where / "README.md"
             if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace"):
-                return load(str(where))  # which says what its splits are
+                files = _read_card(where)
+                is_known = all(is_readable(file) for part in files.values() for file in part)
+                return _load_files(files, streaming) if is_known else load(str(where))
             return _load_files(find_files(where), streaming)
         if is_readable(local) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise InputError(f"--dataset_name: no such file or folder: {name}")
@@ -277,6 +279,12 @@ def choose_split(rows: dict[str, Any], split: str, name: str, flag: str) -> Any:
     if split not in rows:
         raise InputError(f"{flag}: {split!r} is not in {name}; found {', '.join(rows)}")
     return rows[split]
+
+
+def _read_card(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split as the README of a data set names them."""
+    named = datasets.load_dataset_builder(str(folder)).config.data_files
+    return {str(split): list(map(Path, files)) for split, files in named.items()}
 
 
 def _load_files(splits: dict[str, list[Path]], streaming: bool) -> dict:

@@ -87,7 +87,8 @@ def prepare_data(
             check_output(name, args.subset, folder, training_args.output_dir)
         read = load_splits(one, training_args.do_train, training_args.do_eval, ends, training_args.seed, folder, token)
         loaded[name] = one, {split: rows for split, rows in vars(read).items() if rows is not None}
-    _tell_unused(args, [rows for _, splits in loaded.values() for rows in splits.values()], training_args.do_eval)
+    everything = [rows for _, splits in loaded.values() for rows in splits.values()]
+    _tell_unused(args, everything, training_args.do_eval, has_template)
     found: dict[str, dict[str, Prepared]] = {}
     for name, (one, splits) in loaded.items():
         for split, rows in splits.items():
@@ -106,7 +107,7 @@ def prepare_data(
     return mixed
 
 
-def _tell_unused(args: DataArguments, rows: list[Dataset | IterableDataset], do_eval: bool) -> None:
+def _tell_unused(args: DataArguments, rows: list[Dataset | IterableDataset], do_eval: bool, has_template: bool) -> None:
     """Warns of flags of the data that change nothing in this run."""
     streams = any(isinstance(each, IterableDataset) for each in rows)
     reasons = {
@@ -115,6 +116,7 @@ def _tell_unused(args: DataArguments, rows: list[Dataset | IterableDataset], do_
         "validation_split_percentage": "nothing is cut for validation" if streams or not do_eval else None,
         "eval_subset": None if do_eval else "nothing is evaluated",
         "max_bad_rows": None if args.bad_rows == "skip" and not streams else "it limits --bad_rows skip, and no stream",
+        "text_as_chat": None if has_template else "the tokenizer has no chat template",
         "num_workers": "a stream is prepared as it is read" if streams else None,
     }
     for name, reason in reasons.items():

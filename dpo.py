@@ -213,7 +213,7 @@ def main() -> None:
         "--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash),
         "--ref_model": checkpoints.identify_model(ref_args.model_name_or_path, ref_config._commit_hash),
     }
-    this_run = checkpoints.Run.of("dpo.py", parsed, prepared, FOLDER, models, samples.fingerprint)
+    this_run = checkpoints.Run.of("dpo.py", parsed, prepared, FOLDER, models, samples)
     this_run.check(checkpoint)
     stored = {}
     if args.precompute_ref_log_probs:

@@ -101,7 +101,7 @@ def main() -> None:
         return
 
     models = {"--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash)}
-    this_run = checkpoints.Run.of("sft.py", parsed, prepared, FOLDER, models, samples.fingerprint)
+    this_run = checkpoints.Run.of("sft.py", parsed, prepared, FOLDER, models, samples)
     this_run.check(checkpoint)
 
     # Model

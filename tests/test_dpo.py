@@ -102,6 +102,7 @@ BAD = {
         "--flash_attention_causal_mask drops the mask",
     ),
     "samples of nothing": (["--sample_prompts", 2, "--eval_strategy", "no"], "--sample_prompts takes held-out prompts"),
+    "evaluations and none": (["--do_eval", False], "--do_eval False: --eval_strategy steps evaluates; add"),
     "unknown flag": (["--betta", 1], "unknown argument '--betta'; did you mean --beta?"),
     "epochs beside steps": (["--num_train_epochs", 1], "--num_train_epochs has no effect beside --max_steps 4; add"),
     "neither epochs nor steps": (["--max_steps", -1], "--num_train_epochs 0: nothing would be trained"),

@@ -209,6 +209,14 @@ def test_another_model_or_data_set_is_refused_by_name(train, stopped, tmp_path, 
         train(script, "--resume", "auto", flag, other, output=stopped / script)
 
 
+def test_rows_of_another_day_are_refused_with_the_way_out(train, stopped):
+    dated = "{{ strftime_now('%d') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    Path("dated.jinja").write_text(dated)
+    message = "was made with another --dataset_name: .*; the chat template writes the date, .* --chat_template"
+    with pytest.raises(InputError, match=message):
+        train("sft.py", "--resume", "auto", "--chat_template", "dated.jinja", output=stopped / "sft.py")
+
+
 def test_of_a_stream_what_decides_its_rows_must_be_as_it_was(train, monkeypatch):
     """Nobody has read all of it, so that tokens cannot be compared."""
     stream = ["--streaming", True, "--size_valid_set", 5, "--resume", "auto"]

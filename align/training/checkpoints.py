@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from align import __version__
 from align.data.files import is_readable
 from align.data.loading import find_source
+from align.data.tokenization import SampleTokenizer
 from align.errors import InputError
 from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
 from align.whole import flush, put_in_place, write_file
@@ -248,12 +249,19 @@ UNTOLD = {
 }  # fmt: skip
 
 
+DATED = (
+    "the chat template writes the date, so rows that are no longer in the cache are others on another day: name a copy "
+    "of the template with --chat_template that holds the date on which the run began"
+)
+
+
 @dataclass
 class Run:
     """A run as its checkpoints describe it."""
 
     flags: dict[str, Any]
     facts: dict[str, Any]  # what must not differ, beside the flags in `SAME`
+    writes_date: bool = False  # the chat template does
 
     @classmethod
     def of(
@@ -263,11 +271,11 @@ class Run:
         prepared: Mapping[str, Any],
         folder: str,
         models: Mapping[str, str],
-        tokenizer: str,
+        tokenizer: SampleTokenizer,
     ) -> "Run":
         """`parsed` are the dataclasses of the command line, `prepared` the splits, `folder` as in `prepare_data`.
 
-        `models` is what identifies each model by its flag, `tokenizer` what identifies tokenizer and chat template.
+        `models` is what identifies each model by its flag.
         """
         *_, data_args, args = [each for each in parsed if hasattr(each, "dataset_name") or hasattr(each, "output_dir")]
         flags = {one.name: _plain(getattr(each, one.name, None)) for each in parsed for one in fields(each)}
@@ -275,19 +283,20 @@ class Run:
         train = prepared.get("train")
         is_stream = train is not None and isinstance(train.rows, IterableDataset)
         names = [data_args.dataset_name] if isinstance(data_args.dataset_name, str) else data_args.dataset_name
+        template = tokenizer.fingerprint if is_stream else None  # else the tokens tell
         sources = {name: find_source(name, data_args.subset, folder) for name in names}
         facts = {
             "script": script,
             **models,
             "--dataset_name": train and on_rank_0(lambda: identify_rows(train.rows, sources)),
-            "--tokenizer_name_or_path or --chat_template": tokenizer if is_stream else None,  # else the tokens tell
+            "--tokenizer_name_or_path or --chat_template": template,
             "--deepspeed": _sharing(args),
             "optimizer and number format in the file of --deepspeed": _decided_by_deepspeed(args),
             "number of rows of all ranks (--per_device_train_batch_size x ranks)": str(
                 args.per_device_train_batch_size * args.world_size
             ),
         }
-        return cls(flags | {"world_size": args.world_size}, facts)
+        return cls(flags | {"world_size": args.world_size}, facts, tokenizer.template.writes_date)
 
     def check(self, checkpoint: str | None) -> None:
         """Refuses a checkpoint of a run that learnt something else; logs what else has changed since."""
@@ -299,7 +308,8 @@ class Run:
         for name, value in self.facts.items():
             if name in facts and facts[name] != value:
                 short = f"{_short(facts[name])} then, {_short(value)} now"
-                raise InputError(f"{folder} was made with another {name}: {short}")
+                way_out = f"; {DATED}" if name == "--dataset_name" and self.writes_date else ""
+                raise InputError(f"{folder} was made with another {name}: {short}{way_out}")
         changed = {name: (then[name], value) for name, value in self.flags.items() if name in then}
         changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
         for name, (before, now) in changed.items():

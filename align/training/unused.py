@@ -96,6 +96,10 @@ WITHOUT_EFFECT = {  # of both scripts
 COMPILES = (lambda flags: flags.torch_compile, "it is for --torch_compile")
 ADAPTER = (lambda flags: flags.use_peft and flags.do_train, "no adapter is trained")
 ADAMW = (lambda flags: "adam" in flags.optim.value, "the optimizer that --optim names has none")
+SEVERAL = (
+    lambda flags: flags.distributed_state.num_processes > 1 and not flags.deepspeed,
+    "it is for several cards without DeepSpeed",
+)
 REFERENCE_MOVES = (lambda flags: flags.sync_ref_model, "it is for --sync_ref_model")
 EVALUATES = (lambda flags: flags.do_eval, "nothing is evaluated")
 PROFILES = (lambda flags: flags.profiling_steps > 0, "it is for --profiling_steps")
@@ -134,6 +138,11 @@ BESIDE_OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "run_name": (lambda flags: flags.report_to, "it is for --report_to"),
     "greater_is_better": (lambda flags: flags.metric_for_best_model, "it is for --metric_for_best_model"),
     "average_tokens_across_devices": (lambda flags: not hasattr(flags, "beta"), "every pair weighs the same"),
+    "distribution_strategy": SEVERAL,
+    "ddp_find_unused_parameters": SEVERAL,
+    "ddp_bucket_cap_mb": SEVERAL,
+    "ddp_broadcast_buffers": SEVERAL,
+    "ddp_timeout": (lambda flags: flags.distributed_state.num_processes > 1, "it is for several cards"),
     "fsdp_config": (lambda flags: False, "use --deepspeed with a ZeRO-3 file of configs/"),
     "hub_strategy": UPLOADS,
     "hub_token": UPLOADS,

@@ -176,7 +176,8 @@ def test_the_first_failure_alone_is_told_and_its_exit_code_returned(engine, tmp_
     body = """
 note("up")
 while len(list(Path(os.environ["PT_NOTES"]).glob("up.[0-9]"))) < 2: time.sleep(0.01)
-subprocess.Popen(["sleep", "300"])  # a child that would outlive its rank
+for own_session in (False, True):
+    subprocess.Popen(["sleep", "300"], start_new_session=own_session)  # a child that would outlive its rank
 def consequence(*_): raise RuntimeError("a consequence")
 signal.signal(signal.SIGTERM, consequence)
 if rank == 1:

@@ -15,6 +15,7 @@ A broken connection means that the launcher is gone: the script is killed. The e
 because failures are the launcher's to report, once. Only light imports: the user waits for them.
 """
 
+import ctypes
 import glob
 import json
 import math
@@ -38,6 +39,9 @@ HELD_LINES = 10_000  # more cannot be last words: the oldest are shown
 PULSE_INTERVAL = 5.0  # seconds between two looks at what the script does
 IDLE_SHARE, IDLE_BYTES = 0.005, 1024  # of one core and of input and output in that time: the murmur of idle threads
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LIBC = ctypes.CDLL(None)
+PR_SET_CHILD_SUBREAPER = 36
+STRIKE_TIME = 2.0  # seconds
 TOLD_LINES = 400  # shown of a longer text: its head, where a chained exception has its cause, and its tail
 
 
@@ -148,9 +152,13 @@ class Relay:
 
 
 class Guard:
-    """A process that kills the script and its children once this process has ended, even by SIGKILL."""
+    """A process that kills the script and its children once this process has ended, even by SIGKILL.
+
+    Of what has a session of its own this process becomes the parent when the script ends, and kills it in `strike`.
+    """
 
     def __init__(self):
+        self.has_struck = False
         reading, self.pipe = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -162,18 +170,41 @@ class Guard:
                 kill_group(int(group))
             os._exit(0)
         os.close(reading)
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
 
     def watch(self, group: int) -> None:
         os.write(self.pipe, str(group).encode())
 
     def strike(self) -> None:
+        """At what the script left behind, such as data loader workers."""
+        if self.has_struck:
+            return
+        self.has_struck = True
         os.close(self.pipe)
         os.waitpid(self.pid, 0)
+        deadline = time.monotonic() + STRIKE_TIME
+        while (children := find_children()) and time.monotonic() < deadline:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.01)
+
+    def bury(self, script: int) -> None:
+        """Takes note of orphans that have ended, which else stay in the table of processes."""
+        for pid in find_children():
+            if pid not in (self.pid, script):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def kill_group(group: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
+
+
+def find_children() -> list[int]:
+    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
+    return []
 
 
 def distributed_variables(work: dict) -> dict[str, str]:
@@ -275,13 +306,16 @@ class Script:
                     selector.unregister(key.fd)
             for relay in self.relays:
                 relay.show(until=time.monotonic())
-            if pulse.beats():
+            beats = pulse.beats()
+            if beats:
                 launcher.tell(alive=True)
+            if beats is not None:
+                self.guard.bury(self.process.pid)
             return bool(ready)
 
         while self.process.poll() is None:
             relay_what_comes(within=0.1)
-        self.guard.strike()  # at what the script left behind, such as data loader workers
+        self.guard.strike()
         while len(selector.get_map()) > 2 and relay_what_comes(within=0.0):
             pass
         return self.process.returncode
@@ -305,7 +339,8 @@ def main() -> None:
         script.obey(messages)
         code = script.supervise(launcher)
     except EOFError:
-        sys.exit("the launcher is gone")  # and the guard strikes
+        guard.strike()
+        sys.exit("the launcher is gone")
     lines = script.errors.last_lines() if code else []
     for relay in script.relays:
         if not (code and relay is script.errors):

@@ -1,6 +1,5 @@
 """The life and death of one run's ranks, from the engine's start to the exit code."""
 
-import ctypes
 import hmac
 import json
 import math
@@ -21,12 +20,11 @@ from typing import Any
 
 from align.launch.engines import Run, clean_environment
 from align.launch.nodes import address_for, node_command
-from align.launch.rank import PASSED_ON, notice_lost_host
+from align.launch.rank import LIBC, PASSED_ON, notice_lost_host
 
 FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
 ENGINE_GRACE = 5.0  # seconds that an engine has to end after its ranks
 
-LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 
 

@@ -236,6 +236,8 @@ def parse_arguments(
             reason = " ".join(str(error).split())
             if isinstance(error, OSError) and getattr(flags, "gaudi_config_name", None):  # the hub's names no file
                 reason = f"--gaudi_config_name: got {flags.gaudi_config_name}; {reason}"
+            if "DeepSpeed config" in reason and getattr(flags, "deepspeed", None):
+                reason = f"--deepspeed: got {shorten(str(flags.deepspeed))}; {reason}"
             raise InputError(blamed or reason) from error
     parser.refuse_unknown(unknown)
     return tuple(parsed)

@@ -26,6 +26,17 @@ def check_deepspeed(args) -> None:
     parsed = args.hf_deepspeed_config
     for mismatch in parsed.mismatches:
         raise InputError(f"{file}: {describe(mismatch)}")
+    stage = parsed.get_value("zero_optimization.stage", 0)
+    if stage not in (1, 2, 3):
+        raise InputError(
+            f"{file}: zero_optimization.stage is {stage} there, which shares nothing among cards; give 1, 2 or 3, or "
+            "leave --deepspeed out"
+        )
+    if stage == 1 and parsed.get_value("data_types.grad_accum_dtype"):  # of which DeepSpeed makes an optimizer
+        raise InputError(  # without `overflow`, see check_deepspeed_steps
+            f"{file}: data_types.grad_accum_dtype goes with zero_optimization.stage 2 or 3 here; give one of them, or "
+            "leave it out"
+        )
     if args.bf16 and parsed.is_false("bf16.enabled"):
         raise InputError(f'{file}: --bf16 is on, but bf16.enabled is false there; set it to "auto" there')
     if parsed.is_true("fp16.enabled"):

@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any
 
+from transformers.trainer_pt_utils import AcceleratorConfig
+
 from align.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,15 @@ WITHOUT_EFFECT = {  # of both scripts
     "is_encoder_decoder": "only decoders are trained",
     "label_pad_token_id": "padding has no labels",
     "padding_value": "padding is never seen",
+}
+
+# Of the object of --accelerator_config: upstream would cut batches otherwise than they are made here
+OF_ACCELERATOR = {
+    "split_batches": "--per_device_train_batch_size counts the rows of one card",
+    "dispatch_batches": "each card takes its own rows, those of a stream from the first",
+    "even_batches": "all cards take equally many batches, the last ones filled up with rows that weigh nothing",
+    "use_seedable_sampler": "--seed orders the rows",
+    "gradient_accumulation_kwargs": "use --gradient_accumulation_steps",
 }
 
 
@@ -184,6 +195,9 @@ def check_unused(args) -> None:
         value, default = getattr(args, each.name), get_default(each)
         if each.name in WITHOUT_EFFECT and value != default and value != []:  # what transformers makes of no --fsdp
             raise InputError(f"--{each.name} has no effect here: {WITHOUT_EFFECT[each.name]}")
+    for name, instead in OF_ACCELERATOR.items():
+        if getattr(args.accelerator_config, name) != getattr(AcceleratorConfig, name):
+            raise InputError(f"--accelerator_config: {name} cannot be changed here: {instead}")
 
 
 def get_default(each) -> object:

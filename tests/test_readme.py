@@ -56,6 +56,13 @@ def test_a_command_is_understood_as_it_stands(command, monkeypatch):
         assert words[0] in ("pip", "source", "cat", "mkdir", "export"), f"nobody checks {words[0]}"
 
 
+def test_each_promise_names_a_test_that_there_is():
+    names = [word for word in re.findall(r"`([a-z0-9_]+)`", TEXTS["docs/reliability.md"]) if word.count("_") > 2]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(names) > 35
+    assert set(names) <= set(re.findall(r"^def test_(\w+)", tests, re.MULTILINE))
+
+
 def test_the_guide_has_all_its_recipes_here():
     scripts = [
         word for command in COMMANDS for word in shlex.split(command, comments=True) if re.fullmatch(r"\w+\.py", word)

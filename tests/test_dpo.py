@@ -222,23 +222,29 @@ def test_full_models_are_tuned_against_what_they_were(dpo, flags):
     assert losses[1] < 0.693
 
 
-DROPPING = {
-    "modules": ("gpt2", {"resid_pdrop": 0.5}),
-    "functions": ("opt", {"dropout": 0.1, "ffn_dim": 128, "word_embed_proj_dim": 64}),
+DROPPING = {  # where families keep their dropout: family, its config, flags
+    "modules": ("gpt2", {"resid_pdrop": 0.5}, []),
+    "functions": ("opt", {"dropout": 0.1, "ffn_dim": 128, "word_embed_proj_dim": 64}, []),
+    "the config": ("gpt_neox", {"attention_dropout": 0.5}, ["--use_peft", False]),
 }
 
 
-@pytest.mark.parametrize(("family", "changes"), DROPPING.values(), ids=DROPPING)
-def test_the_models_dropout_is_off_while_preferences_are_learnt_unless_it_is_asked_for(dpo, tmp_path, family, changes):
+@pytest.mark.parametrize(("family", "changes", "more"), DROPPING.values(), ids=DROPPING)
+def test_the_models_dropout_is_off_while_preferences_are_learnt_unless_it_is_asked_for(
+    dpo, tmp_path, family, changes, more
+):
     """With dropout policy and reference are never the same, so the first loss is not ln 2."""
     drops = save_model(tmp_path / "drops", family, "gpt2", **changes)
-    flags = ["--max_steps", 1, "--eval_strategy", "no"]
+    flags = ["--max_steps", 1, "--eval_strategy", "no", *more]
 
     dpo(*flags, model=drops)
     dpo(*flags, "--disable_dropout", False, model=drops, output="dropped")
 
     assert logged()[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert abs(logged("dropped")[0]["loss"] - math.log(2)) > 1e-3
+    if more:  # the whole model is saved, as it was
+        saved = json.loads(Path("out/config.json").read_text())
+        assert {name: saved[name] for name in changes} == changes
 
 
 def test_a_resumed_full_training_stores_what_the_model_was_before_it(dpo):

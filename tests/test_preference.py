@@ -260,8 +260,11 @@ def test_dropout_that_is_left_out_is_left_out_of_functions_too(row, tmp_path):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert not torch.equal(*(model(**inputs).logits for _ in range(2)))
 
-    preference.leave_out_dropout(model, keeps_config=False)
+    said = preference.leave_out_dropout(model)
 
+    assert torch.equal(*(model(**inputs).logits for _ in range(2)))
+    with preference.saying_their_dropout(said):
+        assert {name: getattr(model.config, name) for name in DROPPING[row]} == DROPPING[row]
     assert torch.equal(*(model(**inputs).logits for _ in range(2)))
 
 

@@ -46,16 +46,32 @@ def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig
         raise InputError(f"{flag}: its vocabulary has {sizes[1]} tokens, the model's has {sizes[0]}")
 
 
-def leave_out_dropout(model: torch.nn.Module, keeps_config: bool) -> None:
-    """Of modules, and of functions: their probability is kept in a module or, of a few families, the config.
+def leave_out_dropout(model: torch.nn.Module) -> list[tuple[PretrainedConfig, str, float]]:
+    """Of modules, and of functions: their probability is kept in a module or, of a few families, in its config.
 
-    A config that is saved with the model must say what it was: `keeps_config`.
+    Returns what the configs said, for `saying_their_dropout`: one that is saved must say it still.
     """
     disable_dropout_in_model(model)
-    for holder in (*model.modules(), *(() if keeps_config else (model.config,))):
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    said = []
+    for holder in (*model.modules(), *configs.values()):
         for name, value in list(vars(holder).items()):
             if isinstance(value, float) and "drop" in name:
+                said += [(holder, name, value)] if isinstance(holder, PretrainedConfig) else []
                 setattr(holder, name, 0.0)
+    return said
+
+
+@contextlib.contextmanager
+def saying_their_dropout(said: list[tuple[PretrainedConfig, str, float]]) -> Iterator[None]:
+    """Gives configs what `leave_out_dropout` took from them, while the block saves them."""
+    for config, name, value in said:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in said:
+            setattr(config, name, 0.0)
 
 
 def needs_copy(
@@ -159,9 +175,9 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
             model = get_peft_model(model, peft_config)
-        if args.disable_dropout:
-            for each in filter(None, (model, ref_model)):
-                leave_out_dropout(each, keeps_config=each is model and not isinstance(model, PeftModel))
+        self.dropout = leave_out_dropout(model) if args.disable_dropout else []
+        if args.disable_dropout and ref_model is not None:
+            leave_out_dropout(ref_model)
         self.beta, self.label_smoothing, self.loss_type = args.beta, args.label_smoothing, args.loss_type
         self.reference_free, self.rpo_alpha = args.reference_free, args.rpo_alpha
         self.f_divergence_type = FDivergenceType(args.f_divergence_type).value
@@ -306,8 +322,8 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         """Sums, over the pairs of a micro-batch, what is averaged later; counts pairs and tokens."""
         reference = self._score_reference(inputs)  # first: the policy's activations need not be there yet
         policy, logits = self._score(model, inputs)
-        if model.training and self.state.global_step == 0 and self.starts_as_reference():
-            self._check_start(policy, reference, inputs)
+        if model.training and self.state.global_step == 0 and self.problem is None and self.starts_as_reference():
+            self.problem = self._check_start(policy, reference, inputs)
         with self._in_float32():
             return self._add_up(policy, logits, reference, inputs["answer_lengths"])
 
@@ -322,24 +338,21 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         is_same = facts.get("--ref_model") == facts.get("--model_name_or_path", self)
         return is_same and not self.args.reference_free and not is_random
 
-    def _check_start(self, policy: torch.Tensor, reference: torch.Tensor, inputs: Mapping) -> None:
-        """Finds stored log-probs that are stale, and whatever else makes a policy that was not trained yet differ."""
+    def _check_start(self, policy: torch.Tensor, reference: torch.Tensor, inputs: Mapping) -> str | None:
+        """Returns in what policy and reference differ before any step, as with stored log-probs that are stale."""
         lengths = inputs["answer_lengths"]
         is_exact = not self.args.bf16 and all(weight.dtype == torch.float32 for weight in self.model.parameters())
         allowed = ALIKE["float32" if is_exact else "bfloat16"] * lengths.clamp(min=1).sqrt()
         far = ((policy - reference).abs().nan_to_num(0) > allowed) & (lengths > 0)  # what is not finite is told later
         if not far.any():
-            return
+            return None
         pair, answer = far.nonzero()[0].tolist()
         said, asked = policy[pair, answer].item(), reference[pair, answer].item()
         stored = self.train_dataset.stored
-        cause = (
-            "the two are not computed alike; try --use_flash_attention False, --share_prompts False, or dropouts of 0 "
-            "in the model's config.json"
-        )
+        cause = "the two are not computed alike; try --use_flash_attention False or --share_prompts False"
         if stored is not None:
             cause = f"{stored.path} is of another model; delete it to compute it anew"
-        raise ResultError(
+        return (
             "the first loss would not be that of a model equal to its reference (ln 2): of pair "
             f"{int(inputs['indices'][pair])} the {('chosen', 'rejected')[answer]} answer has the log-prob {said:.4f}, "
             f"in the reference {asked:.4f}: {cause}"
@@ -437,6 +450,10 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
             name: torch.tensor(total * share, device=self.args.device) for name, total in progress["totals"].items()
         }
         self.totals = {"train": totals} if totals else {}
+
+    def _save(self, *args, **kwargs) -> None:
+        with saying_their_dropout(self.dropout):
+            super()._save(*args, **kwargs)
 
     def save_more(self, folder: Path) -> None:
         """Saves the reference that --sync_ref_model has moved."""

@@ -57,6 +57,7 @@ class ReliableMixin(UploadingMixin):
     stopped_by = 0  # the one that all ranks agree on
     looks = 0  # between batches without a step
     nonfinite_steps = 0
+    problem: str | None = None  # for which this rank cannot take the step, and no other may
     resumed: Any = None  # the manifest, a dict
 
     @property
@@ -198,7 +199,10 @@ class ReliableMixin(UploadingMixin):
         losses = torch.stack([loss.float().reshape(()) for loss in self.losses]).tolist()
         finite = self._are_finite(losses, gradients_are_finite)
         due = self.run_args.save_seconds and time.monotonic() - self.saved_at >= self.run_args.save_seconds
-        bad, stopped_by, due = self._highest([not finite, self.signal, bool(due) and self.is_world_process_zero()])
+        votes = [not finite, self.signal, bool(due) and self.is_world_process_zero(), self.problem is not None]
+        bad, stopped_by, due, wrong = self._highest(votes)
+        if wrong:
+            raise ResultError(first_of_all_ranks(self.problem))
         self.stopped_by = self.stopped_by or stopped_by
         self.save_is_due = bool(due or self.stopped_by)
         if bad:

@@ -18,6 +18,11 @@ def signal_rank_1_in_step_3() -> None:
     _call_in_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
 
+def interrupt_twice_in_step_3() -> None:
+    """As somebody does who does not want to wait."""
+    _call_in_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+
+
 def signal_rank_1_in_the_evaluation_after_step_4() -> None:
     class InEvaluation(TrainerCallback):
         def on_prediction_step(self, args, state, control, **kwargs):
@@ -65,6 +70,33 @@ def fill_the_disk_in_the_second_checkpoint() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)  # what is said goes to a file as well
 
     SupervisedTrainer._save_optimizer_and_scheduler = save_on_a_full_disk
+
+
+def rank_1_has_another_reference() -> None:
+    """As stored log-probs of another model would give it."""
+    from align.training.preference import PreferenceTrainer
+
+    score = PreferenceTrainer._score_reference
+    if os.environ["RANK"] == "1":
+        PreferenceTrainer._score_reference = lambda self, inputs: score(self, inputs) + 10
+
+
+def spoil_what_is_saved() -> None:
+    """A disk that does not keep what it was given."""
+    from safetensors.torch import load_file, save_file
+
+    from align.training.gate import Gate
+
+    check = Gate.check
+
+    def spoil_and_check(self, folder, state):
+        path = next(Path(folder).glob("*model.safetensors"))
+        tensors = load_file(path)
+        name = next(name for name in tensors if "q_proj" in name)
+        save_file({**tensors, name: tensors[name] + 1}, path, metadata={"format": "pt"})
+        return check(self, folder, state)
+
+    Gate.check = spoil_and_check
 
 
 def prepare_slowly_on_rank_0() -> None:

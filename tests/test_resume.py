@@ -1,5 +1,6 @@
 """Runs that are interrupted and go on as if they were not. Run: pytest tests/test_resume.py"""
 
+import dataclasses
 import fcntl
 import importlib
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from test_dpo import make_rows
 from tiny import save_model
 from transformers import TrainerCallback
 
+from align import cli
 from align.data.loading import find_source
 from align.errors import InputError, ResultError, Stopped
 from align.training import checkpoints
@@ -215,6 +218,85 @@ def test_rows_of_another_day_are_refused_with_the_way_out(train, stopped):
     message = "was made with another --dataset_name: .*; the chat template writes the date, .* --chat_template"
     with pytest.raises(InputError, match=message):
         train("sft.py", "--resume", "auto", "--chat_template", "dated.jinja", output=stopped / "sft.py")
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def described(request):
+    """A run of a script as its checkpoints describe it, and the names of its flags."""
+    script = importlib.import_module(request.param.removesuffix(".py"))
+    given = ["--output_dir", "out", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl"]
+    parsed = cli.parse_arguments(script.ARGUMENTS, script.__doc__, script.RECIPE, argv=given, script=request.param)
+    parser = cli.make_parser(script.ARGUMENTS, script.__doc__, script.RECIPE)
+    tokenizer = SimpleNamespace(fingerprint="one", template=SimpleNamespace(writes_date=False))
+    run = checkpoints.Run.of(request.param, parsed, {}, script.FOLDER, {"--model_name_or_path": "one"}, tokenizer)
+    return run, {action.dest for action in parser._actions if action.option_strings} - {"help", "version"}
+
+
+@pytest.fixture
+def resume(monkeypatch):
+    """`resume(run, flags={…})`: checks the run against a checkpoint of one that differs in these."""
+
+    def resume(run, ranks=1, **differs):
+        about = {"flags": run.flags, "facts": run.facts, "settings": run.settings, "world_size": ranks}
+        about["software"] = checkpoints.software()
+        manifest = about | {name: about[name] | values for name, values in differs.items()}
+        monkeypatch.setattr(checkpoints, "read_manifest", lambda folder: manifest)
+        run.check("checkpoint-4")
+
+    return resume
+
+
+def test_each_flag_that_has_changed_is_refused_or_told_but_for_those_of_no_consequence(described, resume, caplog):
+    run, flags = described
+    assert flags - run.flags.keys() == set(checkpoints.SECRETS)
+    caplog.set_level("INFO", "align")
+    for name in sorted(flags - set(checkpoints.SECRETS) - checkpoints.UNTOLD):
+        caplog.clear()
+        try:
+            resume(run, flags={name: "other"})
+        except InputError as error:
+            assert f"checkpoint-4 was made with --{name} other, this is " in str(error)  # noqa: PT017
+        else:
+            assert f"changed since checkpoint-4: --{name} other -> " in caplog.text
+    for name in run.facts:
+        with pytest.raises(InputError, match="checkpoint-4 was made with another "):
+            resume(run, facts={name: "other"})
+
+
+def test_what_the_optimizer_takes_from_the_checkpoint_cannot_be_changed_and_other_settings_are_told(
+    described, resume, caplog
+):
+    run, _ = described
+    caplog.set_level("INFO", "align")
+    plateau = dataclasses.replace(run, flags=run.flags | {"lr_scheduler_type": "reduce_lr_on_plateau"})
+    sharded = dataclasses.replace(
+        run, settings={"deepspeed optimizer.type": "AdamW", "deepspeed gradient_clipping": 1.0}
+    )
+    for made, differs, cause in (
+        (plateau, {"flags": {"weight_decay": 0.5}}, "the schedule goes on as it was saved"),
+        (
+            run,
+            {"settings": {"gaudi_config_name use_fused_adam": False}},
+            "--gaudi_config_name use_fused_adam False,",
+        ),
+        (run, {"flags": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "the schedule goes on"),
+        (sharded, {"flags": {"adam_beta2": 0.5}}, "the optimizer of DeepSpeed's file goes on as it was saved"),
+        (
+            sharded,
+            {"settings": {"deepspeed optimizer.params.lr": 1.0}},
+            "--deepspeed optimizer.params.lr 1.0, this",
+        ),
+    ):
+        with pytest.raises(InputError, match=cause):
+            resume(made, **differs)
+    with pytest.raises(InputError, match="holds the shards of 2 ranks, these are 1; start as many as before"):
+        resume(dataclasses.replace(run, facts=run.facts | {"--deepspeed": "ZeRO-3"}), ranks=2)
+    resume(run, flags={"learning_rate": 3e-4})
+    resume(run, flags={"f_divergence_type": "FDivergenceType.REVERSE_KL"} if "beta" in run.flags else {})
+
+    resume(sharded, settings={"deepspeed gradient_clipping": 0.5}, software={"torch": "1.0"})
+
+    assert "changed since checkpoint-4: --deepspeed gradient_clipping 0.5 -> 1.0, torch 1.0 -> " in caplog.text
 
 
 def test_of_a_stream_what_decides_its_rows_must_be_as_it_was(train, monkeypatch):

@@ -7,6 +7,7 @@ choose others).
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -49,17 +50,17 @@ class Bench:
         self.configs = write_configs(folder)
         self.took: dict[str, float] = {}
 
-    def start(self, way: str, output: str, *flags, before: str = "") -> Run:
+    def start(self, way: str, output: str, *flags, before: str = "", ranks: int | None = None) -> Run:
         script, own, sharing = WAYS[way]
         paths = ["--model_name_or_path", "model", "--dataset_name", "pairs.jsonl", "--output_dir", output]
         deepspeed = ["--deepspeed", self.configs[sharing]] if sharing in self.configs else []
-        ranks = 1 if sharing == "one" else 2
+        ranks = ranks or (1 if sharing == "one" else 2)
         command = [*COMMON, *own, *paths, *deepspeed, *flags]
         return Run(self.nursery, self.folder, script, command, ranks, before)
 
-    def finish(self, way: str, output: str, *flags) -> str:
+    def finish(self, way: str, output: str, *flags, ranks: int | None = None) -> str:
         """Runs to the end; returns what was said."""
-        run = self.start(way, output, *flags)
+        run = self.start(way, output, *flags, ranks=ranks)
         codes = run.wait()
         assert not any(codes), f"{way} ended with {codes}:\n{run.said()[-5000:]}"
         return run.said()
@@ -136,6 +137,13 @@ def test_a_signal_to_one_rank_stops_all_after_a_step_with_a_checkpoint(bench, wa
     bench.assert_same(f"signal {way}", bench.whole(way))
 
 
+def test_a_second_interrupt_does_not_wait_for_the_step(bench):
+    run = bench.start("sft packed", "interrupted", before="interrupt_twice_in_step_3")
+
+    assert run.wait() == [-signal.SIGINT], run.said()
+    assert [path.name for path in (bench.folder / "interrupted").glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_the_loss_of_a_run_is_the_mean_over_its_ranks_however_often_it_is_logged(bench):
     whole = bench.whole("sft ddp")
 
@@ -165,13 +173,16 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_all_and_both_load_the_best_
 
 @pytest.mark.parametrize("way", ["sft ddp", "sft zero2", "sft full zero3"])
 def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none_and_its_rows_are_kept(bench, way):
-    run = bench.start(way, f"poison {way}", "--max_steps", 4, before="poison_rank_1_in_step_2")
+    flags = ["--max_steps", 4, "--gradient_accumulation_steps", 2]
+    run = bench.start(way, f"poison {way}", *flags, before="poison_rank_1_in_step_2")
 
     assert run.wait() == [0, 0], run.said()
     assert "step 2: a loss is not finite; the step is not taken" in run.said()
     rows = [json.loads(line) for line in (bench.folder / f"poison {way}" / "bad_batch.jsonl").read_text().splitlines()]
     assert {row["rank"] for row in rows} == {1}
-    assert all("What is" in row["text"] and isinstance(row["row"], int) for row in rows)
+    questions = [json.loads(line)["question"] for line in (bench.folder / "pairs.jsonl").read_text().splitlines()]
+    assert all(questions[row["row"]] in row["text"] for row in rows)
+    assert len(rows) < 4 * 5, "one micro-batch of the step's four, of two packed rows"
     for name, tensor in bench.weights(f"poison {way}").items():
         assert tensor.isfinite().all(), name
 
@@ -191,6 +202,42 @@ def test_a_shard_that_is_damaged_sends_the_run_back_to_the_checkpoint_before(ben
     bench.assert_same("damaged", whole)
 
 
+def test_ddp_goes_on_with_another_number_of_ranks_and_as_many_rows_a_step(bench):
+    way, steady = "sft ddp", ["--lora_dropout", 0]  # ranks drop other weights than one process
+    bench.finish(way, "two ranks", *steady)
+    shutil.copytree(bench.folder / "two ranks", bench.folder / "one rank")
+    shutil.rmtree(bench.folder / "one rank" / "checkpoint-8")
+
+    refused = bench.start(way, "one rank", *steady, ranks=1)
+    assert refused.wait() == [2], refused.said()
+    assert "number of rows of all ranks (--per_device_train_batch_size x ranks): 4 then, 2 now" in refused.said()
+    said = bench.finish(way, "one rank", *steady, "--per_device_train_batch_size", 4, ranks=1)
+
+    assert "ranks 2 -> 1 (dropout is drawn anew)" in said
+    for name, tensor in bench.weights("two ranks").items():
+        torch.testing.assert_close(bench.weights("one rank")[name], tensor, atol=2e-5, rtol=0)
+
+
+def test_another_learning_rate_holds_under_deepspeed_too_and_another_file_is_told(bench):
+    way = "sft full zero3"
+    shutil.copytree(bench.folder / bench.whole(way), bench.folder / "rate")
+    shutil.rmtree(bench.folder / "rate" / "checkpoint-8")
+    config = json.loads(bench.configs["zero3"].read_text())
+    config["zero_optimization"]["reduce_bucket_size"] = 100_000
+    (bench.folder / "buckets.json").write_text(json.dumps(config))
+
+    flags = ["--learning_rate", "2e-4", "--lr_scheduler_type", "constant", "--logging_steps", 1]
+    said = bench.finish(way, "rate", *flags, "--deepspeed", "buckets.json")
+
+    assert "--learning_rate 0.001 -> 0.0002" in said
+    assert "--deepspeed zero_optimization.reduce_bucket_size" in said
+    history = json.loads((bench.folder / "rate" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in history if entry["step"] > 6 and "loss" in entry] == [2e-4, 2e-4]
+    before = load_file(bench.folder / "rate" / "checkpoint-6" / "model.safetensors")
+    moved = max((tensor - before[name]).abs().max() for name, tensor in bench.weights("rate").items())
+    assert 2e-4 < moved < 5e-4, "two steps of AdamW, each of at most about the learning rate"
+
+
 def test_a_disk_that_fills_up_under_deepspeed_ends_the_run_with_its_last_checkpoint_whole(bench):
     run = bench.start("sft full zero3", "full", before="fill_the_disk_in_the_second_checkpoint")
 
@@ -208,6 +255,22 @@ def test_ranks_wait_outside_of_collectives_while_the_first_one_prepares_the_data
 
     assert run.wait() == [0, 0], run.said()
     assert (bench.folder / f"{WAYS[way][0]} has prepared").exists()
+
+
+def test_a_first_loss_that_is_wrong_on_one_rank_ends_both_with_the_same_line(bench):
+    run = bench.start("dpo ddp", "apart", before="rank_1_has_another_reference")
+
+    assert run.wait() == [3, 3], run.said()
+    assert run.said().count("the first loss would not be that of a model equal to its reference (ln 2)") == 2
+    assert not list((bench.folder / "apart").glob("*checkpoint-*"))
+
+
+def test_a_model_of_shards_that_is_saved_wrongly_never_gets_its_name(bench):
+    run = bench.start("sft full zero3", "spoilt", before="spoil_what_is_saved")
+
+    assert run.wait() == [3, 3], run.said()
+    assert "was saved with other values than it has in memory; kept as spoilt/failed-checkpoint-2" in run.said()
+    assert not list((bench.folder / "spoilt").glob("checkpoint-*"))
 
 
 def test_code_planted_in_a_shard_is_not_run(bench):

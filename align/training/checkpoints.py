@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from align.data.loading import find_source
 from align.data.tokenization import SampleTokenizer
 from align.errors import InputError
 from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
+from align.upstream_fixes import gaudi_config
 from align.whole import flush, put_in_place, write_file
 
 logger = logging.getLogger(__name__)
@@ -238,10 +240,17 @@ SAME = {
     "label_smoothing_factor", "neftune_noise_alpha",
     "loss_type", "beta", "label_smoothing", "rpo_alpha", "reference_free", "sync_ref_model", "ref_model_mixup_alpha",
     "ref_model_sync_steps", "f_divergence_type", "f_alpha_divergence_coef", "ignore_data_skip", "disable_dropout",
+    "gaudi_config_name use_fused_adam",  # a setting
 }  # fmt: skip
 # Of a stream these too decide which rows are read, which nobody can compare
 SAME_OF_STREAMS = {"size_valid_set", "max_train_samples", "do_eval", "data_format", "bad_rows", "num_buckets"}
-# Flags that change with every command, or do not change what is learnt
+# These too where the optimizer's settings come from the checkpoint and not from the flags, and so do its file's
+SAME_IF_RESTORED = {
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+}  # fmt: skip
+OF_OPTIMIZER = ("deepspeed optimizer.", "deepspeed scheduler.")  # settings
+# Flags that change with every command, or do not change what is learnt; of --deepspeed the settings are told
 UNTOLD = {
     "resume", "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "logging_dir", "run_name", "local_rank",
     "model_name_or_path", "tokenizer_name_or_path", "ref_model", "dataset_name", "deepspeed", "deepspeed_plugin",
@@ -261,6 +270,7 @@ class Run:
 
     flags: dict[str, Any]
     facts: dict[str, Any]  # what must not differ, beside the flags in `SAME`
+    settings: dict[str, Any]  # of files that flags name, as "deepspeed zero_optimization.stage"
     writes_date: bool = False  # the chat template does
 
     @classmethod
@@ -296,26 +306,43 @@ class Run:
                 args.per_device_train_batch_size * args.world_size
             ),
         }
-        return cls(flags | {"world_size": args.world_size}, facts, tokenizer.template.writes_date)
+        settings = {f"gaudi_config_name {key}": value for key, value in vars(gaudi_config(args)).items()}
+        if args.deepspeed is not None:
+            settings |= {f"deepspeed {key}": value for key, value in _flatten(args.hf_deepspeed_config.config)}
+        return cls(flags | {"world_size": args.world_size}, facts, _plain(settings), tokenizer.template.writes_date)
 
     def check(self, checkpoint: str | None) -> None:
         """Refuses a checkpoint of a run that learnt something else; logs what else has changed since."""
         if checkpoint is None:
             return
         folder, manifest = Path(checkpoint), read_manifest(Path(checkpoint))
-        then, facts = manifest["flags"], manifest["facts"]
-        is_stream = self.facts["--tokenizer_name_or_path or --chat_template"] is not None
+        changed = self._find_changes(manifest)
+        self._refuse_another(folder, manifest, changed)
+        told = [f"--{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items() if name not in UNTOLD]
+        if manifest["world_size"] != self.flags["world_size"]:
+            told.append(f"ranks {manifest['world_size']} -> {self.flags['world_size']} (dropout is drawn anew)")
+        before = manifest.get("software", {})
+        told += [f"{name} {before[name]} -> {now}" for name, now in software().items() if before.get(name, now) != now]
+        if told:
+            logger.info(f"changed since {folder}: {', '.join(told)}")
+
+    def _refuse_another(self, folder: Path, manifest: Mapping[str, Any], changed: Mapping[str, tuple]) -> None:
+        """Refuses a checkpoint of a run that would have taken other steps."""
+        facts = manifest["facts"]
         for name, value in self.facts.items():
             if name in facts and facts[name] != value:
                 short = f"{_short(facts[name])} then, {_short(value)} now"
                 way_out = f"; {DATED}" if name == "--dataset_name" and self.writes_date else ""
                 raise InputError(f"{folder} was made with another {name}: {short}{way_out}")
-        changed = {name: (then[name], value) for name, value in self.flags.items() if name in then}
-        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        is_stream = self.facts["--tokenizer_name_or_path or --chat_template"] is not None
+        restored = self._find_restored(manifest)
         for name, (before, now) in changed.items():
-            if name in SAME or (is_stream and name in SAME_OF_STREAMS):
+            decides = name in SAME or (is_stream and name in SAME_OF_STREAMS)
+            is_restored = restored and (name in SAME_IF_RESTORED or name.startswith(OF_OPTIMIZER))
+            if decides or is_restored:
+                why = "" if decides else f", but {restored} goes on as it was saved"
                 raise InputError(
-                    f"{folder} was made with --{name} {_short(before)}, this is {_short(now)}; "
+                    f"{folder} was made with --{name} {_short(before)}, this is {_short(now)}{why}; "
                     "give the same, or another --output_dir"
                 )
         sharded = self.facts["--deepspeed"] != "none"
@@ -324,16 +351,41 @@ class Run:
                 f"{folder} holds the shards of {manifest['world_size']} ranks, these are "
                 f"{self.flags['world_size']}; start as many as before, as DeepSpeed wants"
             )
-        told = [f"--{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items() if name not in UNTOLD]
-        if manifest["world_size"] != self.flags["world_size"]:
-            told.append(f"ranks {manifest['world_size']} -> {self.flags['world_size']} (dropout is drawn anew)")
-        if told:
-            logger.info(f"changed since {folder}: {', '.join(told)}")
+
+    def _find_changes(self, manifest: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What flags and settings were, and are now."""
+        settings = manifest.get("settings", self.settings)  # the release before had none
+        flags = {name: _as_value(value) for name, value in manifest["flags"].items()}
+        pairs = {name: (flags[name], value) for name, value in self.flags.items() if name in flags}
+        names = sorted(settings.keys() | self.settings.keys())
+        pairs |= {name: (settings.get(name), self.settings.get(name)) for name in names}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def _find_restored(self, manifest: Mapping[str, Any]) -> str | None:
+        """What takes its settings from the checkpoint: other optimizers and schedules are made anew from the flags."""
+        if "reduce_lr_on_plateau" in (manifest["flags"].get("lr_scheduler_type"), self.flags["lr_scheduler_type"]):
+            return "the schedule"
+        settings = [*manifest.get("settings", ()), *self.settings]
+        return "the optimizer of DeepSpeed's file" if any(name.startswith(OF_OPTIMIZER) for name in settings) else None
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of nested objects, as ("zero_optimization.stage", 3)."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _plain(value: Any) -> Any:
     """The value as JSON gives it back."""
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=lambda each: each.value if isinstance(each, Enum) else str(each)))
+
+
+def _as_value(value: Any) -> Any:
+    """The release before wrote the name of an enum's member, where a command line has its value."""
+    return str(value).removeprefix("FDivergenceType.").lower() if "FDivergenceType." in str(value) else value
 
 
 def _short(value: Any) -> str:

@@ -465,6 +465,7 @@ class ReliableMixin(UploadingMixin):
             "gate": self.passed,
             "progress": progress,
             "flags": self.run.flags,
+            "settings": self.run.settings,
         }
 
     def _reject(self, folder: Path, final: Path, problem: str) -> None:

@@ -147,6 +147,38 @@ def test_the_files_that_a_card_names_are_read_as_files_are_and_anew_where_one_is
         assert texts(load(tmp_path, do_eval=False).train) == [text]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "disk"])
+def test_typed_rows_of_the_same_time_and_size_are_read_anew(kind, tmp_path):
+    found = []
+    for text in ("Hello", "Howdy"):
+        rows = datasets.Dataset.from_list([{"text": text}])
+        if kind == "parquet":
+            rows.to_parquet(tmp_path / "rows.parquet")
+            os.utime(tmp_path / "rows.parquet", (1, 1))
+            found.append(prepare_text(tmp_path / "rows.parquet").rows["input_ids"])
+        else:
+            datasets.Dataset(rows.data, fingerprint="the same").save_to_disk(tmp_path / "set")
+            found.append(prepare_text(tmp_path / "set").rows["input_ids"])
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ("[1", "README.md: while parsing a flow sequence .*; name a file or a folder inside"),
+        (
+            "[{config_name: a, data_files: a.csv}, {config_name: b, data_files: a.csv}]",
+            r"configs: \['a', 'b'\]; name a",
+        ),
+    ],
+)
+def test_a_card_that_does_not_say_what_to_read_is_one_line(configs, message, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    (tmp_path / "a.csv").write_text("text\nHello\n")
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, do_eval=False)
+
+
 def test_dates_and_bytes_of_parquet_are_no_text_in_a_folder_of_several_kinds_either(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ROWS)
     datasets.Dataset.from_list([{"text": b"Hello"}]).to_parquet(tmp_path / "rows.parquet")

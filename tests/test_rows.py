@@ -752,6 +752,7 @@ FILES = {
 # The further column has more separators of another kind in its name than the file has columns
 FILES["commas.tsv"] = b"prompt\tcompletion\tnotes, if any, or none\n2024-01-02\tNA\t\n12\tTrue\t\n"
 FILES["semicolons in a name.csv"] = b'prompt,completion,"why; how; when; who"\n2024-01-02,NA,\n12,True,\n'
+FILES["blanks.csv"] = b"\n" + TABLE.replace("prompt,", "prompt , ").encode()
 FILES["semicolons.csv"] = TABLE.replace(",", ";").encode()
 FILES["ROWS.CSV.GZ"] = FILES["rows.csv.gz"]
 

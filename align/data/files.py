@@ -166,11 +166,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str, str]]:
     csv.field_size_limit(2**31 - 1)
     with _open(path) as binary:
         lines = (line.decode("utf-8", errors="surrogateescape") for line in binary)
-        first = next(lines, "").removeprefix("\ufeff")
+        first = next((line for line in lines if line.strip("\ufeff\r\n ")), "").removeprefix("\ufeff")
         wanted = "\t,;" if find_kind(path) == ".tsv" else ",;\t"  # spreadsheets of some countries use ;
         separator = next((each for each in wanted if each in first), ",")
         reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         if twice := {name for name in header if header.count(name) > 1}:
             raise InputError(f"--dataset_name: {path} has more than one column {min(twice)!r}; rename or remove one")
         for number in itertools.count(1):

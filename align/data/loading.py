@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from align.data.files import COMPRESSED, KINDS, checksum, find_files, is_readable, is_sound, load_files, seal
@@ -231,7 +232,9 @@ def load_rows(
             if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
                 stored = datasets.load_from_disk(str(where))
                 stored = stored if isinstance(stored, DatasetDict) else DatasetDict({"train": stored})
-                return {key: rows.to_iterable_dataset() for key, rows in stored.items()} if streaming else stored
+                if streaming:
+                    return {key: rows.to_iterable_dataset() for key, rows in stored.items()}
+                return {key: _name_by_content(rows) for key, rows in stored.items()}
             card = where / "README.md"
             if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace"):
                 files = _read_card(where)
@@ -283,7 +286,11 @@ def choose_split(rows: dict[str, Any], split: str, name: str, flag: str) -> Any:
 
 def _read_card(folder: Path) -> dict[str, list[Path]]:
     """The files of each split as the README of a data set names them."""
-    named = datasets.load_dataset_builder(str(folder)).config.data_files
+    try:
+        named = datasets.load_dataset_builder(str(folder)).config.data_files
+    except (ValueError, yaml.YAMLError) as error:  # where it names several configurations, all of them are in the text
+        reason = " ".join(str(error).split()).partition(" Example of usage")[0]
+        raise InputError(f"--dataset_name: {folder}/README.md: {reason}; name a file or a folder inside") from error
     return {str(split): list(map(Path, files)) for split, files in named.items()}
 
 
@@ -311,7 +318,13 @@ def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
         rows = load(cache_dir=str(folder))
     if made and not made[0].with_suffix(".sums").exists():
         seal(made[0], made)
-    return rows
+    return _name_by_content(rows, folder.name)
+
+
+def _name_by_content(rows: Dataset, content: str | None = None) -> Dataset:
+    """Tokens are cached by the name that rows have, which of `datasets` follows from the time of a file alone."""
+    content = content or "".join(checksum(Path(file["filename"])) for file in rows.cache_files)
+    return Dataset(rows.data, rows.info, fingerprint=hashlib.sha256(content.encode()).hexdigest()[:32])
 
 
 def _cut_off(rows: Dataset | IterableDataset, args: DataArguments, seed: int) -> tuple:

@@ -2,6 +2,7 @@
 
 python benchmarks/data.py                          some ten minutes on two quiet cores
 python benchmarks/data.py --samples 2000 --rounds 1
+python benchmarks/data.py --memory                 what sft.py holds of 20,000 and of 200,000 rows: some five minutes
 
 Samples are synthetic, with log-normal lengths like those of chats (dolly) and of questions with an answer (stack
 exchange), and stop at 512 tokens; a batch has 8 rows. Rounds are interleaved, and the fastest counts: noise only slows.
@@ -14,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -125,6 +127,37 @@ def measure_preparation(
     return {name: max(values) for name, values in speeds.items()}
 
 
+def measure_memory(rows: int, folder: Path) -> float:
+    """The most memory that `sft.py` holds while it prepares so many rows and trains on some, in MB."""
+    files, words = write_samples(folder, rows)
+    make_model(make_tokenizer(words), folder / "model")
+    command = f"--model_name_or_path model --dataset_name {files['chat'].name} --output_dir out --do_train"
+    command += f" --max_steps 40 --max_seq_length {LONGEST} --report_to none --save_strategy no"
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w", encoding="utf-8") as log:
+        line = [sys.executable, str(ROOT / "sft.py"), *command.split()]
+        process = subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log)
+        held = 0.0
+        while process.poll() is None:  # what the kernel says at its end counts the memory of this process as well
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            if peak := re.search(r"VmHWM:\s+(\d+) kB", status):
+                held = int(peak[1]) / 1000
+            time.sleep(0.05)
+    if process.returncode:
+        sys.exit((folder / "log").read_text(encoding="utf-8"))
+    return held
+
+
+def compare_memory() -> dict[int, float]:
+    """MB by number of rows."""
+    held = {}
+    for rows in (20_000, 200_000):
+        with tempfile.TemporaryDirectory() as folder:
+            held[rows] = measure_memory(rows, Path(folder))
+        print(f"{rows:,} rows: {held[rows]:.0f} MB, {held[rows] / held[20_000]:.2f} of what 20,000 take")
+    return held
+
+
 def count_tokens(batch: dict) -> tuple[int, int]:
     """Tokens of samples, and computed ones."""
     mask = batch.get("segment_ids", batch.get("attention_mask"))
@@ -166,10 +199,8 @@ class MeteredGaudiSFTTrainer(Metered, GaudiSFTTrainer):
     pass
 
 
-def make_trainer(
-    name: str, samples: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerFast, folder: str, steps: int
-) -> Metered:
-    transformers.set_seed(0)
+def make_model(tokenizer: PreTrainedTokenizerFast, folder: Path | None = None) -> LlamaForCausalLM:
+    """A small random Llama, kept in `folder` with its tokenizer."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -179,6 +210,17 @@ def make_trainer(
         num_key_value_heads=2,
         max_position_embeddings=LONGEST,
     )
+    model = LlamaForCausalLM(config)
+    if folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return model
+
+
+def make_trainer(
+    name: str, samples: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerFast, folder: str, steps: int
+) -> Metered:
+    transformers.set_seed(0)
     options = {"pad_max": False, **(OURS | UPSTREAM)[name]}
     num_buckets = options.pop("num_buckets", -1)
     args = GaudiSFTConfig(
@@ -196,7 +238,7 @@ def make_trainer(
         **options,
     )
     gaudi_config = GaudiConfig(use_fused_adam=True, use_fused_clip_norm=True)
-    common = {"model": LlamaForCausalLM(config), "args": args, "gaudi_config": gaudi_config, "tokenizer": tokenizer}
+    common = {"model": make_model(tokenizer), "args": args, "gaudi_config": gaudi_config, "tokenizer": tokenizer}
     if name in UPSTREAM:
         trainer = MeteredGaudiSFTTrainer(train_dataset=texts, num_buckets=num_buckets, **common)
     else:
@@ -293,8 +335,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the fastest counts")
     add_json_flag(parser)
     parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of many rows, and nothing else")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
+    if options.memory:
+        keep(options.json, {"memory_mb": compare_memory()})
+        return
     disable_progress_bars()
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)

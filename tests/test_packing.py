@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +245,21 @@ def test_packing_in_loader_workers_gives_the_same_batches():
         for n in (0, 2)
     )
     assert here == there
+
+
+def test_rows_that_were_read_do_not_stay_in_memory(tmp_path):
+    """The cache is mapped: without care, a run holds all of it in the end."""
+
+    def measure_held() -> int:
+        areas = Path("/proc/self/smaps").read_text(encoding="utf-8").split(str(tmp_path))[1:]
+        return sum(int(area.split("Rss:")[1].split()[0]) for area in areas)  # KiB
+
+    make_samples([1000] * 2000).save_to_disk(tmp_path)
+    rows = RowDataset(Dataset.load_from_disk(tmp_path))
+    held = []
+    for batch in np.arange(2000).reshape(-1, 20).tolist():
+        for number, row in zip(batch, rows.__getitems__(batch), strict=True):
+            assert row["input_ids"].tolist() == list(range(1000 * number + 1, 1000 * number + 1001))
+        held.append(measure_held())
+    whole = sum(file.stat().st_size for file in tmp_path.glob("*.arrow")) / 1024
+    assert 0 < max(held) < whole / 2

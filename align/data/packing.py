@@ -4,6 +4,9 @@ Packing puts whole samples side by side into rows of one length (one shape in al
 length to one of a few. Everything here is numpy: a torch operation on the CPU in a collator would count as a graph.
 """
 
+import ctypes
+import itertools
+import mmap
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 IGNORED = -100  # the label that cross entropy leaves out
+KEPT_READS = 4  # batches whose pages of the cache stay in memory
 NONE = -1  # the index of no row, to fill up a batch
 
 
@@ -133,6 +137,19 @@ def read_numbers(samples: "Dataset", name: str) -> np.ndarray:
     return read_column(samples, name).to_numpy().astype(np.int64)
 
 
+def drop_pages(samples: "Dataset") -> None:
+    """Takes what was read of the mapped cache out of this process's memory, where it would stay; nothing is lost."""
+    files = {file["filename"] for file in samples.cache_files}
+    if not files:
+        return
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as areas:
+        for addresses, *_, path in (area.rstrip("\n").split(maxsplit=5) for area in areas):
+            if path in files:
+                start, end = (int(address, 16) for address in addresses.split("-"))
+                size = ctypes.c_size_t(end - start)
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
+
+
 class RowDataset(torch.utils.data.Dataset):
     """Rows over a data set with `input_ids`, `labels` and `length`: packed, or without `row_length` one to a sample.
 
@@ -144,6 +161,7 @@ class RowDataset(torch.utils.data.Dataset):
         single = SampleRows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
         self.rows = best_fit_decreasing(self.lengths, row_length, seed) if row_length else single
         self.samples = samples.select_columns(["input_ids", "labels"]).with_format("arrow")
+        self.reads = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -167,6 +185,8 @@ class RowDataset(torch.utils.data.Dataset):
         input_ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
         ends = np.cumsum([self.lengths[samples].sum() for samples in members])[:-1]
         parts = zip(np.split(input_ids, ends), np.split(labels, ends), members, strict=True)
+        if next(self.reads) % KEPT_READS == 0:
+            drop_pages(self.samples)
         return [_join(ids, row_labels, self.lengths[samples]) for ids, row_labels, samples in parts]
 
 

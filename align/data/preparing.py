@@ -32,7 +32,7 @@ from align.data.formats import (
     without_nones,
 )
 from align.data.loading import DataArguments, check_data_arguments, check_output, load_splits, read_renames
-from align.data.packing import read_column, read_numbers
+from align.data.packing import drop_pages, read_column, read_numbers
 from align.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,8 @@ def prepare_data(
             is_alone = len(names) == 1
             prepared = prepare(rows, one, tokenize, fingerprint, preference, has_template, title, is_alone)
             report(title, prepared)
+            if isinstance(prepared.rows, Dataset):
+                drop_pages(prepared.rows)
             found.setdefault(split, {})[name] = prepared
     all_columns = (part.columns for parts in found.values() for part in parts.values())
     _check_columns(args, list(dict.fromkeys(itertools.chain(*all_columns))))

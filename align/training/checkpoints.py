@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from align import __version__
 from align.data.files import is_readable
 from align.data.loading import find_source
+from align.data.packing import drop_pages
 from align.data.tokenization import SampleTokenizer
 from align.errors import InputError
 from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
@@ -425,6 +426,7 @@ def identify_rows(rows: Dataset | IterableDataset, sources: Mapping[str, Path]) 
             array = part[column].combine_chunks()
             digest.update(array.value_lengths().to_numpy(zero_copy_only=False).tobytes())
             digest.update(array.flatten().to_numpy(zero_copy_only=False).tobytes())
+        drop_pages(rows)
     return digest.hexdigest()
 
 

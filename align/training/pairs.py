@@ -19,6 +19,7 @@ here is numpy: see align/data/packing.py.
 """
 
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
-from align.data.packing import IGNORED, NONE, BucketSampler, choose_buckets, take
+from align.data.packing import IGNORED, KEPT_READS, NONE, BucketSampler, choose_buckets, drop_pages, take
 from align.errors import InputError
 from align.training.reference import Stored
 
@@ -93,7 +94,9 @@ def collect(rows: Dataset | IterableDataset, limit: int) -> Dataset:
 def measure(pairs: Dataset) -> np.ndarray:
     """Tokens of each prompt, chosen and rejected answer, `[pairs, 3]`."""
     parts = pairs.select_columns(list(COLUMNS)).with_format("arrow").iter(batch_size=10_000)
-    return np.concatenate([np.stack([pc.list_value_length(part[name]) for name in COLUMNS], axis=1) for part in parts])
+    lengths = [np.stack([pc.list_value_length(part[name]) for name in COLUMNS], axis=1) for part in parts]
+    drop_pages(pairs)
+    return np.concatenate(lengths)
 
 
 def column_cost(config: PretrainedConfig) -> Callable[[int, int], float]:
@@ -230,6 +233,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.pairs = pairs.select_columns([*COLUMNS, *LABELS]).with_format("numpy")
         self.rows = rows
         self.stored = stored
+        self.reads = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -238,6 +242,8 @@ class PairDataset(torch.utils.data.Dataset):
         taken = [index for index in indices if index != NONE]
         columns = self.pairs[taken] if taken else {name: [] for name in (*COLUMNS, *LABELS)}
         pairs = zip(*(columns[name] for name in (*COLUMNS, *LABELS)), strict=True)
+        if next(self.reads) % KEPT_READS == 0:
+            drop_pages(self.pairs)
         return [self._describe(index, *(next(pairs) if index != NONE else [EMPTY] * 5)) for index in indices]
 
     def _describe(self, index: int, prompt: np.ndarray, *answers_and_labels: np.ndarray) -> dict:

@@ -23,7 +23,7 @@ with quiet_imports():
     from align.data.tokenization import SampleTokenizer, tokenize_pairs
     from align.models import loading as modeling
     from align.models.attention import probe_rows
-    from align.training import checkpoints, folders, pairs, preference, reference, report, results
+    from align.training import checkpoints, folders, pairs, preference, reference
     from align.training.flags import FLAGS
     from align.training.ranks import agree, first_of_node_first
     from align.training.unused import tell_unused
@@ -248,24 +248,7 @@ def main() -> None:
         peft_config=peft_config,
     )
     trainer.watch(this_run, run_args, prepared)
-
-    # Train
-    if args.do_train:
-        folders.clear_output(args, run_args, checkpoint)
-        trainer.add_callback(preference.StoreReference(trainer))
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        results.save_results(trainer, "train", {**trained.metrics, **trainer.last_logged()})
-
-    # Evaluate
-    if args.do_eval:
-        results.save_results(trainer, "eval", trainer.evaluate())
-    trainer.samples.show("after")
-    if args.do_train:
-        results.save_history(trainer, CURVES)
-        report.write_report(trainer, CURVES)
-        if args.push_to_hub:
-            trainer.push_to_hub()
+    trainer.train_and_evaluate(checkpoint, CURVES)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Eight cards:  python gaudi_spawn.py --world_size 8 --use_deepspeed sft.py \\
                   --deepspeed configs/llama2_ds_zero3_config.json ... (the same flags)
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,7 +22,7 @@ with quiet_imports():
     from align.data.tokenization import SampleTokenizer, tokenize_samples
     from align.models import loading as modeling
     from align.models.attention import probe_rows
-    from align.training import checkpoints, folders, report, results
+    from align.training import checkpoints, folders
     from align.training.flags import FLAGS
     from align.training.ranks import agree, first_of_node_first
     from align.training.supervised import SupervisedTrainer, make_all_batches
@@ -129,25 +128,7 @@ def main() -> None:
         peft_config=peft_config,
     )
     trainer.watch(this_run, run_args, prepared)
-
-    # Train
-    if args.do_train:
-        folders.clear_output(args, run_args, checkpoint)
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        results.save_results(trainer, "train", trained.metrics)
-
-    # Evaluate
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))
-        results.save_results(trainer, "eval", metrics)
-    trainer.samples.show("after")
-    if args.do_train:
-        results.save_history(trainer, CURVES)
-        report.write_report(trainer, CURVES)
-        if args.push_to_hub:
-            trainer.push_to_hub()
+    trainer.train_and_evaluate(checkpoint, CURVES)
 
 
 if __name__ == "__main__":

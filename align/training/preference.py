@@ -429,10 +429,15 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
             logs = {**self.average("train"), **logs}
         super().log(logs, start_time)
 
-    def last_logged(self) -> dict[str, float]:
-        """The last training metrics that were logged, as `train_rewards/margins` and so on."""
+    def complete(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """With the training metrics that were logged last, as `train_rewards/margins` and so on."""
         entry = next((entry for entry in reversed(self.state.log_history) if "rewards/margins" in entry), {})
-        return {f"train_{name}": value for name, value in entry.items() if "/" in name}
+        logged = {f"train_{name}": value for name, value in entry.items() if "/" in name}
+        return {**metrics, **(logged if "train_loss" in metrics else {})}
+
+    def watch(self, *args, **kwargs) -> None:
+        super().watch(*args, **kwargs)
+        self.add_callback(StoreReference(self))
 
     # In a checkpoint
 

@@ -1,9 +1,10 @@
 """What the trainers of sft.py and dpo.py have in common: rows that come ready to compute, and all upstream's mends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.models.attention import segment_mask
+from align.training import folders, report, results
 from align.training.reliable import ReliableMixin
 from align.upstream_fixes import GraphedAccumulationMixin, StepsInPartsMixin, WholeStepsMixin, attention_inputs
 
@@ -13,6 +14,26 @@ class RowsMixin(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumu
 
     The collators of align/ return what a step needs and nothing else, so no column is taken out.
     """
+
+    def train_and_evaluate(self, checkpoint: str | None, curves: Mapping[str, Sequence[str]]) -> None:
+        """What the run was asked for, from `checkpoint` on; its folder keeps the figures, `curves` and the report."""
+        if self.args.do_train:
+            folders.clear_output(self.args, self.run_args, checkpoint)
+            trained = self.train(resume_from_checkpoint=checkpoint)
+            self.save_model()
+            results.save_results(self, "train", self.complete(trained.metrics))
+        if self.args.do_eval:
+            results.save_results(self, "eval", self.complete(self.evaluate()))
+        self.samples.show("after")
+        if self.args.do_train:
+            results.save_history(self, curves)
+            report.write_report(self, curves)
+            if self.args.push_to_hub:
+                self.push_to_hub()
+
+    def complete(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The figures of training or of the last evaluation, with what else is known of them."""
+        return dict(metrics)
 
     def _remove_unused_columns(self, dataset, description=None):
         return dataset

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,10 @@ class SupervisedTrainer(RowsMixin, RightScaleMixin, GaudiSFTTrainer):
     @property
     def longest(self) -> int:
         return self.args.max_seq_length
+
+    def complete(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        more = {"perplexity": math.exp(min(metrics["eval_loss"], 700))} if "eval_loss" in metrics else {}
+        return {**metrics, **more}
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset

@@ -38,6 +38,13 @@ SWALLOWS_TEXT = TOOLS_TEMPLATE.replace("(m['content'] or '')", "('' if m.get('to
 NO_TOOL = TOOLS_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
 NO_SYSTEM = TOOLS_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
 
+CALL_WITHOUT_BLANK = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ (messages[0]['content'] if loop.last else '') + '[INST] ' + "
+    "m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{% for call in m.get('tool_calls') or [] %}"
+    "{{ 'CALL ' + call['function']['name'] }}{% else %}{{ ' ' + m['content'] }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
 
 def user(content):
     return {"role": "user", "content": content}
@@ -129,6 +136,18 @@ FINE_TUNING = {
             "does not show the key `tool_calls` of a message",
             "a turn of the assistant that the chat template shows as nothing is not learnt",
         ],
+    ),
+    "a call of which the template shows an empty answer": (
+        WITH_TOOLS,
+        {"template": TOOLS_TEMPLATE.replace("{% for call in m.get('tool_calls') or [] %}", "SAY {% for call in [] %}")},
+        ["SAY four" + END],
+        ["a turn of the assistant that the chat template shows as nothing is not learnt"],
+    ),
+    "a call without the blank that answers have, behind a system message that the template only asks with": (
+        {"messages": [{"role": "system", "content": "Be"}, user("2"), said(None, tool_calls=CALL)]},
+        {"kind": "qwen", "template": CALL_WITHOUT_BLANK},
+        ["CALL add<|im_end|>"],
+        ["columns not used: none"],
     ),
     "a turn of weight 0": (
         {"messages": [user("a"), said("bad", weight=0), user("b"), said("good")]},

@@ -203,13 +203,17 @@ class ChatTemplate:
         notes: tuple[str, ...] = ()
         said: str | None
         owed: str | None
-        has_calls = bool(message.get("tool_calls"))
-        if not (content.strip() or thoughts.strip() or has_calls):
+        calls = message.get("tool_calls")
+        without = {key: value for key, value in message.items() if key != "tool_calls"}
+        has_calls = bool(calls) and not self._shows_the_same(text, [*before, without], tools)
+        if not content.strip() and not has_calls and (calls or not thoughts.strip()):
             return Turn(asked, "", closing)
         whole = f"<think>\n{thoughts.strip()}\n</think>\n\n{content}" if thoughts.strip() else content
         if text.startswith(asked):
             said = text[len(asked) : end]
         else:
+            if not text.startswith(opened):
+                opened = opened.rstrip()  # a blank in front of what is said, and not of a call
             said, owed = text[len(opened) : end] if text.startswith(opened) else None, ""
             asked_tail, opened_tail = _behind_last(before, asked), _behind_last(before, opened)
             more = _rest_behind(opened_tail, asked_tail)

@@ -38,6 +38,7 @@ SWALLOWS_TEXT = TOOLS_TEMPLATE.replace("(m['content'] or '')", "('' if m.get('to
 NO_TOOL = TOOLS_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
 NO_SYSTEM = TOOLS_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
 
+ENDS_CALLS = "(m['content'] or '') + ('<|start|>' if m.get('tool_calls') else '<|eot|>')"
 CALL_WITHOUT_BLANK = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ (messages[0]['content'] if loop.last else '') + '[INST] ' + "
     "m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{% for call in m.get('tool_calls') or [] %}"
@@ -148,6 +149,12 @@ FINE_TUNING = {
         {"kind": "qwen", "template": CALL_WITHOUT_BLANK},
         ["CALL add<|im_end|>"],
         ["columns not used: none"],
+    ),
+    "a call that ends with a token of its own": (
+        WITH_TOOLS,
+        {"template": TOOLS_TEMPLATE.replace("(m['content'] or '') + '<|eot|>'", ENDS_CALLS)},
+        ["CALL add<|start|>", "four" + END],
+        ["does not show the arguments of a call"],
     ),
     "a turn of weight 0": (
         {"messages": [user("a"), said("bad", weight=0), user("b"), said("good")]},

@@ -190,7 +190,10 @@ class ChatTemplate:
         before, message = messages[:-1], messages[-1]
         text = self.write(messages, tools)
         opened, closing = self._find_frame(before, tools)
-        end = len(text) - len(closing) if closing and text.endswith(closing) else len(text)
+        if not text.endswith(closing):  # as calls that end with a token of their own
+            last = max(self.special.finditer(text), key=lambda found: found.end(), default=None)
+            closing = text[last.start() :] if last and not text[last.end() :].strip() else ""
+        end = len(text) - len(closing)
         special = self.special.search(closing)
         closing = closing[: special.end()] if special else closing.rstrip()
         try:

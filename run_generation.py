@@ -119,9 +119,16 @@ def main(argv: list[str] | None = None) -> None:
     encoded = encode_prompts(
         prompts, source.tokenizer, prompt_args.use_chat_template, source.vocabulary_size, room, width
     )
-    pads = not gaudi_args.flash_attention_causal_mask
     lengths = list(map(len, encoded))
-    batches = plan_batches(lengths, gaudi_args.batch_size, gaudi_args.bucket_size, room, width=width, pads=pads)
+    batches = plan_batches(
+        lengths,
+        gaudi_args.batch_size,
+        gaudi_args.bucket_size,
+        room,
+        width=width,
+        pads=not gaudi_args.flash_attention_causal_mask,
+        ignores_padding=source.ignores_padding,
+    )
     kept = None
     if rank == 0 and output_dir is not None and not output_args.measures:
         flags = (model_args, prompt_args, decoding_args, gaudi_args)

@@ -24,7 +24,8 @@ DEEPSEEK |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key
 DEEPSEEK |= {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 DERIVED = {"deepseek_v3": ("qk_head_dim", "head_dim", "rope_interleave")}  # what published folders leave out
 HEAD = {"head_dim": 16}
-WITH_A_STATE = ("falcon_mamba", "mamba")  # PEFT adapts no `out_proj` of theirs
+# PEFT adapts no `out_proj` of theirs (tuners/lora/model.py, MAMBA_MODEL_TYPES)
+WITH_A_STATE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2")
 SOFT_CAPS = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 5.0}
 NO_DROPOUT = {"dropout": 0, "attention_dropout": 0, "activation_dropout": 0}
 
@@ -40,6 +41,7 @@ CONFIGS = {  # row: (model_type, what differs from SIZES)
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "falcon": ("falcon", {"multi_query": True}),
     "falcon (40B layout)": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon (many heads)": ("falcon", {"multi_query": False}),
     "falcon (ALiBi)": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
     "falcon_mamba": ("falcon_mamba", {"state_size": 8, "time_step_rank": 8}),
     "gemma": ("gemma", HEAD),
@@ -102,6 +104,55 @@ CONFIGS = {  # row: (model_type, what differs from SIZES)
         | {"sliding_window": 16, "tie_word_embeddings": True, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
     ),
 }
+MORE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+BERT = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+DBRX = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}
+DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8}}
+DBRX |= {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}}
+MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+JAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False, "attn_layer_period": 2}
+JAMBA |= {"attn_layer_offset": 1}
+RARE = {  # further families of transformers, which optimum-habana leaves as they are
+    "arcee": ("arcee", {}),
+    "bamba": ("bamba", MAMBA_2 | {"attn_layer_indices": [1]}),
+    "biogpt": ("biogpt", BERT),
+    "bitnet": ("bitnet", {}),
+    "ctrl": ("ctrl", {"n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 128, "resid_pdrop": 0, "embd_pdrop": 0}),
+    "dbrx": ("dbrx", DBRX),
+    "diffllama": ("diffllama", {}),
+    "doge": ("doge", {}),
+    "dots1": ("dots1", ROUTED | {"n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}),
+    "ernie4_5": ("ernie4_5", HEAD),
+    "ernie4_5_moe": ("ernie4_5_moe", {"moe_intermediate_size": 32, "moe_k": 2, "moe_num_experts": 4}),
+    "exaone4": ("exaone4", ALTERNATING),
+    "falcon_h1": ("falcon_h1", MAMBA_2 | {"mamba_d_ssm": 128}),
+    "glm": ("glm", HEAD),
+    "glm4_moe": ("glm4_moe", ROUTED | HEAD),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"attention_dropout": 0, "hidden_dropout": 0}),
+    "granitemoe": ("granitemoe", MORE_EXPERTS),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        MAMBA_2 | MORE_EXPERTS | {"shared_intermediate_size": 32, "layer_types": ["mamba", "attention"]},
+    ),
+    "granitemoeshared": ("granitemoeshared", MORE_EXPERTS | {"shared_intermediate_size": 32}),
+    "helium": ("helium", HEAD),
+    "jamba": ("jamba", JAMBA | {"num_experts": 4}),
+    "jetmoe": ("jetmoe", MORE_EXPERTS | {"kv_channels": 16}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "mamba2": ("mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
+    "minimax": (
+        "minimax",
+        MORE_EXPERTS | HEAD | {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
+    ),
+    "modernbert-decoder": ("modernbert-decoder", {"attention_dropout": 0, "local_attention": 16}),
+    "olmoe": ("olmoe", EXPERTS),
+    "openai-gpt": ("openai-gpt", GPT2),
+    "phimoe": ("phimoe", MORE_EXPERTS),
+    "xlstm": ("xlstm", {"num_heads": 4}),
+    "zamba": ("zamba", JAMBA | {"n_mamba_heads": 2, "num_hidden_layers": 4}),
+}
+CONFIGS |= RARE
 
 
 def save_family_model(folder: Path, row: str, **changes) -> Path:

@@ -15,6 +15,7 @@ from measure_families import PROMPTS, draw, generate, judge, load_for_texts
 from align.cli import run_script
 from align.generation.model import check_shares
 from align.merge.checkpoints import open_checkpoint
+from align.models.families import find_split_fault
 from align.models.guard import load_config
 from align.upstream_fixes import adapt_transformers
 
@@ -38,7 +39,8 @@ def answer() -> None:
 
         found = judge(attempt, json.loads((folder / "plain.json").read_text())["answers"])
         whole = sum(math.prod(tensor.shape) for tensor in open_checkpoint(folder).tensors.values())
-        cells[row] = f"{found}, not split" if sizes and sizes[0] >= whole else found
+        is_whole = find_split_fault(config) or (sizes and sizes[0] >= whole)
+        cells[row] = f"{found}, not split" if is_whole else found
     if rank == 0:
         (root / "ranks.json").write_text(json.dumps(cells))
 

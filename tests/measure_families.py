@@ -30,13 +30,15 @@ from align.generation.config import (
 from align.generation.decoding import TextGenerator
 from align.generation.model import ModelArguments as GenerationArguments
 from align.generation.model import load_model as load_for_generation
+from align.generation.prompts import plan_batches
 from align.merge.checkpoints import NotStreamableError, open_checkpoint, read_json
 from align.merge.plan import open_adapter, plan_merge
 from align.models.attention import find_samples, probe_rows, segment_mask
-from align.models.families import find_fault, is_exact_in_fused_kernel
+from align.models.families import IGNORE_PADDING, UNUSABLE, find_fault, is_exact_in_fused_kernel
 from align.models.guard import check_adapter, load_config
 from align.models.loading import ModelArguments, load_model
 from align.training.pairs import Bucket, Layout, PairCollator
+from align.training.preference import leave_out_dropout
 from align.upstream_fixes import adapt_transformers, attention_inputs, gaudi_class
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +103,8 @@ def measure_training(folder: Path, expected: list[torch.Tensor], flash: bool | N
     """
     config = load_config(folder, "--model_name_or_path")
     args = ModelArguments(model_name_or_path=str(folder), use_flash_attention=flash)
-    model = load_model(args, TRAINING, config, frozen=False, longest=LONGEST).train()  # there is no dropout
+    model = load_model(args, TRAINING, config, frozen=False, longest=LONGEST).train()
+    leave_out_dropout(model)
     options = attention_inputs(model)
     rows = {"packed": (packed_row(), expected[:3]), "shared": (pair_rows(True)[0], expected[3:])}
     result = {}
@@ -129,11 +132,10 @@ def measure_generation(folder: Path, answers: list[list[int]], beams: list[list[
     model = load_for_texts(folder)
     prompts = [draw(length, 1) for length in PROMPTS]
     result = {}
+    plain = make_forward_options(fit_to_class(model, GaudiArguments()), {})
     for name, flags in WAYS.items():
         kept = fit_to_class(model, GaudiArguments(**flags))
-        if flags and make_forward_options(kept, choose_kernels(model, kept)) == make_forward_options(
-            GaudiArguments(), {}
-        ):
+        if flags and name != "no cache" and make_forward_options(kept, choose_kernels(model, kept)) == plain:
             result[name] = "no effect"
         elif name == "alone":
             result[name] = judge(lambda: [generate(model, [prompt])[0] for prompt in prompts], answers)
@@ -157,7 +159,12 @@ def generate(model, prompts: list[list[int]], num_beams: int = 1, **flags) -> li
     config = make_generation_config(model, TOKENIZER, decoding, [])
     options = make_forward_options(gaudi, choose_kernels(model, gaudi))
     generator = TextGenerator(model, TOKENIZER, config, options, [], len(prompts))
-    return generator.generate(prompts, max(map(len, prompts)))[0]
+    lengths, ignores_padding = list(map(len, prompts)), model.config.model_type in IGNORE_PADDING
+    answers = {}
+    for batch in plan_batches(lengths, len(prompts), -1, LONGEST, ignores_padding=ignores_padding):
+        said, _ = generator.generate([prompts[place] for place in batch.places], batch.width)
+        answers |= zip(batch.places, said, strict=True)
+    return [answers[place] for place in range(len(prompts))]
 
 
 def measure_merge(folder: Path) -> str:
@@ -233,6 +240,12 @@ def describe(row: str, result: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def describe_unusable() -> str:
+    """Behind the table: the kinds that are refused."""
+    refused = (f"- {kind}: {reason}" for kind, reason in UNUSABLE.items())
+    return "Refused in one line, as nothing here computes them rightly:\n\n" + "\n".join(refused)
+
+
 HEAD = """\
 # Which models work
 
@@ -262,6 +275,10 @@ in the table runs too, and is probed as all are.
   whole model, which is said; `refused` where the cards cannot share the key/value heads evenly. Bloom is split in
   optimum-habana's class.
 
+Models whose layers carry a state from token to token (Mamba, Falcon-H1, Granite 4, Jamba, LFM2 …) get rows of their
+own. LFM2 and MiniMax generate without a cache, Mamba and xLSTM too, which is said; LFM2 and xLSTM ignore padding, so
+that a batch of theirs has prompts of one length.
+
 """
 COLUMNS = ("model", "class", "packing", "pairs", "text", "`--num_beams`", "`--reuse_cache`", "`--bucket_size`")
 COLUMNS += ("`--use_flash_attention`", "merge", "two cards")
@@ -276,7 +293,7 @@ def write_page(path: Path) -> None:
             measure(Path(folder) / str(number)) | {"two cards": cards[row]} for number, row in enumerate(CONFIGS)
         ]
         lines = [describe(row, result) for row, result in zip(CONFIGS, results, strict=True)]
-    path.write_text(HEAD + "\n".join(lines) + "\n")
+    path.write_text(HEAD + "\n".join(lines) + "\n\n" + describe_unusable() + "\n")
 
 
 if __name__ == "__main__":

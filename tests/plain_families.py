@@ -59,6 +59,7 @@ def compute(folder: Path) -> None:
     for length in PROMPTS:
         ids = torch.tensor([draw(length, 1)])
         options = {"num_beams": 2, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
+        options["use_cache"] = model._supports_default_dynamic_cache()  # other caches do not follow their beams
         found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
         beams.append(found[0, length:].tolist())
     logits = [logits(ids).log_softmax(-1).tolist() for ids in sequences()]

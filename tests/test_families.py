@@ -1,14 +1,19 @@
 """Every row of docs/models.md, against plain transformers. Run: pytest tests/test_families.py"""
 
+import json
 import re
 
 import pytest
 from conftest import ROOT, write_rows
-from family_models import CONFIGS, WITH_A_STATE
-from measure_families import RIGHT, describe, make_plain, measure, measure_ranks
+from family_models import CONFIGS, RARE, WITH_A_STATE, save_family_model
+from measure_families import RIGHT, describe, describe_unusable, load_for_texts, make_plain, measure, measure_ranks
 from tiny import make_tokenizer
 
 from align.errors import InputError
+from align.generation.config import GaudiArguments, fit_to_class
+from align.models.families import UNUSABLE
+from align.models.guard import load_config
+from align.upstream_fixes import adapt_transformers
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +21,10 @@ def plain(tmp_path_factory):
     return make_plain(tmp_path_factory.mktemp("families"))
 
 
-@pytest.mark.parametrize("row", CONFIGS)
+ROWS = [pytest.param(row, marks=pytest.mark.soak) if row in RARE else row for row in CONFIGS]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_a_family_is_right_or_refused_as_its_page_says(row, plain):
     result = measure(plain / str(list(CONFIGS).index(row)))
 
@@ -28,6 +36,26 @@ def test_a_family_is_right_or_refused_as_its_page_says(row, plain):
     assert result["merge"] in ("streamed, same bits", "through PEFT, same bits")
     page = [line.rsplit(" | ", 1)[0] for line in read_page()]  # without two cards
     assert without_figures(describe(row, result | {"two cards": ""})).rsplit(" | ", 1)[0] in page
+
+
+def test_flash_attention_is_left_out_where_an_mpt_scales_its_scores_by_itself(tmp_path, caplog):
+    adapt_transformers()
+    folder = save_family_model(tmp_path, "mpt", attn_config={"softmax_scale": 0.1})
+
+    gaudi = fit_to_class(load_for_texts(folder), GaudiArguments(use_flash_attention=True))
+
+    assert not gaudi.use_flash_attention
+    assert "--use_flash_attention has no effect: optimum-habana's leaves out softmax_scale in mpt models" in caplog.text
+
+
+def test_kinds_that_nothing_computes_rightly_are_refused_and_on_the_page(tmp_path):
+    adapt_transformers()
+    for kind in UNUSABLE:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(InputError, match=f"is a {kind} model, which is not used here: transformers' class"):
+            load_config(tmp_path, "--model_name_or_path")
+
+    assert describe_unusable() in (ROOT / "docs" / "models.md").read_text()
 
 
 @pytest.mark.soak

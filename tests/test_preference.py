@@ -248,6 +248,8 @@ DROPPING = {
     "llama": {"attention_dropout": 0.5},
     "gpt_neox": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
     "falcon": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
+    "minimax": {"router_jitter_noise": 0.5},
+    "phimoe": {"input_jitter_noise": 0.5},
 }
 
 

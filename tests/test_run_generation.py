@@ -232,6 +232,8 @@ def test_batches_hold_every_prompt_once_on_widths_that_fit():
     assert sorted(place for batch in batches for place in batch.places) == list(range(8))
     assert [batch.width for batch in batches] == [16, 66, 300]
     assert [batch.width for batch in plan_batches(lengths, 3, bucket_size=32, max_width=310)] == [31, 95, 310]
+    alike = plan_batches([3, 5, 3, 3], 2, bucket_size=32, max_width=310, ignores_padding=True)
+    assert [(batch.places, batch.width) for batch in alike] == [([0, 2], 3), ([3], 3), ([1], 5)]
     one_by_one = plan_batches(list(range(1, 201)), batch_size=1, bucket_size=-1, max_width=200)
     assert len({batch.width for batch in one_by_one}) == 5  # as many as 16, 32, ... 256 are
     assert sum(batch.width for batch in one_by_one) == 24000  # powers of two would be 29440

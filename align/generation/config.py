@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from align.errors import InputError
 from align.generation.decoding import TextGenerator
 from align.generation.model import SWITCH
-from align.generation.stepping import ForwardOptions, has_static_shapes
+from align.generation.stepping import ForwardOptions, has_static_shapes, takes_cache
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,9 @@ def fit_to_class(model: "PreTrainedModel", gaudi: GaudiArguments) -> GaudiArgume
     from align.models.families import can_reuse_cache, find_flash_fault
 
     kind = f"{model.config.model_type} models"
+    if gaudi.use_kv_cache and not takes_cache(model):
+        logger.warning(f"--use_kv_cache has no effect: {kind} keep states, and each token reads all before it again.")
+        gaudi = replace(gaudi, use_kv_cache=False)
     if not has_static_shapes(model):
         gaudi = _leave_out(
             gaudi, ("reuse_cache", "bucket_size", "bucket_internal"), f"{kind} run without static shapes"
@@ -232,10 +235,6 @@ def make_generation_config(
     """
     from transformers import GenerationConfig
 
-    if decoding.num_beams > 1 and model._is_stateful:
-        raise InputError(
-            f"--num_beams: {model.config.model_type} models keep a state that no beam search reorders; leave it out"
-        )
     own, neutral = model.generation_config.to_dict(), GenerationConfig().to_dict()
     unused = [name for name, value in own.items() if name not in USED + REPLACED and value != neutral.get(name)]
     if unused:

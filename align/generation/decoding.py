@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SHORTEST = 4  # columns of a prompt: a reused cache takes one for a decoding step, and Mamba convolves four
+SHORTEST = 4  # columns of a prompt: a reused cache takes one for a decoding step
 STEPS_PER_CHECK = 8  # steps between two looks for end tokens: each look waits for the device
 
 
@@ -127,7 +127,9 @@ class TextGenerator:
 
     def lay_out(self, encoded: list[list[int]], width: int) -> Texts:
         """The prompts on the device, padded to `width`, with columns for what will follow."""
-        if not self.options.inputs.get("flash_attention_causal_mask"):
+        if not self.model._supports_default_dynamic_cache():
+            width = max(map(len, encoded))  # where layers carry a state, some forget the padding of a single row
+        elif not self.options.inputs.get("flash_attention_causal_mask"):
             width = max(width, SHORTEST)
         elif width == 1 and self.options.reuse_cache:
             raise InputError("--flash_attention_causal_mask: not with --reuse_cache and a prompt of a single token")

@@ -98,6 +98,12 @@ class Source:
         return getattr(self.config, "max_position_embeddings", sys.maxsize)
 
     @property
+    def ignores_padding(self) -> bool:
+        from align.models.families import IGNORE_PADDING
+
+        return self.config.model_type in IGNORE_PADDING
+
+    @property
     def folders(self) -> dict[str, Path | None]:
         """By the flags that name them."""
         return {

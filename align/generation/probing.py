@@ -20,7 +20,7 @@ from align.generation.config import (
 from align.generation.decoding import TextGenerator
 from align.generation.model import Source, load_model
 from align.generation.prompts import Batch
-from align.models.attention import largest_change
+from align.models.attention import REFUSALS, largest_change
 from align.quiet import quiet_imports
 from align.upstream_fixes import adapt_transformers, is_gaudi_class
 
@@ -30,7 +30,6 @@ STEPS = 2  # after the prompt
 # How much of a token's logits rounding may change: in bfloat16, routers may choose another of two like experts.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 CHEAP = 256  # tokens: of wider prompts the narrowest are tried
-REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)  # of a model's code
 
 
 def load_generator(

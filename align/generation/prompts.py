@@ -11,7 +11,7 @@ import stat
 import sys
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,15 +260,27 @@ class Batch:
 
 
 def plan_batches(
-    lengths: list[int], batch_size: int, bucket_size: int, max_width: int, width: int | None = None, pads: bool = True
+    lengths: list[int],
+    batch_size: int,
+    bucket_size: int,
+    max_width: int,
+    width: int | None = None,
+    pads: bool = True,
+    ignores_padding: bool = False,
 ) -> list[Batch]:
     """Batches of like lengths on few widths, since every new shape is a graph that a Gaudi has to compile.
 
     There are as many widths as powers of two would be, but where they pad least. With a `bucket_size` optimum-habana
     pads `width + 1` to a multiple of it. All have the `width` that is given. Where nothing `pads`, every prompt of a
-    batch is as long as the others.
+    batch must be as long as the others; a model that `ignores_padding` gets batches of one length.
     """
     order = range(len(lengths)) if batch_size == 1 else sorted(range(len(lengths)), key=lengths.__getitem__)
+    if ignores_padding:
+        alike = [list(places) for _, places in groupby(order, key=lengths.__getitem__)]
+        members = [
+            places[start : start + batch_size] for places in alike for start in range(0, len(places), batch_size)
+        ]
+        return [Batch(places, lengths[places[0]]) for places in members]
     members = [list(order[start : start + batch_size]) for start in range(0, len(lengths), batch_size)]
     longest = [max(lengths[place] for place in places) for places in members]
     if not pads:

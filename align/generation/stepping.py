@@ -201,16 +201,15 @@ class GrowingShapes:
         self.model = model
         known = inspect.signature(type(model).forward).parameters
         self.known = {name for name in ("position_ids", "cache_position", "logits_to_keep") if name in known}
-        self.use_cache = options.use_cache and "past_key_values" in known  # models without attention have others
+        self.use_cache = options.use_cache and takes_cache(model)
         self.graphs = {"bypass_hpu_graphs": True} if options.use_hpu_graphs else {}  # none would be replayed
         self.past: Any = None
 
     def start(self, texts: Texts, copies: int = 1) -> "torch.FloatTensor":
         """Logits `[rows * copies, vocabulary]` of the first new tokens; each row is repeated `copies` times."""
         import torch
-        from transformers import DynamicCache
 
-        self.past = DynamicCache() if self.use_cache else None
+        self.past = self._make_cache(texts) if self.use_cache else None
         logits = self._forward(texts, 0)
         if copies > 1:
             repeated = torch.arange(texts.rows, device=texts.tokens.device).repeat_interleave(copies)
@@ -226,6 +225,18 @@ class GrowingShapes:
     def select(self, rows: "torch.LongTensor") -> None:
         if self.past is not None:
             self.past.reorder_cache(rows)
+
+    def _make_cache(self, texts: Texts) -> Any:
+        """An empty cache: transformers' usual one, or the model's own for keys, values and states."""
+        import torch
+        from transformers import DynamicCache
+
+        if self.model._supports_default_dynamic_cache():
+            return DynamicCache()
+        ids, mask = texts.tokens[:, : texts.width], texts.mask[:, : texts.width]
+        columns = torch.arange(texts.width, device=ids.device)
+        made = self.model.prepare_inputs_for_generation(ids, attention_mask=mask, cache_position=columns)
+        return made["past_key_values"]
 
     def _forward(self, texts: Texts, first: int) -> "torch.FloatTensor":
         """`first` is the first column that the cache does not know."""
@@ -249,6 +260,14 @@ class GrowingShapes:
             **self.graphs,
         )
         return output.logits[:, -1].float()
+
+
+def takes_cache(model: "PreTrainedModel") -> bool:
+    """Whether the model keeps keys and values, and not only a state such as Mamba's, which it is not asked for here."""
+    from align.models.families import WITHOUT_CACHE
+
+    known = inspect.signature(type(model).forward).parameters
+    return "past_key_values" in known and model.config.model_type not in WITHOUT_CACHE
 
 
 def has_static_shapes(model: "PreTrainedModel") -> bool:

@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 # Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
 BASE_WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.\w+$)")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|(word_)?embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
+SHARED = ("zamba",)
 CLASSIFIERS = ("score", "classifier")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -372,6 +373,8 @@ class _Planner:
         weight = self.tensors.get(f"{module}.weight")
         if weight is None and {"text_config", "vision_config"} & self.config.keys():
             raise NotStreamableError(f"the names in {self.base.folder} may not be those of the model's modules")
+        if weight is None and self.config.get("model_type") in SHARED:
+            raise NotStreamableError(f"layers of {self.config['model_type']} models share what is stored once")
         if weight is None:
             raise self._homeless(a)
         if len(a.shape) > 2:

@@ -28,8 +28,9 @@ class Family:
     flattened: bool = False  # optimum-habana's class reshapes the mask to [batch, 1, 1, T * T]: undone on the way
     additive: bool = False  # optimum-habana's class takes the mask that transformers' would
     wrong_attention: tuple[str, ...] = ()  # values of --attn_implementation that are wrong; eager never is
-    no_reuse_cache: bool = False  # optimum-habana's class stops with an error with --reuse_cache
-    wrong_flash_attention: str | None = None  # what optimum-habana's class leaves out with --use_flash_attention
+    no_reuse_cache: bool | Callable[[PretrainedConfig], bool] = False  # optimum-habana's class stops with --reuse_cache
+    # What optimum-habana's class leaves out with --use_flash_attention
+    wrong_flash_attention: str | Callable[[PretrainedConfig], str | None] | None = None
     always_fused: bool = False  # optimum-habana's class has no other attention than Gaudi's fused kernel
     right_when_split: bool = False  # over several cards optimum-habana's class is the one that is right
     # What becomes of a model that DeepSpeed 0.16.9 splits over cards, in either class: it is not split
@@ -52,6 +53,14 @@ def _experts(config: PretrainedConfig) -> str | None:
     return None if config.hidden_act == "silu" else f"computes silu where hidden_act is {config.hidden_act}"
 
 
+def _has_a_cache_of_one_head(config: PretrainedConfig) -> bool:
+    return not config.multi_query and not config.new_decoder_architecture
+
+
+def _flash_mpt(config: PretrainedConfig) -> str | None:
+    return None if config.attn_config.softmax_scale is None else "softmax_scale"
+
+
 def _split_falcon(config: PretrainedConfig) -> str | None:
     return None if config.new_decoder_architecture else STOPS
 
@@ -64,7 +73,12 @@ FAMILIES = {
     "cohere": Family(STOPS),
     "deepseek_v2": Family(STOPS, wrong_attention=("gaudi_fused_sdpa",)),
     "deepseek_v3": Family("cannot be trained", wrong_attention=("gaudi_fused_sdpa",)),
-    "falcon": Family(_falcon, wrong_attention=("sdpa", "gaudi_fused_sdpa"), split_fault=_split_falcon),
+    "falcon": Family(
+        _falcon,
+        no_reuse_cache=_has_a_cache_of_one_head,
+        wrong_attention=("sdpa", "gaudi_fused_sdpa"),
+        split_fault=_split_falcon,
+    ),
     "falcon_mamba": Family(split_fault=STOPS),
     "gemma": Family("adds the residual after the second norm"),
     "gemma2": Family(
@@ -82,6 +96,7 @@ FAMILIES = {
     "mamba": Family(split_fault=STOPS),
     # sdpa is not causal where nothing is padded
     "mixtral": Family(_experts, wrong_attention=("sdpa",), always_fused=True),
+    "mpt": Family(wrong_flash_attention=_flash_mpt),
     "olmo2": Family(split_fault=STOPS),
     "opt": Family("says other text with a cache"),
     "persimmon": Family(split_fault="says other text"),
@@ -91,6 +106,30 @@ FAMILIES = {
     "qwen3_moe": Family(_experts),
     "starcoder2": Family(STOPS),
     "xglm": Family(STOPS),
+}
+# Those that transformers alone has, and DeepSpeed splits wrongly
+FAMILIES |= {
+    kind: Family(split_fault=STOPS)
+    for kind in """bamba bitnet ctrl dbrx doge falcon_h1 granitemoehybrid granitemoeshared jamba jetmoe lfm2 mamba2
+    minimax modernbert-decoder olmoe openai-gpt phimoe xlstm zamba""".split()
+}
+FAMILIES |= {kind: Family(split_fault="says other text") for kind in ("diffllama", "granitemoe")}
+# Layers carry a state, or a convolution, from token to token: no mask keeps the samples of a row apart
+STATEFUL = tuple(
+    """bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 minimax recurrent_gemma rwkv xlstm zamba
+    zamba2""".split()
+)
+# Their classes ignore padding in front of a text: prompts of a batch have one length
+IGNORE_PADDING = ("lfm2", "xlstm")
+# Their caches lose states: those behind padding, or of a first token alone
+WITHOUT_CACHE = ("lfm2", "minimax")
+# What nothing here computes rightly: optimum-habana has no class of its own, and that of transformers 4.55 is wrong
+UNUSABLE = {
+    "gemma3n_text": "transformers' class shares keys among layers with a cache alone (modeling_gemma3n.py:1322)",
+    "llama4_text": "transformers' class weighs a token's experts by other tokens' scores (modeling_llama4.py:160)",
+    "recurrent_gemma": "transformers' class keeps the states of the batch before (modeling_recurrent_gemma.py:329)",
+    "rwkv": "transformers' class ignores padding, and changes its own weights between training and evaluation",
+    "zamba2": "transformers' class, without CUDA kernels, adds up states of later tokens (modeling_zamba2.py:889)",
 }
 DIVIDED_TWICE = ("llama", "mistral", "mixtral")  # they share GaudiLlamaRotaryEmbedding
 # What optimum-habana's classes train exactly with Gaudi's fused kernel, samples of a row apart (tests/test_families.py)
@@ -108,7 +147,8 @@ def find_flash_fault(model: PreTrainedModel) -> str | None:
     """What --use_flash_attention leaves out in the class of this loaded model; None where it is right."""
     if not is_gaudi_class(type(model)):
         return None
-    return FAMILIES.get(model.config.model_type, Family()).wrong_flash_attention
+    fault = FAMILIES.get(model.config.model_type, Family()).wrong_flash_attention
+    return fault(model.config) if callable(fault) else fault
 
 
 def check_flash_attention(model: PreTrainedModel) -> None:
@@ -126,7 +166,8 @@ def is_exact_in_fused_kernel(config: PretrainedConfig, longest: int) -> bool:
 
 
 def can_reuse_cache(model: PreTrainedModel) -> bool:
-    return hasattr(model, "allocate_kv_cache") and not FAMILIES.get(model.config.model_type, Family()).no_reuse_cache
+    fault = FAMILIES.get(model.config.model_type, Family()).no_reuse_cache
+    return hasattr(model, "allocate_kv_cache") and not (fault(model.config) if callable(fault) else fault)
 
 
 def find_window(config: PretrainedConfig) -> int | None:

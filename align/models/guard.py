@@ -52,8 +52,8 @@ SIZES += ("num_attention_heads", "num_key_value_heads", "n_head", "n_embd")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Types whose classes give no padding to their embedding, so that any number of it will do
 WITHOUT_PADDING = tuple(
-    """bloom codegen ctrl falcon falcon_mamba gpt2 gpt_bigcode gpt_neo gpt_neox gptj mamba mamba2 mpt openai-gpt
-    rwkv""".split()
+    """bloom codegen ctrl falcon falcon_mamba gpt2 gpt_bigcode gpt_neo gpt_neox gptj mamba mamba2 mpt
+    openai-gpt""".split()
 )
 HEADS = ("lm_head.weight", "embed_out.weight", "head.weight")
 # Of a generation_config.json, or beside a model's entries in config.json
@@ -325,6 +325,8 @@ def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from align.models.families import UNUSABLE
+
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise InputError(f"{flag}: {folder}/config.json has no model_type; give the folder of a causal language model")
@@ -344,6 +346,8 @@ def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig
     is_decoder = config_class in AutoModelForCausalLM._model_mapping and kind not in others and not parts
     if not is_decoder or config.get("is_encoder_decoder"):
         raise InputError(f"{flag}: {folder} is a {kind} model; give a causal language model, of text alone")
+    if kind in UNUSABLE:
+        raise InputError(f"{flag}: {folder} is a {kind} model, which is not used here: {UNUSABLE[kind]}")
     return config_class
 
 

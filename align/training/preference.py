@@ -34,6 +34,7 @@ LOSSES = (*DIVERGING, "sppo_hard", "nca_pair")
 MIXING = ("aot", "aot_pair", "bco_pair")
 MEASURED: tuple[str, ...] = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 MEASURED += ("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected")
+NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")  # of routers
 SYNCED_REFERENCE = "reference.safetensors"
 # Times sqrt(n): how far two computations of the log-prob of an answer of n tokens may be apart, as they round
 ALIKE = {"float32": 0.02, "bfloat16": 0.25}
@@ -49,6 +50,7 @@ def check_same_vocabulary(config: PretrainedConfig, ref_config: PretrainedConfig
 def leave_out_dropout(model: torch.nn.Module) -> list[tuple[PretrainedConfig, str, float]]:
     """Of modules, and of functions: their probability is kept in a module or, of a few families, in its config.
 
+    So is what else is drawn in training alone: routers' noise, and Phi-3.5-MoE's experts (models/phimoe, sparsemixer).
     Returns what the configs said, for `saying_their_dropout`: one that is saved must say it still.
     """
     disable_dropout_in_model(model)
@@ -56,10 +58,17 @@ def leave_out_dropout(model: torch.nn.Module) -> list[tuple[PretrainedConfig, st
     said = []
     for holder in (*model.modules(), *configs.values()):
         for name, value in list(vars(holder).items()):
-            if isinstance(value, float) and "drop" in name:
+            if isinstance(value, float) and ("drop" in name or name in NOISE):
                 said += [(holder, name, value)] if isinstance(holder, PretrainedConfig) else []
                 setattr(holder, name, 0.0)
+    for module in model.modules():
+        if type(module).__name__ == "PhimoeSparseMoeBlock":
+            module.register_forward_pre_hook(_choose_as_evaluated)
     return said
+
+
+def _choose_as_evaluated(experts: torch.nn.Module, _) -> None:
+    experts.training = False
 
 
 @contextlib.contextmanager
@@ -330,11 +339,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
     def starts_as_reference(self) -> bool:
         """Whether policy and reference say the same before the first step, so that its loss is ln 2 (of sigmoid)."""
         facts = self.run.facts if self.run else {}
-        is_random = (
-            not self.args.disable_dropout
-            or self.args.neftune_noise_alpha
-            or getattr(self.model.config, "router_jitter_noise", 0)
-        )
+        is_random = not self.args.disable_dropout or self.args.neftune_noise_alpha
         is_same = facts.get("--ref_model") == facts.get("--model_name_or_path", self)
         return is_same and not self.args.reference_free and not is_random
 

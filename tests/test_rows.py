@@ -697,9 +697,20 @@ def test_rows_of_which_nothing_shall_be_learnt_are_left_out_and_counted(prepare,
     assert "dropped: 1 every turn of the assistant has the weight 0" in caplog.text
 
 
+def test_reasons_and_notes_that_differ_in_what_they_quote_are_counted_together(prepare, caplog):
+    template = REASONING_TEMPLATE.replace("m['content'].split", "(m['content'] | upper).split")
+    template = template.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    rows = [{"messages": [user(f"Hello {number}"), said("YES")]} for number in range(4)]
+    rows += [{"messages": [user(f"Hello {number}"), {"role": f"friend{number}", "content": "a"}]} for number in (1, 2)]
+    prepare(rows, "qwen", template, bad_rows="skip", max_bad_rows=1)
+    assert caplog.text.count("asked with …") == 1
+    assert "4 of 4 samples, first rows.jsonl, row 1" in caplog.text
+    assert "dropped: 2 bad row: column `messages`, message 2: role 'friend1' is none of" in caplog.text
+
+
 def test_rows_that_all_fail_alike_are_not_skipped(prepare):
     with pytest.raises(InputError, match=r"row 1: column `messages` .* \(as all of the first 20 rows\)"):
-        prepare([{"messages": "x"}] * 20, bad_rows="skip", max_bad_rows=1)
+        prepare([{"messages": f"x{number}"} for number in range(20)], bad_rows="skip", max_bad_rows=1)
 
 
 def test_a_column_that_only_later_rows_have_is_told(prepare, caplog):

@@ -6,6 +6,7 @@ Whatever a row says is used, or the log names it: what was dropped, cut or not s
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 COUNTS = ("length", "trained", "sample")  # columns with a number; all others hold token ids
 CUT = "cut: "  # how notes about truncation begin
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")  # what a reason or a note quotes of its row
 TRIED = 100  # rows that are read before any is left out: where all of them fail, the format is wrong, not the rows
 Tokenize = Callable[[list[Sample]], tuple[dict[str, list], list[str | None], list[tuple[str, ...]]]]
 
@@ -252,8 +254,8 @@ class Reader:
         """Logs each kind of loss when it is first met: the rows of a stream cannot be counted beforehand."""
         for row, index, reason, told in zip(rows, indices, dropped, notes, strict=True):
             for text in filter(None, (reason and f"left out: {reason}", *told)):
-                if text not in self.told:
-                    self.told.add(text)
+                if find_kind(text) not in self.told:
+                    self.told.add(find_kind(text))
                     logger.warning(f"{row.get(PLACE) or f'row {index + 1}'}: {text} (later rows like it are not named)")
 
 
@@ -375,7 +377,7 @@ def _try_first(first: list[dict], reader: Reader) -> None:
             if isinstance(error, LeftOut):
                 return
             reasons.append(str(error))
-    if len(set(reasons)) == 1 and len(first) > 1:
+    if len(set(map(find_kind, reasons))) == 1 and len(first) > 1:
         where = first[0].get(PLACE) or f"{reader.name}, row 1"
         raise InputError(f"--dataset_name: {where}: {reasons[0]} (as all of the first {len(first)} rows)")
 
@@ -422,11 +424,21 @@ def _try_plain(reader: Reader, row: dict) -> object:
         return None
 
 
+def find_kind(text: str) -> str:
+    """A reason or a note without what it quotes: rows of the same kind are counted together."""
+    return QUOTED.sub("", text)
+
+
 def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
     """Takes the dropped rows out; counts them, and the notes about the others."""
     reasons = tokenized.data.column("reason")
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist()}
-    dropped = {reason: count for reason, count in counts.items() if reason}
+    names: dict[str, str] = {}  # the first of each kind
+    dropped: dict[str, int] = {}
+    for reason, count in counts.items():
+        if reason:
+            name = names.setdefault(find_kind(reason), reason)
+            dropped[name] = dropped.get(name, 0) + count
     bad = sum(count for name, count in dropped.items() if name.startswith("bad row"))
     if bad > args.max_bad_rows * len(rows):
         raise InputError(
@@ -444,7 +456,8 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
         if entry["values"]:
             index = pc.index(told, entry["values"]).as_py()
             where = rows[tokenized[index]["sample"]].get(PLACE) or "the first in " + str(args.dataset_name)
-            for note in entry["values"].split("\n"):
+            for each in entry["values"].split("\n"):
+                note = names.setdefault(find_kind(each), each)
                 count, place = notes.get(note, (0, where))
                 notes[note] = count + entry["counts"], place
                 noted.setdefault(note, index)

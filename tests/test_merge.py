@@ -14,7 +14,13 @@ from conftest import ROOT
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_config, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 import align.merge.arithmetic
 import merge_peft_adapter
@@ -199,6 +205,27 @@ def test_what_cannot_be_streamed_goes_through_peft_and_says_so(reason, settings,
     assert_same_bits(merged, reference.state_dict())
     assert json.loads(Path("merged/generation_config.json").read_text()) == invalid
     assert f"Merging through PEFT, with the whole model in memory: {reason}" in caplog.text
+
+
+def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_peft():
+    """Gemma 3: `language_model.model.layers…` in its files, `model.language_model.layers…` in an adapter's."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+    text = {**heads, "vocab_size": 512, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
+    ids = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
+    pictures = {**heads, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4, **ids)
+    Gemma3ForConditionalGeneration(config).save_pretrained("base")
+    make_tokenizer().save_pretrained("base")
+    save_adapter("adapter", load_base("base", torch.float32), target_modules=["q_proj"], task_type="CAUSAL_LM")
+    PeftModel.from_pretrained(load_base("base", torch.float32), "adapter").merge_and_unload().save_pretrained("plain")
+
+    merged = merge()
+
+    plain, base = load_file("plain/model.safetensors"), load_file("base/model.safetensors")
+    assert merged.keys() == plain.keys() == base.keys()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in plain.items())
+    assert not all(torch.equal(tensor, merged[name]) for name, tensor in base.items())
 
 
 def test_adapter_that_changes_no_weights_cannot_be_merged():

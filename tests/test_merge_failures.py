@@ -182,6 +182,10 @@ BAD_INPUTS = {
         lambda: rename_adapter("base_model.model.", "base_model.model.vision_tower."),
         "vision_tower.model.layers.0.self_attn.q_proj.lora_A.weight finds no place in base (llama)",
     ),
+    "adapter of a model that sees pictures": (
+        lambda: rename_adapter("base_model.model.", "base_model.model.language_model."),
+        "language_model.model.layers.0.self_attn.q_proj.lora_A.weight finds no place in base (llama)",
+    ),
     "adapter is empty": (lambda: save_file({}, ADAPTER_WEIGHTS), f"{ADAPTER_WEIGHTS}: holds no tensor"),
     "base with NaN in a tensor that is copied": (
         lambda: change_tensors(

@@ -67,6 +67,7 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # one 
 # Entries of transformers 5 for what 4.55 does anyway, or finds out by itself
 NEW_AND_HARMLESS = ("head_dim", "qk_head_dim", "num_nextn_predict_layers", "_sliding_window_pattern")
 PARTS_OF_A_DECODER = ("attn_config", "ffn_config")  # sub-configs that are no models: mpt's and dbrx's
+PARTS_WITH_PICTURES = ("text_config", "vision_config")
 
 
 # ---------------------------------------------------------------- code
@@ -260,8 +261,13 @@ def find_model(name: str, flag: str, trust_remote_code: bool = False, token: str
     return folder
 
 
-def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """The configuration in a folder that `check_folder` has passed: that of a causal language model."""
+def load_config(
+    folder: Path, flag: str, trust_remote_code: bool = False, sees_pictures: bool = False
+) -> "PretrainedConfig":
+    """The configuration in a folder that `check_folder` has passed: that of a causal language model.
+
+    With `sees_pictures` it may have parts for pictures, as Gemma 3 does.
+    """
     from transformers import AutoConfig, GenerationConfig
     from transformers.utils.hub import extract_commit_hash
 
@@ -284,7 +290,7 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
                     f"{flag}: {folder} brings code for a configuration and none for a causal language model (auto_map)"
                 )
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        config_class = _find_class(content, folder, flag)
+        config_class = _find_class(content, folder, flag, sees_pictures)
         _check_kinds(content, config_class, path, flag)
         if content.pop("auto_map", None):
             _warn_once(
@@ -319,9 +325,9 @@ def load_config(folder: Path, flag: str, trust_remote_code: bool = False) -> "Pr
         raise InputError(f"{flag}: {path} cannot be used: {one_line(error)}") from error
 
 
-def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig"]:
+def _find_class(config: dict, folder: Path, flag: str, sees_pictures: bool) -> type["PretrainedConfig"]:
     """Refuses all but causal language models: other configurations may load more than themselves."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -340,10 +346,13 @@ def _find_class(config: dict, folder: Path, flag: str) -> type["PretrainedConfig
         *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *(() if sees_pictures else modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     }
-    parts = set(getattr(config_class, "sub_configs", None) or ()) - set(PARTS_OF_A_DECODER)
-    is_decoder = config_class in AutoModelForCausalLM._model_mapping and kind not in others and not parts
+    parts = getattr(config_class, "sub_configs", None) or {}
+    takes_any = AutoConfig in parts.values()  # for a part
+    known = {*PARTS_OF_A_DECODER, *(PARTS_WITH_PICTURES if sees_pictures and not takes_any else ())}
+    is_causal = config_class in AutoModelForCausalLM._model_mapping and kind not in others
+    is_decoder = is_causal and not parts.keys() - known
     if not is_decoder or config.get("is_encoder_decoder"):
         raise InputError(f"{flag}: {folder} is a {kind} model; give a causal language model, of text alone")
     if kind in UNUSABLE:
@@ -642,7 +651,7 @@ def _match(
     checkpoint: Checkpoint, config: "PretrainedConfig", flag: str, trust_remote_code: bool, has_head: bool
 ) -> list[StoredTensor]:
     """The stored tensors that the model takes, by the rules that transformers 4.55 loads with."""
-    from transformers.modeling_utils import _find_missing_and_unexpected_keys
+    from transformers.modeling_utils import VLMS, _find_missing_and_unexpected_keys
 
     folder, stored = checkpoint.folder, checkpoint.tensors
     try:
@@ -650,9 +659,12 @@ def _match(
     except Exception as error:  # a wrong size may make a model's own code raise anything
         raise InputError(f"{flag}: {folder}/config.json makes no model: {one_line(error)}") from error
     prefix = model.base_model_prefix
-    has_prefix, wants_prefix = any(name.startswith(prefix) for name in stored), hasattr(model, prefix)
+    has_prefix = bool(prefix) and any(name.startswith(prefix) for name in stored)
+    wants_prefix = bool(prefix) and hasattr(model, prefix)
+    has_other_names = any(name in type(model).__name__.lower() for name in VLMS)  # on disk than its modules
+    conversion = model._checkpoint_conversion_mapping if has_other_names else None
     mapping = model._get_key_renaming_mapping(
-        list(stored), None, has_prefix and not wants_prefix, wants_prefix and not has_prefix
+        list(stored), conversion, has_prefix and not wants_prefix, wants_prefix and not has_prefix
     )
     missing, unexpected = _find_missing_and_unexpected_keys(
         type(model), model, list(stored), list(mapping.values()), has_prefix and not wants_prefix, None, None

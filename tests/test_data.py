@@ -147,6 +147,12 @@ def test_the_files_that_a_card_names_are_read_as_files_are_and_anew_where_one_is
         assert texts(load(tmp_path, do_eval=False).train) == [text]
 
 
+def test_what_a_card_says_about_reading_its_files_is_used(tmp_path):
+    (tmp_path / "README.md").write_text("---\nconfigs: [{config_name: default, data_files: a.csv, sep: '|'}]\n---\n")
+    (tmp_path / "a.csv").write_text("text|number\nHello, there|1\n")
+    assert load(tmp_path, do_eval=False).train[0] == {"text": "Hello, there", "number": 1}
+
+
 @pytest.mark.parametrize("kind", ["parquet", "disk"])
 def test_typed_rows_of_the_same_time_and_size_are_read_anew(kind, tmp_path):
     found = []

@@ -853,6 +853,8 @@ def test_a_mix_renames_columns_where_they_are_and_holds_the_limit_of_rows(prepar
         prepare(None, name=["b.jsonl", "a.jsonl"][::-1], columns=["prompt=ask,text=body"])
     with pytest.raises(InputError, match="--dataset_name: a.jsonl is named twice"):
         prepare(None, name=["a.jsonl", "a.jsonl"])
+    with pytest.raises(InputError, match="--dataset_name: ./a.jsonl is named twice"):
+        prepare(None, name=["a.jsonl", "./a.jsonl"])
 
 
 def test_bad_rows_are_skipped_on_a_stream_too(run, prepare, tmp_path, monkeypatch):

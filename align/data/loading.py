@@ -112,8 +112,9 @@ def check_data_arguments(args: DataArguments, has_template: bool) -> None:
         raise InputError("--text_as_chat: the tokenizer has no chat template; name one with --chat_template, as plain")
     names: list[Any] = args.dataset_name if isinstance(args.dataset_name, list) else [args.dataset_name]
     number = len(names)
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"--dataset_name: {twice[0]} is named twice")
+    places = [Path(name).expanduser().resolve() for name in names if name]  # of a hub name nothing is there, or changed
+    if twice := [name for name, place in zip(names, places, strict=False) if places.count(place) > 1]:
+        raise InputError(f"--dataset_name: {twice[-1]} is named twice")
     shares = args.dataset_mix
     if shares is not None and (len(shares) != number or number == 1):
         raise InputError(
@@ -238,8 +239,7 @@ def load_rows(
             card = where / "README.md"
             if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace"):
                 files = _read_card(where)
-                is_known = all(is_readable(file) for part in files.values() for file in part)
-                return _load_files(files, streaming) if is_known else load(str(where))
+                return _load_files(files, streaming) if files else load(str(where))
             return _load_files(find_files(where), streaming)
         if is_readable(local) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise InputError(f"--dataset_name: no such file or folder: {name}")
@@ -285,13 +285,17 @@ def choose_split(rows: dict[str, Any], split: str, name: str, flag: str) -> Any:
 
 
 def _read_card(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split as the README of a data set names them."""
+    """The files of each split as the README of a data set names them; none where `datasets` alone can read them."""
     try:
-        named = datasets.load_dataset_builder(str(folder)).config.data_files
+        config = datasets.load_dataset_builder(str(folder)).config
     except (ValueError, yaml.YAMLError) as error:  # where it names several configurations, all of them are in the text
         reason = " ".join(str(error).split()).partition(" Example of usage")[0]
         raise InputError(f"--dataset_name: {folder}/README.md: {reason}; name a file or a folder inside") from error
-    return {str(split): list(map(Path, files)) for split, files in named.items()}
+    about = {name: getattr(config, name) for name in ("name", "version", "data_dir", "data_files", "description")}
+    if config != type(config)(**about):  # it says how to read them, as what parts the columns
+        return {}
+    files = {str(split): list(map(Path, files)) for split, files in (config.data_files or {}).items()}
+    return files if all(is_readable(file) for part in files.values() for file in part) else {}
 
 
 def _load_files(splits: dict[str, list[Path]], streaming: bool) -> dict:

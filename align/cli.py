@@ -338,15 +338,19 @@ def start_logging(args) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`. Exit codes: 2 for an `InputError`, 3 for a `ResultError`, 128 + signal when `Stopped`.
 
-    Every rank says why it ends, as any of them may be the first; gaudi_spawn.py shows it once.
+    Every rank says why it fails, as any of them may be the first; gaudi_spawn.py shows it once. They stop together.
     """
     try:
         main()
         _leave_ranks()
-    except (InputError, ResultError, Stopped) as error:
-        kind = "" if isinstance(error, Stopped) else "error: "
-        print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr)
-        sys.exit(128 + error.number if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 3)
+    except (InputError, ResultError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 3)
+    except Stopped as stopped:
+        ranks = _find_ranks()
+        if ranks is None or ranks.get_rank() == 0:
+            print(f"{os.path.basename(sys.argv[0])}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         end_interrupted()
     except OSError as error:
@@ -359,6 +363,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _leave_ranks() -> None:
     """Closes the connections to other ranks: their threads may abort a process as it ends ("terminate called")."""
+    if ranks := _find_ranks():
+        ranks.destroy_process_group()
+
+
+def _find_ranks() -> Any:
+    """The module torch.distributed where this process is one of several ranks, else None."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed if is_rank else None

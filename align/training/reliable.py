@@ -491,11 +491,10 @@ class ReliableMixin(UploadingMixin):
         output = Path(output_dir or self.args.output_dir)
         with self._heed_signals():
             self._save_final(output)
-        if self.signal:
+        if stopped_by := self._highest([self.signal])[0]:
             rest = "; the same command with --resume auto does the rest" if self._last_checkpoint() else ""
-            raise Stopped(
-                f"{signal.Signals(self.signal).name}: stopped; the model is saved in {output}{rest}", self.signal
-            )
+            name = signal.Signals(stopped_by).name
+            raise Stopped(f"{name}: stopped; the model is saved in {output}{rest}", stopped_by)
 
     def _save_final(self, output: Path) -> None:
         """The weights come last."""

@@ -254,8 +254,8 @@ class Reader:
         """Logs each kind of loss when it is first met: the rows of a stream cannot be counted beforehand."""
         for row, index, reason, told in zip(rows, indices, dropped, notes, strict=True):
             for text in filter(None, (reason and f"left out: {reason}", *told)):
-                if find_kind(text) not in self.told:
-                    self.told.add(find_kind(text))
+                if without_quotes(text) not in self.told:
+                    self.told.add(without_quotes(text))
                     logger.warning(f"{row.get(PLACE) or f'row {index + 1}'}: {text} (later rows like it are not named)")
 
 
@@ -377,7 +377,7 @@ def _try_first(first: list[dict], reader: Reader) -> None:
             if isinstance(error, LeftOut):
                 return
             reasons.append(str(error))
-    if len(set(map(find_kind, reasons))) == 1 and len(first) > 1:
+    if len(set(map(without_quotes, reasons))) == 1 and len(first) > 1:
         where = first[0].get(PLACE) or f"{reader.name}, row 1"
         raise InputError(f"--dataset_name: {where}: {reasons[0]} (as all of the first {len(first)} rows)")
 
@@ -424,8 +424,8 @@ def _try_plain(reader: Reader, row: dict) -> object:
         return None
 
 
-def find_kind(text: str) -> str:
-    """A reason or a note without what it quotes: rows of the same kind are counted together."""
+def without_quotes(text: str) -> str:
+    """A reason or a note by its kind alone: rows of the same kind are counted together."""
     return QUOTED.sub("", text)
 
 
@@ -437,7 +437,7 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
     dropped: dict[str, int] = {}
     for reason, count in counts.items():
         if reason:
-            name = names.setdefault(find_kind(reason), reason)
+            name = names.setdefault(without_quotes(reason), reason)
             dropped[name] = dropped.get(name, 0) + count
     bad = sum(count for name, count in dropped.items() if name.startswith("bad row"))
     if bad > args.max_bad_rows * len(rows):
@@ -457,7 +457,7 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
             index = pc.index(told, entry["values"]).as_py()
             where = rows[tokenized[index]["sample"]].get(PLACE) or "the first in " + str(args.dataset_name)
             for each in entry["values"].split("\n"):
-                note = names.setdefault(find_kind(each), each)
+                note = names.setdefault(without_quotes(each), each)
                 count, place = notes.get(note, (0, where))
                 notes[note] = count + entry["counts"], place
                 noted.setdefault(note, index)

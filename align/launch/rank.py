@@ -185,15 +185,17 @@ class Guard:
         deadline = time.monotonic() + STRIKE_TIME
         while (children := find_children()) and time.monotonic() < deadline:
             for pid in children:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, os.WNOHANG)
+                with suppress(OSError):  # a child of another user's stays
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, os.WNOHANG)
             time.sleep(0.01)
 
     def bury(self, script: int) -> None:
         """Takes note of orphans that have ended, which else stay in the table of processes."""
         for pid in find_children():
             if pid not in (self.pid, script):
-                os.waitpid(pid, os.WNOHANG)
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
 
 
 def kill_group(group: int) -> None:

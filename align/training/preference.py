@@ -54,7 +54,7 @@ def leave_out_dropout(model: torch.nn.Module) -> list[tuple[PretrainedConfig, st
     Returns what the configs said, for `saying_their_dropout`: one that is saved must say it still.
     """
     disable_dropout_in_model(model)
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    configs = {id(module.config): module.config for module in model.modules() if _has_config(module)}
     said = []
     for holder in (*model.modules(), *configs.values()):
         for name, value in list(vars(holder).items()):
@@ -65,6 +65,10 @@ def leave_out_dropout(model: torch.nn.Module) -> list[tuple[PretrainedConfig, st
         if type(module).__name__ == "PhimoeSparseMoeBlock":
             module.register_forward_pre_hook(_choose_as_evaluated)
     return said
+
+
+def _has_config(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PretrainedConfig)
 
 
 def _choose_as_evaluated(experts: torch.nn.Module, _) -> None:

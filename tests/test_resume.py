@@ -413,16 +413,18 @@ def test_a_checkpoint_without_optimizer_says_so(train):
         train("sft.py", "--resume_from_checkpoint", "out/checkpoint-2")
 
 
-def test_code_planted_in_the_state_of_the_optimizer_is_not_run(train, stopped):
+def test_code_planted_in_any_file_of_a_checkpoint_is_not_run(train, stopped):
     from test_resume_soak import plant
 
-    shutil.copytree(stopped / "sft.py", "out")
-    plant(Path("out/checkpoint-4/optimizer.pt"), Path("it ran").absolute())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        shutil.rmtree("out", ignore_errors=True)
+        shutil.copytree(stopped / "sft.py", "out")
+        plant(Path("out/checkpoint-4", name), Path("it ran").absolute())
 
-    with pytest.raises(InputError, match="out/checkpoint-4 holds more than tensors and is not loaded"):
-        train("sft.py", "--resume", "auto")
+        with pytest.raises(InputError, match="out/checkpoint-4 holds more than tensors and is not loaded"):
+            train("sft.py", "--resume", "auto")
 
-    assert not Path("it ran").exists()
+        assert not Path("it ran").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

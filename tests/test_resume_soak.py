@@ -203,14 +203,11 @@ def test_a_shard_that_is_damaged_sends_the_run_back_to_the_checkpoint_before(ben
 
 
 def test_ddp_goes_on_with_another_number_of_ranks_and_as_many_rows_a_step(bench):
-    way, steady = "sft ddp", ["--lora_dropout", 0]  # ranks drop other weights than one process
+    way, steady = "sft ddp", ["--max_steps", 4, "--lora_dropout", 0]  # ranks drop other weights than one process
     bench.finish(way, "two ranks", *steady)
     shutil.copytree(bench.folder / "two ranks", bench.folder / "one rank")
-    shutil.rmtree(bench.folder / "one rank" / "checkpoint-8")
+    shutil.rmtree(bench.folder / "one rank" / "checkpoint-4")
 
-    refused = bench.start(way, "one rank", *steady, ranks=1)
-    assert refused.wait() == [2], refused.said()
-    assert "number of rows of all ranks (--per_device_train_batch_size x ranks): 4 then, 2 now" in refused.said()
     said = bench.finish(way, "one rank", *steady, "--per_device_train_batch_size", 4, ranks=1)
 
     assert "ranks 2 -> 1 (dropout is drawn anew)" in said

@@ -157,6 +157,12 @@ def given_flags() -> set[str]:
     return {word[2:].partition("=")[0] for word in with_underscores(sys.argv[1:]) if word.startswith("--")}
 
 
+def given_value(name: str) -> str | None:
+    """The value that the command line gives this flag, before any library has changed it; None where it gives none."""
+    values = [values for flag, values, _ in split_flags(with_underscores(sys.argv[1:])) if flag == name]
+    return values[-1][0] if values and values[-1] else None
+
+
 def read_boolean(text: str) -> bool:
     """The words that the flags of transformers take."""
     if text.lower() not in TRUE + FALSE:
@@ -225,7 +231,6 @@ def parse_arguments(
     flags, _ = parser.parse_known_args(arguments)  # shows --help, which is no chatter
     check_mode(flags)
     check_objects(flags)
-    check_evaluation(flags, arguments)
     with quiet_imports():  # optimum-habana's arguments import its models
         try:
             *parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
@@ -256,14 +261,6 @@ def check_objects(flags: argparse.Namespace) -> None:
         if not is_object:
             file = " or a file" if name in OBJECTS_OR_FILES else ""
             raise InputError(f"--{name}: got {shorten(text)}; give an object of JSON, as '{{\"name\": 1}}'{file}")
-
-
-def check_evaluation(flags: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Refuses --do_eval False where evaluations are asked for as well: transformers would turn it into True."""
-    strategy = getattr(flags, "eval_strategy", "no")
-    given = any(name and name.replace("-", "_") == "do_eval" for name, _, _ in split_flags(list(arguments)))
-    if given and not flags.do_eval and strategy != "no":
-        raise InputError(f"--do_eval False: --eval_strategy {strategy} evaluates; add --eval_strategy no")
 
 
 def blame(error: Exception, arguments: Sequence[str], dataclasses: Sequence[type]) -> str | None:

@@ -22,7 +22,7 @@ ABSENT = {  # flags that are looked for in what was given, or not named where th
     "align.quiet": {"log"},
     "align.launch.nodes": {"hub", "push"},  # the words of --hub-token
     "align.rehearsal.page": {"no"},  # a colour
-    "align.cli": {"no_", "help_all", "torch_compile", "gaudi_config_name"},
+    "align.cli": {"no_", "help_all", "torch_compile", "gaudi_config_name", "deepspeed"},
     "align.models.guard": {"trust_remote_code"},
     "align.training.flags": None,  # the tables of both trainers
     "align.training.unused": None,

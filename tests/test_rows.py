@@ -582,6 +582,11 @@ REFUSED = {
         {"preference": True},
         "are single answers with a label, as KTO takes them, and no pairs",
     ),
+    "single answers for dpo.py": (
+        {"prompt": "a", "completion": "b", "id": 3},
+        {"preference": True},
+        "prompt, completion, id are prompt-completion rows, which have one answer each; preferences need a better and",
+    ),
     "KTO in numbers": (
         {"instruction": "a", "output": "b", "label": 0},
         {},

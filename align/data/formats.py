@@ -706,6 +706,11 @@ def recognise(columns: Collection[str], preference: bool, name: str | None = Non
             f"--dataset_name: the columns {found} are single answers with a label, as KTO takes them, and no pairs; "
             f"sft.py {ONLY_TRUE} trains on the true ones alone"
         )
+    if preference and singles and not set(columns).intersection(("rejected", *ALIASES["rejected"])):
+        raise InputError(
+            f"--dataset_name: the columns {found} are {singles[0].name} rows, which have one answer each; preferences "
+            f"need a better and a worse one, as {known['preference'].example}; sft.py trains on single answers"
+        )
     examples = "; ".join(f"{' + '.join(format.columns)}, as {format.example}" for format in known.values())
     raise InputError(
         f"--dataset_name: the columns {found} make no known format. {_suggest(columns, list(known.values()))}. "

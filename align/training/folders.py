@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from align import output
+from align.cli import given_value, read_boolean
 from align.errors import InputError
 from align.hub import check_login
 from align.training import checkpoints
@@ -50,6 +51,9 @@ def check_training_arguments(
     check_best(args, measured)
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train, --do_eval or both")
+    if args.do_eval and not read_boolean(given_value("do_eval") or "True"):
+        strategy = args.eval_strategy.value  # for which transformers turns --do_eval into True
+        raise InputError(f"--do_eval False: --eval_strategy {strategy} evaluates; add --eval_strategy no")
     if args.do_train and args.max_steps <= 0 and not args.num_train_epochs:
         raise InputError("--num_train_epochs 0: nothing would be trained; give --num_train_epochs or --max_steps")
     if run_args.sample_prompts and not args.do_eval:

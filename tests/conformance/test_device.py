@@ -271,3 +271,25 @@ def test_a_profile_of_the_card_writes_a_trace(tmp_path):
 
     (trace,) = tmp_path.glob("*.json")
     assert "aten::matmul" in trace.read_text()
+
+
+# backend/random.cpp
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda generator: torch.empty(8, device="hpu").uniform_(-1, 2, generator=generator),
+        lambda generator: torch.empty(8, device="hpu").log_normal_(generator=generator),
+        lambda generator: torch.ones(8, device="hpu").multinomial(8, generator=generator),
+        lambda generator: torch.rand(8, device="hpu", generator=generator),
+    ],
+)
+def test_numbers_of_the_card_come_from_a_generator_of_the_host(draw):
+    generator = torch.Generator().manual_seed(3)
+
+    first, second = draw(generator), draw(generator)
+
+    assert first.device.type == "hpu"
+    assert torch.equal(first, draw(torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, second)

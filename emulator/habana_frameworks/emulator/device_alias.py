@@ -162,7 +162,7 @@ def _alias_device_context() -> None:
 def _generator_type(native: type) -> type:
     class GeneratorType(type):
         def __call__(cls, device="cpu"):
-            return random_state.CardGenerator() if names_hpu(device) else native(device)
+            return native(host(device))
 
         def __instancecheck__(cls, instance):
             return isinstance(instance, native)

@@ -135,10 +135,7 @@ class Placement(TorchDispatchMode):
                 place = CARD
             else:
                 place = HOST if HOST in places else OPEN
-        generator = kwargs.get("generator") if traits.random else None
-        if generator is not None:
-            _check_generator(generator, CARD in (place, asked.place))
-        if traits.random and CARD in (place, asked.place) and generator is None:
+        if traits.random and CARD in (place, asked.place) and kwargs.get("generator") is None:
             with random_state.of_the_card():
                 result = operation(*args, **kwargs)
         else:
@@ -184,15 +181,6 @@ def _check(traits: _Traits, args: tuple, tensors: list, places: list) -> None:
                 f"(when checking an argument of shape {list(tensor.shape)} on the host in method {traits.name}, "
                 f"called at {caller()})"
             )
-
-
-def _check_generator(generator: torch.Generator, is_for_card: bool) -> None:
-    """Numbers of the card come from a generator of the card, and those of the host from one of the host."""
-    if random_state.is_of_the_card(generator) is not is_for_card:
-        wanted, found = ("hpu", "cpu") if is_for_card else ("cpu", "hpu")
-        raise RuntimeError(
-            f"Expected a '{wanted}' device type for generator but found '{found}' (called at {caller()})"
-        )
 
 
 def caller() -> str:

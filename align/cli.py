@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from align import __version__
@@ -30,6 +31,14 @@ OF_LAZY_MODE = ("use_lazy_mode", "use_hpu_graphs", "use_hpu_graphs_for_training"
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 OBJECTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 OBJECTS_OR_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+MEANT = {  # by words in errors that name neither a flag nor what it was given
+    "DeepSpeed config": "deepspeed",
+    "load the configuration of": "gaudi_config_name",
+    "couldn't connect to": "gaudi_config_name",
+    "not a local folder": "gaudi_config_name",
+    "Token is required": "push_to_hub_model_id",
+    "TPUs are not supported": "tpu_num_cores",
+}
 REST = "Others"  # the group of flags that --help leaves to --help_all
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads them
 
@@ -239,27 +248,25 @@ def parse_arguments(
             if blamed is None and isinstance(error, TypeError):
                 raise
             reason = " ".join(str(error).split())
-            if isinstance(error, OSError) and getattr(flags, "gaudi_config_name", None):  # the hub's names no file
-                reason = f"--gaudi_config_name: got {flags.gaudi_config_name}; {reason}"
-            if "DeepSpeed config" in reason and getattr(flags, "deepspeed", None):
-                reason = f"--deepspeed: got {shorten(str(flags.deepspeed))}; {reason}"
             raise InputError(blamed or reason) from error
     parser.refuse_unknown(unknown)
     return tuple(parsed)
 
 
 def check_objects(flags: argparse.Namespace) -> None:
-    """Flags that take JSON, before transformers reads it."""
+    """Flags that take JSON, or a file of it, before transformers reads it."""
     for name in OBJECTS + OBJECTS_OR_FILES:
-        text = getattr(flags, name, None)
-        if not isinstance(text, str) or (name in OBJECTS_OR_FILES and not text.startswith("{")):
+        text, file = getattr(flags, name, None), "" if name in OBJECTS else " or a file of one"
+        if not isinstance(text, str) or (name == "deepspeed" and not text):  # said to be empty later
             continue
         try:
-            is_object = text.startswith("{") and isinstance(json.loads(text), dict)
+            is_file = file and not text.startswith("{")
+            is_object = isinstance(json.loads(Path(text).read_text(encoding="utf-8") if is_file else text), dict)
+        except OSError as error:
+            raise InputError(f"--{name}: got {shorten(text) or repr(text)}; {error.strerror}") from None
         except (ValueError, RecursionError):
             is_object = False
         if not is_object:
-            file = " or a file" if name in OBJECTS_OR_FILES else ""
             raise InputError(f"--{name}: got {shorten(text)}; give an object of JSON, as '{{\"name\": 1}}'{file}")
 
 
@@ -270,6 +277,9 @@ def blame(error: Exception, arguments: Sequence[str], dataclasses: Sequence[type
     """
     message = " ".join(str(error).split())
     given = {name.replace("-", "_"): values for name, values, _ in split_flags(list(arguments)) if name}
+    for words, name in MEANT.items():
+        if words in message and name in given:
+            return f"--{name}: got {shorten(' '.join(given[name])) or repr('')}; {message}"
     for name in [name for name in given if "_" in name]:
         message = re.sub(rf"`?(?<!-)\b{name}\b`?", f"--{name}", message)
     if any(re.search(rf"--{name}\b", message) for name in given):

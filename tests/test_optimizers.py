@@ -46,7 +46,13 @@ REFUSED = {
     "--run_name adamw_torc --optim adamw_torc": "--optim: got adamw_torc; choose from adamw_torch,",
     "--optim=": "--optim: got ''; choose from adamw_torch,",
     "--run_name wide --fsdp wide": "--fsdp: got wide; choose from full_shard",
-    "--run_name none.json --accelerator_config none.json": r"^\[Errno 2\] No such file",
+    "--run_name none.json --accelerator_config none.json": "--accelerator_config: got none.json; No such file",
+    "--accelerator_config=": "--accelerator_config: got ''; Is a directory",
+    "--gaudi_config_name=": "--gaudi_config_name: got ''; Can't load the configuration of ''",
+    "--tpu_num_cores 8": "--tpu_num_cores: got 8; TPUs are not supported",
+    "--push_to_hub_model_id mine": "--push_to_hub_model_id: got mine; Token is required",
+    "--deepspeed -1": "--deepspeed: got -1; No such file",
+    "--deepspeed list.json": "--deepspeed: got list.json; give an object of JSON, .* or a file of one",
     "--lr_scheduler_kwargs {": "--lr_scheduler_kwargs: got {; give an object of JSON",
     "--lr_scheduler_kwargs 3": "--lr_scheduler_kwargs: got 3; give an object of JSON",
     "--gradient_checkpointing_kwargs [1]": r"--gradient_checkpointing_kwargs: got \[1\]; give an object of JSON",
@@ -81,6 +87,7 @@ def test_what_cannot_run_is_one_line_before_anything_is_loaded(run, flags):
     write_gaudi_config("plain")
     write_gaudi_config("cast", use_torch_autocast=True)
     write_gaudi_config("lists", autocast_bf16_ops=["mul"], autocast_fp32_ops=["add"])
+    Path("list.json").write_text("[1]")
     fails(run, REFUSED[flags], *flags.split())
 
 

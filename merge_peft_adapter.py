@@ -222,8 +222,6 @@ def main(argv: list[str] | None = None) -> None:
     adapter = find_folder(args.adapter_model_name, "--adapter_model_name", "adapter_*", *TOKENIZER_FILES)
     adapter_config = check_adapter(adapter, "--adapter_model_name")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
-    if not args.output_name.strip():
-        raise InputError("--output_name: is empty; name a folder for the merged model")
     output = Path(os.path.realpath(args.output_name))
     restore_folder(output)
     check_output(output, args.overwrite, {"--base_model_name": base, "--adapter_model_name": adapter})

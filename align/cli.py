@@ -263,7 +263,7 @@ def check_objects(flags: argparse.Namespace) -> None:
             is_file = file and not text.startswith("{")
             is_object = isinstance(json.loads(Path(text).read_text(encoding="utf-8") if is_file else text), dict)
         except OSError as error:
-            raise InputError(f"--{name}: got {shorten(text) or repr(text)}; {error.strerror}") from None
+            raise InputError(f"--{name}: got {shorten(text)}; {error.strerror}") from None
         except (ValueError, RecursionError):
             is_object = False
         if not is_object:

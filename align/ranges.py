@@ -146,13 +146,33 @@ WORDS = {
 }
 
 
+# The names of what is read or written: an empty one is that of a variable that was not set, and not what is meant
+NAMES = set(
+    """model_name_or_path tokenizer_name_or_path ref_model peft_model compare base_model_name adapter_model_name
+    dataset_name prompt_file chat_template ref_log_probs_dir output_dir output_name gaudi_config_name
+    accelerator_config""".split()
+)
+
+
 def limit(parser: argparse.ArgumentParser) -> None:
-    """Lets the parser refuse what `RANGES` and `WORDS` do not hold, before anything else reads it."""
+    """Lets the parser refuse what `RANGES`, `WORDS` and `NAMES` do not hold, before anything else reads it."""
     for action in parser._actions:
         if action.dest in RANGES and callable(action.type):
             action.type = _limited(action.dest, action.type, RANGES[action.dest])
         if action.dest in WORDS:
             action.choices = WORDS[action.dest]
+        if action.dest in NAMES:
+            action.type = _named(action.dest, action.type if callable(action.type) else str)
+
+
+def _named(name: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if not text.strip():
+            raise InputError(f"--{name}: is empty; give a name, or leave it out")
+        return read(text)
+
+    parse.__dict__["reads"] = read  # for --help
+    return parse
 
 
 def shorten(text: str) -> str:

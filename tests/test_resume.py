@@ -812,7 +812,7 @@ def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_load
     Path("file").write_text("")
     for folder, message in (
         ("file/out", "file/out cannot be made: Not a directory"),
-        ("", "is empty; name a folder"),
+        ("", "is empty; give a name"),
         ("x" * 300, "File name too long"),
     ):
         with pytest.raises(InputError, match=f"--output_dir: {message}"):

@@ -22,7 +22,7 @@ from align.cli import run_script
 from align.errors import InputError
 from align.generation.decoding import decode_new
 from align.generation.keeping import write_json
-from align.generation.prompts import plan_batches
+from align.generation.prompts import PromptArguments, load_prompts, plan_batches
 from align.merge.checkpoints import open_checkpoint
 from align.upstream_fixes import adapt_transformers
 from run_generation import main
@@ -210,6 +210,13 @@ def test_every_source_of_prompts_gives_the_same_answers_in_order(generate, monke
     split = ["--dataset_name", "set", "--dataset_split", "test"]
     assert generate(*split, *column, prompts=[], output="split") == answers
     assert generate(prompts=[], output="stdin") == answers
+
+
+def test_flags_about_rows_are_told_where_no_row_is_read(caplog):
+    load_prompts(PromptArguments(prompt=["Hi"], column_name="question", dataset_split="test"), world_size=1)
+
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"--{flag} has no effect: it is for --dataset_name." for flag in ("dataset_split", "column_name")]
 
 
 def test_prompts_of_all_lengths_make_few_shapes(generate):

@@ -79,6 +79,7 @@ def load_prompts(arguments: PromptArguments, world_size: int, token: str | None 
     given = [f"--{name}" for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)}: give only one source of prompts")
+    _tell_unused(arguments)
     if arguments.prompt is not None:
         source = "--prompt"
         prompts = [_whole(prompt, f"--prompt, number {number}") for number, prompt in enumerate(arguments.prompt, 1)]
@@ -98,6 +99,15 @@ def load_prompts(arguments: PromptArguments, world_size: int, token: str | None 
     if not prompts:
         raise InputError(f"{source}: holds no prompt")
     return prompts
+
+
+def _tell_unused(arguments: PromptArguments) -> None:
+    """Flags about rows, where prompts come from elsewhere."""
+    holds_rows = Path(arguments.prompt_file or "").suffix in (".json", ".jsonl")
+    for flag in ("dataset_split", "dataset_max_samples", "column_name"):
+        is_used = arguments.dataset_name is not None or (flag == "column_name" and holds_rows)
+        if not is_used and getattr(arguments, flag) != getattr(PromptArguments, flag):
+            logger.warning(f"--{flag} has no effect: it is for --dataset_name.")
 
 
 def own_prompts(words: int) -> list[str]:

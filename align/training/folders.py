@@ -74,8 +74,6 @@ def check_training_arguments(
             f"{flag} goes on with training: add --do_train; to evaluate a trained model, give --model_name_or_path"
         )
     folder = Path(args.output_dir)
-    if not args.output_dir:
-        raise InputError("--output_dir: is empty; name a folder")
     try:
         is_file = folder.exists() and not folder.is_dir()
     except OSError as error:  # a name that is too long

@@ -149,7 +149,6 @@ RARE = {  # further families of transformers, which optimum-habana leaves as the
     "olmoe": ("olmoe", EXPERTS),
     "openai-gpt": ("openai-gpt", GPT2),
     "phimoe": ("phimoe", MORE_EXPERTS),
-    "xlstm": ("xlstm", {"num_heads": 4}),
     "zamba": ("zamba", JAMBA | {"n_mamba_heads": 2, "num_hidden_layers": 4}),
 }
 CONFIGS |= RARE

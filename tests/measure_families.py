@@ -276,8 +276,8 @@ in the table runs too, and is probed as all are.
   optimum-habana's class.
 
 Models whose layers carry a state from token to token (Mamba, Falcon-H1, Granite 4, Jamba, LFM2 …) get rows of their
-own. LFM2 and MiniMax generate without a cache, Mamba and xLSTM too, which is said; LFM2 and xLSTM ignore padding, so
-that a batch of theirs has prompts of one length.
+own. LFM2, MiniMax and Mamba generate without a cache, which is said; LFM2 ignores padding, so that a batch has prompts
+of one length.
 
 """
 COLUMNS = ("model", "class", "packing", "pairs", "text", "`--num_beams`", "`--reuse_cache`", "`--bucket_size`")

@@ -111,16 +111,13 @@ FAMILIES = {
 FAMILIES |= {
     kind: Family(split_fault=STOPS)
     for kind in """bamba bitnet ctrl dbrx doge falcon_h1 granitemoehybrid granitemoeshared jamba jetmoe lfm2 mamba2
-    minimax modernbert-decoder olmoe openai-gpt phimoe xlstm zamba""".split()
+    minimax modernbert-decoder olmoe openai-gpt phimoe zamba""".split()
 }
 FAMILIES |= {kind: Family(split_fault="says other text") for kind in ("diffllama", "granitemoe")}
 # Layers carry a state, or a convolution, from token to token: no mask keeps the samples of a row apart
-STATEFUL = tuple(
-    """bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 minimax recurrent_gemma rwkv xlstm zamba
-    zamba2""".split()
-)
-# Their classes ignore padding in front of a text: prompts of a batch have one length
-IGNORE_PADDING = ("lfm2", "xlstm")
+STATEFUL = tuple("bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 minimax zamba".split())
+# Its class ignores padding in front of a text: prompts of a batch have one length
+IGNORE_PADDING = ("lfm2",)
 # Their caches lose states: those behind padding, or of a first token alone
 WITHOUT_CACHE = ("lfm2", "minimax")
 # What nothing here computes rightly: optimum-habana has no class of its own, and that of transformers 4.55 is wrong
@@ -129,6 +126,7 @@ UNUSABLE = {
     "llama4_text": "transformers' class weighs a token's experts by other tokens' scores (modeling_llama4.py:160)",
     "recurrent_gemma": "transformers' class keeps the states of the batch before (modeling_recurrent_gemma.py:329)",
     "rwkv": "transformers' class ignores padding, and changes its own weights between training and evaluation",
+    "xlstm": "transformers' class stops at texts of whole chunks (modeling_xlstm.py:231), and ignores padding",
     "zamba2": "transformers' class, without CUDA kernels, adds up states of later tokens (modeling_zamba2.py:889)",
 }
 DIVIDED_TWICE = ("llama", "mistral", "mixtral")  # they share GaudiLlamaRotaryEmbedding

@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         plan = None
         logger.info("Merging through PEFT, with the whole model in memory: %s", reason)
         check_folder(base, "--base_model_name")
-        loadable = load_config(base, "--base_model_name", sees_pictures=True)
+        loadable = load_config(base, "--base_model_name", for_merge=True)
         has_head = adapter_config.get("task_type") != "SEQ_CLS"
         check_weights(base, loadable, "--base_model_name", has_head=has_head)
     needed = plan.nbytes if plan else sum(path.stat().st_size for path in base.glob("*model*"))

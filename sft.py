@@ -21,7 +21,7 @@ with quiet_imports():
     from align.data.preparing import prepare_data
     from align.data.tokenization import SampleTokenizer, tokenize_samples
     from align.models import loading as modeling
-    from align.models.attention import probe_rows
+    from align.models.attention import may_skip_probe, probe_rows
     from align.training import checkpoints, folders
     from align.training.flags import FLAGS
     from align.training.ranks import agree, first_of_node_first
@@ -111,7 +111,7 @@ def main() -> None:
     # Batches: packed where the loaded model keeps the samples of a row apart
     batch = partial(make_all_batches, prepared, args, batch_args.num_buckets, modeling.find_padding(tokenizer))
     batches, autocast = batch(packing=args.packing), computes_in_autocast(args)
-    for _ in range(0 if batch_args.skip_probe else 2):
+    for _ in range(0 if may_skip_probe(model, batch_args.skip_probe) else 2):
         row = next(iter(batches.values())).take_row()
         if agree(partial(probe_rows, model, row, args.device, autocast, **attention_inputs(model))):
             break

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from align.data.packing import IGNORED, PackedCollator, RowDataset
 from align.errors import InputError
 from align.models import attention
-from align.models.attention import find_visible, probe, probe_rows, segment_mask
+from align.models.attention import find_visible, may_skip_probe, probe, probe_rows, segment_mask
 from align.models.families import EXACT_IN_FUSED_KERNEL, FAMILIES, Family, choose_class
 from align.upstream_fixes import keep_out_of_autocast, mend_transformers
 
@@ -366,3 +367,12 @@ def test_padding_leaves_logits_and_gradients_finite():
     logits.sum().backward()
     assert logits.isfinite().all()
     assert take_gradients(model).isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "is_left_out"), [("jamba", False), ("llama", True)])
+def test_a_model_that_carries_a_state_is_probed_even_where_no_probe_is_wanted(kind, is_left_out, caplog):
+    """Its samples would leak into each other in silence."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+
+    assert may_skip_probe(model, asked=True) is is_left_out
+    assert ("jamba models are probed all the same" in caplog.text) is not is_left_out

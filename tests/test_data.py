@@ -1,5 +1,6 @@
 """Where data sets come from and what becomes of their rows. Run: pytest tests/test_data.py"""
 
+import datetime
 import json
 import os
 import shutil
@@ -153,18 +154,20 @@ def test_what_a_card_says_about_reading_its_files_is_used(tmp_path):
     assert load(tmp_path, do_eval=False).train[0] == {"text": "Hello, there", "number": 1}
 
 
-@pytest.mark.parametrize("kind", ["parquet", "disk"])
-def test_typed_rows_of_the_same_time_and_size_are_read_anew(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "disk", "memory"])
+def test_typed_rows_of_the_same_time_and_size_are_read_anew(kind, monkeypatch, tmp_path):
     found = []
     for text in ("Hello", "Howdy"):
+        folder = tmp_path / (text if kind == "memory" else "set")
         rows = datasets.Dataset.from_list([{"text": text}])
         if kind == "parquet":
             rows.to_parquet(tmp_path / "rows.parquet")
             os.utime(tmp_path / "rows.parquet", (1, 1))
             found.append(prepare_text(tmp_path / "rows.parquet").rows["input_ids"])
         else:
-            datasets.Dataset(rows.data, fingerprint="the same").save_to_disk(tmp_path / "set")
-            found.append(prepare_text(tmp_path / "set").rows["input_ids"])
+            monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 10**9 if kind == "memory" else 0)
+            datasets.Dataset(rows.data, fingerprint=None if kind == "memory" else "the same").save_to_disk(folder)
+            found.append(prepare_text(folder).rows["input_ids"])
     assert found[0] != found[1]
 
 
@@ -185,8 +188,10 @@ def test_a_card_that_does_not_say_what_to_read_is_one_line(configs, message, tmp
         load(tmp_path, do_eval=False)
 
 
-def test_dates_and_bytes_of_parquet_are_no_text_in_a_folder_of_several_kinds_either(tmp_path):
+def test_dates_of_parquet_are_text_in_a_folder_of_several_kinds_and_bytes_are_not(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ROWS)
+    datasets.Dataset.from_list([{"text": datetime.date(2020, 1, 2)}]).to_parquet(tmp_path / "rows.parquet")
+    assert len(prepare_text(tmp_path).rows) == len(ROWS) + 1
     datasets.Dataset.from_list([{"text": b"Hello"}]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(InputError, match="rows.parquet, row 1: column `text` is dict .*bytes"):
         prepare_text(tmp_path)

@@ -186,6 +186,12 @@ FINE_TUNING = {
         ["b<|eot|>", "d" + END],
         ["texts without a role are taken for turns of user and assistant, the user first: 1 of 1 samples"],
     ),
+    "a text without a role that is a message as JSON": (
+        {"conversations": ["a", json.dumps(said("b"))]},
+        {},
+        [json.dumps(said("b")) + END],
+        ["texts without a role are taken for turns of user and assistant, the user first: 1 of 1 samples"],
+    ),
     "messages that are JSON one by one": (
         {"messages": [json.dumps(user("a")), json.dumps(said("b"))]},
         {},
@@ -202,6 +208,18 @@ FINE_TUNING = {
         {"messages": [user("2"), said(None, tool_calls=CALL)]},
         {"template": SHOWS_ARGUMENTS.replace(" | tojson }}{% endfor %}", " }}{% endfor %}")},
         ['CALL {"a": 1}' + END],
+        [],
+    ),
+    "a template that writes JSON, where Python's words would be JSON as well": (
+        {"messages": [user("2"), said(None, tool_calls=[{"function": {"name": "a", "arguments": {"it's": 1}}}])]},
+        {"template": SHOWS_ARGUMENTS},
+        ['CALL {"it\'s": 1}' + END],
+        [],
+    ),
+    "a tool that repeats its call in Python's words": (
+        {"messages": [user("2"), said(None, tool_calls=CALL), {"role": "tool", "content": "{'a': 1}"}, said("four")]},
+        {"template": SHOWS_ARGUMENTS.replace(" | tojson }}{% endfor %}", " }}{% endfor %}")},
+        ['CALL {"a": 1}<|eot|>', "four" + END],
         [],
     ),
     "a call in OpenAI's older words": (
@@ -705,12 +723,19 @@ def test_rows_of_which_nothing_shall_be_learnt_are_left_out_and_counted(prepare,
 def test_reasons_and_notes_that_differ_in_what_they_quote_are_counted_together(prepare, caplog):
     template = REASONING_TEMPLATE.replace("m['content'].split", "(m['content'] | upper).split")
     template = template.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
-    rows = [{"messages": [user(f"Hello {number}"), said("YES")]} for number in range(4)]
+    turns = [[user(f"Hello {number}"), said("YES"), user(f"And {number}"), said("YES")] for number in range(4)]
+    rows = [{"messages": messages} for messages in turns]
     rows += [{"messages": [user(f"Hello {number}"), {"role": f"friend{number}", "content": "a"}]} for number in (1, 2)]
     prepare(rows, "qwen", template, bad_rows="skip", max_bad_rows=1)
     assert caplog.text.count("asked with …") == 1
     assert "4 of 4 samples, first rows.jsonl, row 1" in caplog.text
     assert "dropped: 2 bad row: column `messages`, message 2: role 'friend1' is none of" in caplog.text
+
+
+def test_a_chat_of_thoughts_may_begin_with_the_assistant(prepare):
+    messages = [said("<think>\na\n</think>\n\nHello"), user("hi"), said("fine")]
+    learnt = prepare([{"messages": messages}], "qwen", "{{ messages[0].role and '' }}" + REASONING_TEMPLATE)
+    assert learnt == [["fine<|im_end|>"], ["<think>\na\n</think>\n\nHello<|im_end|>"]]
 
 
 def test_rows_that_all_fail_alike_are_not_skipped(prepare):

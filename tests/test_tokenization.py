@@ -178,7 +178,9 @@ TEMPLATE = "{{ messages[0]['content'] }}"
     ("name", "content"),
     [
         ("bom.jinja", b"\xef\xbb\xbf" + TEMPLATE.encode()),
-        ("chat_template.json", json.dumps({"chat_template": TEMPLATE}).encode()),
+        ("chat_template.json", json.dumps({"chat_template": TEMPLATE}, indent=1).encode()),
+        ("old.json", json.dumps({"chat_template": [{"name": "default", "template": TEMPLATE}]}).encode()),
+        ("plain.json", TEMPLATE.encode()),
     ],
 )
 def test_a_chat_template_may_stand_in_files_of_several_kinds(name, content):
@@ -195,7 +197,7 @@ def test_a_chat_template_may_stand_in_files_of_several_kinds(name, content):
         ("notes.txt", b"Be kind.", "notes.txt holds no template of `messages`"),
         ("utf16.jinja", TEMPLATE.encode("utf-16"), "utf16.jinja cannot be read: .*utf-8"),
         ("open.jinja", b"{% for m in messages %}\n{{ m ", "open.jinja, line 2: "),
-        ("list.json", b"[1]", "list.json cannot be read: "),
+        ("list.json", b"[1]", "list.json holds no template of `messages`"),
         ("half.json", b'{"chat', "half.json cannot be read: "),
         ("tokenizer_config.json", b'{"bos_token": "a"}', "tokenizer_config.json holds no template of `messages`"),
     ],

@@ -120,7 +120,7 @@ class ChatTemplate:
                 text = self._apply(_without_none(messages), tools, ask)
             if written := _find_written_by_python(messages, text):
                 as_json = self._apply(_with_arguments_as_text(messages), tools, ask)
-                return text if any(each in as_json for each in written) else as_json
+                return as_json if any(as_json.count(each) < text.count(each) for each in written) else text
             return text
         except Exception as error:  # jinja2 errors and whatever a template raises on its own
             reason = error
@@ -281,8 +281,8 @@ class ChatTemplate:
             is_seen = must_show and len(content) >= SURELY and content in shown and contents.count(content) == 1
             if must_show and not is_seen:
                 changed = [*messages[:number], {**message, "content": MARK}, *messages[number + 1 :]]
-                texts = [self.write(changed, tools), *(self.write(changed[:turn], tools, ask=True) for turn in apart)]
-                if not any(MARK in each for each in texts):
+                later = (self.write(changed[:turn], tools, ask=True) for turn in apart if turn > number)
+                if MARK not in self.write(changed, tools) and not any(MARK in each for each in later):
                     notes.append(f"{NOT_SHOWN} the {message['role']} message")
             for key in message.keys() - PLAIN - {"weight", "reasoning_content"}:
                 is_seen = all(value in shown for value in _leaves(message[key]))
@@ -428,7 +428,8 @@ def _find_written_by_python(messages: Messages, text: str) -> list[str]:
     """Arguments of calls that stand in the text in Python's words, {'a': 1}: the template wants them as JSON text."""
     calls = (call for message in messages for call in message.get("tool_calls") or ())
     arguments = (each for each in map(_arguments, calls) if each and isinstance(each, dict))
-    return [written for each in arguments if (written := str(each)) in text]
+    written = ((str(each), json.dumps(each, ensure_ascii=False)) for each in arguments)
+    return [by_python for by_python, as_json in written if by_python != as_json and by_python in text]
 
 
 def _arguments(call: Any) -> Any:

@@ -201,12 +201,12 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str, str]]:
         for row in batch.to_pylist():
             number += 1
             values = {key: without_nones(value) for key, value in row.items()}
-            yield number, json.dumps(values, default=_name_type), ""
+            yield number, json.dumps(values, default=_as_text), ""
 
 
-def _name_type(value: Any) -> dict[str, str]:
-    """A date or bytes: where text is wanted, the row is refused, as in a folder of Parquet files alone."""
-    return {type(value).__name__: str(value)}
+def _as_text(value: Any) -> Any:
+    """A date or a decimal number as text; where text is wanted, bytes are refused."""
+    return {"bytes": str(value)} if isinstance(value, bytes) else str(value)
 
 
 def parse_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -296,10 +296,11 @@ def _give_roles(value: Any) -> tuple[Any, tuple[str, ...]]:
     """Texts without a role, as LIMA and UltraChat have them, as messages; other values as they are. And a note."""
     value = _parse(value)
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        value = [_parse_messages(each) for each in value]  # each may be a message as JSON
-        if all(isinstance(each, str) for each in value):
-            roles = zip(cycle(("user", "assistant")), value, strict=False)
-            return [{"role": role, "content": text} for role, text in roles], (WITHOUT_ROLES,)
+        parsed = [_parse_messages(each) for each in value]  # each may be a message as JSON
+        if not any(isinstance(each, str) for each in parsed):
+            return parsed, ()
+        roles = zip(cycle(("user", "assistant")), value, strict=False)
+        return [{"role": role, "content": text} for role, text in roles], (WITHOUT_ROLES,)
     return value, ()
 
 

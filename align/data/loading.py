@@ -327,6 +327,8 @@ def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
 
 def _name_by_content(rows: Dataset, content: str | None = None) -> Dataset:
     """Tokens are cached by the name that rows have, which of `datasets` follows from the time of a file alone."""
+    if content is None and not rows.cache_files:  # all in memory, under a name of its own
+        return rows
     content = content or "".join(checksum(Path(file["filename"])) for file in rows.cache_files)
     return Dataset(rows.data, rows.info, fingerprint=hashlib.sha256(content.encode()).hexdigest()[:32])
 

@@ -7,6 +7,7 @@ length to one of a few. Everything here is numpy: a torch operation on the CPU i
 import ctypes
 import itertools
 import mmap
+import os
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def read_numbers(samples: "Dataset", name: str) -> np.ndarray:
 
 def drop_pages(samples: "Dataset") -> None:
     """Takes what was read of the mapped cache out of this process's memory, where it would stay; nothing is lost."""
-    files = {file["filename"] for file in samples.cache_files}
+    files = {os.path.realpath(file["filename"]) for file in samples.cache_files}
     if not files:
         return
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as areas:

@@ -456,8 +456,8 @@ def _sum_up(tokenized: Dataset, rows: Dataset, args: DataArguments) -> Prepared:
         if entry["values"]:
             index = pc.index(told, entry["values"]).as_py()
             where = rows[tokenized[index]["sample"]].get(PLACE) or "the first in " + str(args.dataset_name)
-            for each in entry["values"].split("\n"):
-                note = names.setdefault(without_quotes(each), each)
+            each = entry["values"].split("\n")
+            for note in dict.fromkeys(names.setdefault(without_quotes(text), text) for text in each):
                 count, place = notes.get(note, (0, where))
                 notes[note] = count + entry["counts"], place
                 noted.setdefault(note, index)

@@ -6,6 +6,7 @@ that it learns, and run_generation.py asks with them.
 
 import hashlib
 import json
+import re
 from bisect import bisect_left, bisect_right
 from dataclasses import replace
 from itertools import pairwise
@@ -316,11 +317,14 @@ def _read_template(path: Path) -> str:
         raise InputError(f"--chat_template: {str(path)!r} is not a file; name one, or choose from {known}")
     try:
         text: Any = path.read_text(encoding="utf-8-sig")
-        text = dict(json.loads(text)).get("chat_template") if path.suffix == ".json" else text
+        if path.suffix == ".json" and re.match(r'\s*{\s*"', text):  # and not {{ or {%
+            text = dict(json.loads(text)).get("chat_template")
+            if isinstance(text, list):  # templates by name, as older models have them
+                text = {each["name"]: each["template"] for each in text}.get("default")
         if not isinstance(text, str) or "messages" not in text:
             raise InputError(f"--chat_template: {path} holds no template of `messages`")
         _compile_jinja_template(text)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"--chat_template: {path} cannot be read: {one_line(error)}") from error
     except TemplateSyntaxError as error:
         raise InputError(f"--chat_template: {path}, line {error.lineno}: {one_line(error)}") from error

@@ -181,7 +181,7 @@ def fit_to_class(model: "PreTrainedModel", gaudi: GaudiArguments) -> GaudiArgume
 
     kind = f"{model.config.model_type} models"
     if gaudi.use_kv_cache and not takes_cache(model):
-        logger.warning(f"--use_kv_cache has no effect: {kind} keep states, and each token reads all before it again.")
+        logger.warning(f"{kind} have no cache that can be used: each token reads all before it again")
         gaudi = replace(gaudi, use_kv_cache=False)
     if not has_static_shapes(model):
         gaudi = _leave_out(

@@ -127,8 +127,11 @@ class TextGenerator:
 
     def lay_out(self, encoded: list[list[int]], width: int) -> Texts:
         """The prompts on the device, padded to `width`, with columns for what will follow."""
-        if not self.model._supports_default_dynamic_cache():
-            width = max(map(len, encoded))  # where layers carry a state, some forget the padding of a single row
+        from align.models.families import IGNORE_PADDING
+
+        keeps_states = not self.model._supports_default_dynamic_cache()
+        if keeps_states and (self.rows == 1 or self.model.config.model_type in IGNORE_PADDING):
+            width = max(map(len, encoded))  # such layers forget the padding of a single row
         elif not self.options.inputs.get("flash_attention_causal_mask"):
             width = max(width, SHORTEST)
         elif width == 1 and self.options.reuse_cache:

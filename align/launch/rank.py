@@ -41,6 +41,7 @@ IDLE_SHARE, IDLE_BYTES = 0.005, 1024  # of one core and of input and output in t
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LIBC = ctypes.CDLL(None)
 PR_SET_CHILD_SUBREAPER = 36
+CHILDREN = "/proc/thread-self/children"  # not there in every kernel
 STRIKE_TIME = 2.0  # seconds
 TOLD_LINES = 400  # shown of a longer text: its head, where a chained exception has its cause, and its tail
 
@@ -154,7 +155,7 @@ class Relay:
 class Guard:
     """A process that kills the script and its children once this process has ended, even by SIGKILL.
 
-    Of what has a session of its own this process becomes the parent when the script ends, and kills it in `strike`.
+    Of what has a session of its own this process becomes the parent when the script ends.
     """
 
     def __init__(self):
@@ -170,20 +171,21 @@ class Guard:
                 kill_group(int(group))
             os._exit(0)
         os.close(reading)
-        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
+        if os.path.exists(CHILDREN):
+            LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
 
     def watch(self, group: int) -> None:
         os.write(self.pipe, str(group).encode())
 
-    def strike(self) -> None:
-        """At what the script left behind, such as data loader workers."""
+    def strike(self, succeeded: bool = False) -> None:
+        """At what the script left behind, such as data loader workers; what it detached may outlive its success."""
         if self.has_struck:
             return
         self.has_struck = True
         os.close(self.pipe)
         os.waitpid(self.pid, 0)
         deadline = time.monotonic() + STRIKE_TIME
-        while (children := find_children()) and time.monotonic() < deadline:
+        while not succeeded and (children := find_children()) and time.monotonic() < deadline:
             for pid in children:
                 with suppress(OSError):  # a child of another user's stays
                     os.kill(pid, signal.SIGKILL)
@@ -204,7 +206,7 @@ def kill_group(group: int) -> None:
 
 
 def find_children() -> list[int]:
-    with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+    with suppress(OSError), open(CHILDREN) as file:
         return [int(pid) for pid in file.read().split()]
     return []
 
@@ -317,7 +319,7 @@ class Script:
 
         while self.process.poll() is None:
             relay_what_comes(within=0.1)
-        self.guard.strike()
+        self.guard.strike(succeeded=self.process.returncode == 0)
         while len(selector.get_map()) > 2 and relay_what_comes(within=0.0):
             pass
         return self.process.returncode

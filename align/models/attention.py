@@ -201,6 +201,14 @@ def probe_rows(
     return False
 
 
+def may_skip_probe(model: PreTrainedModel, asked: bool) -> bool:
+    """Whether a probe that is not asked for can be left out; says why not."""
+    is_stateful = model.config.model_type in STATEFUL
+    if asked and is_stateful:
+        logger.warning(f"{model.config.model_type} models are probed all the same: they carry a state along a row")
+    return asked and not is_stateful
+
+
 def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Moves the model to its card, as the trainer does; under ZeRO-3 it is there."""
     if not _is_partitioned(model):

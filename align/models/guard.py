@@ -262,11 +262,11 @@ def find_model(name: str, flag: str, trust_remote_code: bool = False, token: str
 
 
 def load_config(
-    folder: Path, flag: str, trust_remote_code: bool = False, sees_pictures: bool = False
+    folder: Path, flag: str, trust_remote_code: bool = False, for_merge: bool = False
 ) -> "PretrainedConfig":
     """The configuration in a folder that `check_folder` has passed: that of a causal language model.
 
-    With `sees_pictures` it may have parts for pictures, as Gemma 3 does.
+    With `for_merge`, where nothing is computed, it may have parts for pictures, as Gemma 3 does, and a wrong class.
     """
     from transformers import AutoConfig, GenerationConfig
     from transformers.utils.hub import extract_commit_hash
@@ -290,7 +290,7 @@ def load_config(
                     f"{flag}: {folder} brings code for a configuration and none for a causal language model (auto_map)"
                 )
             return AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        config_class = _find_class(content, folder, flag, sees_pictures)
+        config_class = _find_class(content, folder, flag, for_merge)
         _check_kinds(content, config_class, path, flag)
         if content.pop("auto_map", None):
             _warn_once(
@@ -325,7 +325,7 @@ def load_config(
         raise InputError(f"{flag}: {path} cannot be used: {one_line(error)}") from error
 
 
-def _find_class(config: dict, folder: Path, flag: str, sees_pictures: bool) -> type["PretrainedConfig"]:
+def _find_class(config: dict, folder: Path, flag: str, for_merge: bool) -> type["PretrainedConfig"]:
     """Refuses all but causal language models: other configurations may load more than themselves."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto import modeling_auto
@@ -346,16 +346,16 @@ def _find_class(config: dict, folder: Path, flag: str, sees_pictures: bool) -> t
         *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        *(() if sees_pictures else modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        *(() if for_merge else modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
     }
     parts = getattr(config_class, "sub_configs", None) or {}
     takes_any = AutoConfig in parts.values()  # for a part
-    known = {*PARTS_OF_A_DECODER, *(PARTS_WITH_PICTURES if sees_pictures and not takes_any else ())}
+    known = {*PARTS_OF_A_DECODER, *(PARTS_WITH_PICTURES if for_merge and not takes_any else ())}
     is_causal = config_class in AutoModelForCausalLM._model_mapping and kind not in others
     is_decoder = is_causal and not parts.keys() - known
     if not is_decoder or config.get("is_encoder_decoder"):
         raise InputError(f"{flag}: {folder} is a {kind} model; give a causal language model, of text alone")
-    if kind in UNUSABLE:
+    if kind in UNUSABLE and not for_merge:
         raise InputError(f"{flag}: {folder} is a {kind} model, which is not used here: {UNUSABLE[kind]}")
     return config_class
 

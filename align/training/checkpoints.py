@@ -250,7 +250,7 @@ SAME_IF_RESTORED = {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type",
     "lr_scheduler_kwargs",
 }  # fmt: skip
-OF_OPTIMIZER = ("deepspeed optimizer.", "deepspeed scheduler.")  # settings
+OF_OPTIMIZER = "deepspeed optimizer."  # settings; those of a scheduler in the same file are taken as they are now
 # Flags that change with every command, or do not change what is learnt; of --deepspeed the settings are told
 UNTOLD = {
     "resume", "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "logging_dir", "run_name", "local_rank",

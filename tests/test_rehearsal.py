@@ -15,7 +15,7 @@ from conftest import ROOT, write_rows
 from tiny import save_model
 
 from align.launch.engines import ENGINES, Run
-from align.rehearsal import alternatives
+from align.rehearsal import alternatives, shrinking
 from align.rehearsal.rehearse import Stage
 
 TARGETS = ["--lora_target_modules", "q_proj", "v_proj"]
@@ -150,6 +150,14 @@ def test_settings_that_fit_are_found_by_rehearsing_them():
     assert any(each["fits"] and each["peak"] < peak * 0.5 for each in report["fits_with"]), ended.stderr
     smaller = ["--no_shrunken_run", "--no_alternatives", "--card_memory", peak * 0.5]
     assert rehearse(*smaller, ROOT / "sft.py", *flags)[1]["fits_with"] == []
+
+
+def test_a_shrunken_run_takes_two_steps_however_long_the_command_would_take():
+    asked = ["--num-train-epochs", "1", "--max_steps=-1", "--beta", "0.1", "--warmup-steps=10"]
+    kept = alternatives.with_flags(asked, shrinking.SHORT)
+    assert kept[:2] == ["--beta", "0.1"]
+    assert "--max_steps=2" in kept
+    assert not any("epochs" in word or "10" in word for word in kept)
 
 
 def test_each_setting_is_rehearsed_in_a_folder_of_its_own(tmp_path, capsys):

@@ -114,7 +114,7 @@ def with_flags(arguments: list[str], flags: Mapping[str, str | None]) -> list[st
     kept, skipping = [], False
     for word in arguments:
         if word.startswith("--"):
-            skipping = word.partition("=")[0] in flags
+            skipping = "--" + word[2:].partition("=")[0].replace("-", "_") in flags
         if not skipping:
             kept.append(word)
     return [*kept, *(f"{flag}={value}" for flag, value in flags.items() if value is not None)]

@@ -18,8 +18,9 @@ from align.launch.engines import ROOT, clean_environment
 from align.rehearsal.alternatives import with_flags
 
 SECONDS = 280  # after which it is given up
-SHORT = {
+SHORT: dict[str, str | None] = {
     "--max_steps": "2",
+    "--num_train_epochs": None,  # refused beside --max_steps
     "--save_steps": "2",
     "--logging_steps": "1",
     "--eval_steps": "2",

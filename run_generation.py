@@ -119,7 +119,10 @@ def main(argv: list[str] | None = None) -> None:
     encoded = encode_prompts(
         prompts, source.tokenizer, prompt_args.use_chat_template, source.vocabulary_size, room, width
     )
-    lengths = list(map(len, encoded))
+    lengths, ignores_padding = list(map(len, encoded)), source.ignores_padding(gaudi_args.batch_size)
+    if width and ignores_padding:
+        kind = f"{source.config.model_type} models"
+        logger.warning(f"--max_input_tokens cuts prompts here, and pads none: {kind} would take the padding for text")
     batches = plan_batches(
         lengths,
         gaudi_args.batch_size,
@@ -127,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         room,
         width=width,
         pads=not gaudi_args.flash_attention_causal_mask,
-        ignores_padding=source.ignores_padding,
+        ignores_padding=ignores_padding,
     )
     kept = None
     if rank == 0 and output_dir is not None and not output_args.measures:

@@ -164,3 +164,13 @@ def test_the_most_padded_prompt_is_tried_beside_the_longest_of_its_batch():
     assert (list(map(len, tried)), width) == ([3, 10], 16)
     assert choose_prompts(encoded[3:4], [Batch([0], 60)]) == (encoded[3:4], 60)
     assert prompts.pad_batch(tried, width, 3, 0)[1].sum(1).tolist() == [3, 10, 3]
+
+
+def test_prompts_one_by_one_of_a_model_with_a_state_are_not_padded_which_is_told(save, generate, caplog):
+    alone = generate(save("mamba"), "--batch_size", 1)
+    assert "--max_input_tokens" not in caplog.text
+
+    assert generate(save("mamba"), "--batch_size", 1, "--max_input_tokens", 64) == alone
+
+    assert "--max_input_tokens cuts prompts here, and pads none: mamba models" in caplog.text
+    assert json.loads(Path("out/generation_results.json").read_text())["shapes"] > 1

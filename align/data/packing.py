@@ -5,7 +5,6 @@ length to one of a few. Everything here is numpy: a torch operation on the CPU i
 """
 
 import ctypes
-import itertools
 import mmap
 import os
 from bisect import bisect_left, insort
@@ -143,15 +142,28 @@ def drop_pages(samples: "Dataset") -> None:
     files = {os.path.realpath(file["filename"]) for file in samples.cache_files}
     if not files:
         return
+    libc = ctypes.CDLL(None)
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as areas:
         for addresses, *_, path in (area.rstrip("\n").split(maxsplit=5) for area in areas):
             if path in files:
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 size = ctypes.c_size_t(end - start)
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
+                libc.madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
 
 
-class RowDataset(torch.utils.data.Dataset):
+class MappedDataset(torch.utils.data.Dataset):
+    """Rows over a data set whose cache is mapped: of what was read, some batches stay in memory and not all."""
+
+    reads = 0
+
+    def forget(self, samples: "Dataset") -> None:
+        """To be called after each batch that was read of `samples`."""
+        self.reads += 1
+        if self.reads % KEPT_READS == 0:
+            drop_pages(samples)
+
+
+class RowDataset(MappedDataset):
     """Rows over a data set with `input_ids`, `labels` and `length`: packed, or without `row_length` one to a sample.
 
     A row is put together when it is asked for: nothing is written and nothing but the plan is kept in memory.
@@ -162,7 +174,6 @@ class RowDataset(torch.utils.data.Dataset):
         single = SampleRows(np.arange(len(self.lengths)), np.arange(len(self.lengths) + 1))
         self.rows = best_fit_decreasing(self.lengths, row_length, seed) if row_length else single
         self.samples = samples.select_columns(["input_ids", "labels"]).with_format("arrow")
-        self.reads = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -186,8 +197,7 @@ class RowDataset(torch.utils.data.Dataset):
         input_ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
         ends = np.cumsum([self.lengths[samples].sum() for samples in members])[:-1]
         parts = zip(np.split(input_ids, ends), np.split(labels, ends), members, strict=True)
-        if next(self.reads) % KEPT_READS == 0:
-            drop_pages(self.samples)
+        self.forget(self.samples)
         return [_join(ids, row_labels, self.lengths[samples]) for ids, row_labels, samples in parts]
 
 

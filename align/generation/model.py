@@ -97,11 +97,11 @@ class Source:
         """The most tokens of a text."""
         return getattr(self.config, "max_position_embeddings", sys.maxsize)
 
-    @property
-    def ignores_padding(self) -> bool:
-        from align.models.families import IGNORE_PADDING
+    def ignores_padding(self, batch_size: int) -> bool:
+        """Whether layers take padding for a part of the text, as those with a state do where a batch has one row."""
+        from align.models.families import IGNORE_PADDING, STATEFUL
 
-        return self.config.model_type in IGNORE_PADDING
+        return self.config.model_type in (STATEFUL if batch_size == 1 else IGNORE_PADDING)
 
     @property
     def folders(self) -> dict[str, Path | None]:

@@ -19,7 +19,6 @@ here is numpy: see align/data/packing.py.
 """
 
 import hashlib
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig
 
-from align.data.packing import IGNORED, KEPT_READS, NONE, BucketSampler, choose_buckets, drop_pages, take
+from align.data.packing import IGNORED, NONE, BucketSampler, MappedDataset, choose_buckets, drop_pages, take
 from align.errors import InputError
 from align.training.reference import Stored
 
@@ -226,14 +225,13 @@ def _round_up(number: int, multiple_of: int) -> int:
     return -(-int(number) // multiple_of) * multiple_of
 
 
-class PairDataset(torch.utils.data.Dataset):
+class PairDataset(MappedDataset):
     """Pairs as the collator takes them, with the reference's log-probs where they are `stored`."""
 
     def __init__(self, pairs: Dataset, rows: PairRows, stored: Stored | None = None):
         self.pairs = pairs.select_columns([*COLUMNS, *LABELS]).with_format("numpy")
         self.rows = rows
         self.stored = stored
-        self.reads = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -242,8 +240,7 @@ class PairDataset(torch.utils.data.Dataset):
         taken = [index for index in indices if index != NONE]
         columns = self.pairs[taken] if taken else {name: [] for name in (*COLUMNS, *LABELS)}
         pairs = zip(*(columns[name] for name in (*COLUMNS, *LABELS)), strict=True)
-        if next(self.reads) % KEPT_READS == 0:
-            drop_pages(self.pairs)
+        self.forget(self.pairs)
         return [self._describe(index, *(next(pairs) if index != NONE else [EMPTY] * 5)) for index in indices]
 
     def _describe(self, index: int, prompt: np.ndarray, *answers_and_labels: np.ndarray) -> dict:

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from launches import ENGINES, SAVES, Launch
 
 import gaudi_spawn
@@ -496,13 +495,6 @@ def test_the_command_line_ends_with_exit_code_2_and_one_line(tmp_path):
     assert ended.stderr == "gaudi_spawn.py: error: --world_size: got 0; give 1 to 65536\n"
 
 
-GENERATION = f"""
-import runpy
-sys.argv[0] = {str(ROOT / "run_generation.py")!r}
-sys.path[0] = {str(ROOT)!r}
-runpy.run_path(sys.argv[0], run_name="__main__")"""
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(12 * 3600)
 @each_engine
@@ -512,17 +504,19 @@ def test_hundreds_of_launches_end_with_0(engine, tmp_path):
     SOAK_LAUNCHES chooses another number.
     """
     from tiny import save_model  # whose imports the other tests do without
+    from warm_ranks import ASK, warm_ranks
 
     model = save_model(tmp_path / "model")
     arguments = f"--model_name_or_path {model} --prompt Hello --max_new_tokens 4 --bf16 False".split()
     answers, failures = set(), []
-    for number in range(int(os.environ.get("SOAK_LAUNCHES", "500"))):
-        with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], GENERATION, arguments) as launch:
-            code, output, errors = launch.wait(300)
-        answers.add(output)
-        print(f"launch {number + 1}: exit code {code} after {time.monotonic() - launch.began:.0f} s", flush=True)
-        if code or len(answers) > 1:
-            failures.append((number, code, output, errors[-2000:]))
+    with warm_ranks(tmp_path) as variables:
+        for number in range(int(os.environ.get("SOAK_LAUNCHES", "500"))):
+            with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], ASK, arguments, **variables) as launch:
+                code, output, errors = launch.wait(300)
+            answers.add(output)
+            print(f"launch {number + 1}: exit code {code} after {time.monotonic() - launch.began:.0f} s", flush=True)
+            if code or len(answers) > 1 or not output:
+                failures.append((number, code, output, errors[-2000:]))
     assert failures == []
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from launches import ENGINES, SAVES, Launch
 
 import gaudi_spawn
@@ -285,6 +286,23 @@ def test_a_killed_supervisor_of_a_rank_takes_its_script_and_children_along(tmp_p
         assert code == 137
         assert "rank 1" in errors
         launch.assert_all_gone()
+
+
+def test_a_process_of_another_user_is_named_and_not_waited_for():
+    code = """
+import os, subprocess, time
+from align.launch import rank
+guard, child, kill = rank.Guard(), subprocess.Popen(["sleep", "300"]), os.kill
+def refuse(*_): raise PermissionError  # as the kernel does where `sudo` has started it
+os.kill, began = refuse, time.monotonic()
+guard.strike()
+print(child.pid, time.monotonic() - began)
+kill(child.pid, 9)"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    pid, took = ended.stdout.split()
+    assert ended.stderr == f"gaudi_spawn: processes of another user, which the script started, go on: {pid}\n"
+    assert float(took) < 1
 
 
 # Signals

@@ -184,13 +184,19 @@ class Guard:
         self.has_struck = True
         os.close(self.pipe)
         os.waitpid(self.pid, 0)
-        deadline = time.monotonic() + STRIKE_TIME
-        while not succeeded and (children := find_children()) and time.monotonic() < deadline:
+        deadline, spared = time.monotonic() + STRIKE_TIME, set()
+        while not succeeded and (children := set(find_children()) - spared) and time.monotonic() < deadline:
             for pid in children:
-                with suppress(OSError):  # a child of another user's stays
+                try:
                     os.kill(pid, signal.SIGKILL)
+                except PermissionError:  # another user's
+                    spared.add(pid)
+                with suppress(OSError):
                     os.waitpid(pid, os.WNOHANG)
             time.sleep(0.01)
+        if left := sorted(spared & set(find_children())):
+            names = ", ".join(map(str, left))
+            print(f"gaudi_spawn: processes of another user, which the script started, go on: {names}", file=sys.stderr)
 
     def bury(self, script: int) -> None:
         """Takes note of orphans that have ended, which else stay in the table of processes."""

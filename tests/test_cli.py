@@ -3,6 +3,8 @@
 import errno
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,12 @@ def start(monkeypatch):
 def test_each_script_says_its_version(script, start, capsys):
     assert shown(lambda: start(script, "--version"), capsys).endswith(f"{script} {__version__}\n")
     assert f'\nversion = "{__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_run_generation_reads_its_command_line_before_models_are_imported():
+    code = "import run_generation, sys; print({'transformers', 'torch', 'habana_frameworks'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 NEAR = {

@@ -15,7 +15,6 @@ from align.generation.config import DecodingArguments, GaudiArguments
 from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
 from align.generation.model import Flags, ModelArguments, Source, find_source
 from align.generation.prompts import OWN_PROMPTS, Batch, PromptArguments
-from align.models.families import find_window
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +164,8 @@ class Speaker:
 
 
 def load_speaker(source: Source, decoding: DecodingArguments, gaudi: GaudiArguments) -> Speaker:
+    from align.models.families import find_window  # transformers with it, once the command line is known to be right
+
     context = min(source.context, find_window(source.config) or sys.maxsize)
     room = context - decoding.max_new_tokens
     if room < 1:

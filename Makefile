@@ -44,7 +44,7 @@ demo: setup  ## Align a real model of 135M weights, in minutes; SEEDS="0 1 2" fo
 
 chat: setup  ## Talk to a model: MODEL=FOLDER, and COMPARE=FOLDER for two side by side
 	@test -n "$(MODEL)" || { echo "Name a model: make chat MODEL=FOLDER"; exit 2; }
-	@$(BIN)/python run_generation.py --chat --model_name_or_path $(MODEL) $(if $(COMPARE),--compare $(COMPARE)) \
+	@$(BIN)/python run_generation.py --chat --model_name_or_path "$(MODEL)" $(if $(COMPARE),--compare "$(COMPARE)") \
 		--use_hpu_graphs --max_new_tokens 256
 
 test: $(VENV)/.dev  ## Run the tests (no card, no network needed); TESTS="tests/test_sft.py" runs some

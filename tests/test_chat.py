@@ -3,6 +3,7 @@
 Run: pytest tests/test_chat.py
 """
 
+import io
 import os
 import pty
 import re
@@ -63,9 +64,10 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full_and_that_is_sa
         speaker.answer("How are you today?")
     assert "no longer fit its context and are forgotten" in capsys.readouterr().out
     assert speaker.messages[0]["role"] == "user"
+    held = list(speaker.messages)
     speaker.answer("How are you today? " * 30)
     assert re.search(r"That is \d+ tokens; the model's context leaves room for 84", capsys.readouterr().out)
-    assert speaker.messages == []
+    assert speaker.messages == held
 
 
 def test_commands_are_not_sent_to_the_model(tmp_path, monkeypatch, capsys):
@@ -78,12 +80,26 @@ def test_commands_are_not_sent_to_the_model(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(chat.HELP) == 2
 
 
+def test_a_pipe_gets_a_plain_transcript_and_is_told_which_line_is_no_text(tmp_path, monkeypatch):
+    speakers = speakers_of(save_model(tmp_path / "model", tokenizer="qwen"))
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfHello\nGr\xfc\xdfe\n"), "utf-8"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    chat.talk(speakers)
+    shown = written.getvalue().decode("ascii")
+    assert shown.startswith(f"{chat.HELP}\n>>> Hello\n")
+    assert shown.endswith(">>> Gr\\udcfc\\udcdfe\nThat is not text in utf-8; nothing is asked.\n\n")
+    assert "\33" not in shown
+    assert [message["content"] for message in speakers[0].messages[::2]] == ["Hello"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--compare", "other"], "add --chat"),
         (["--chat", "--prompt", "Hello"], "--prompt: has no effect in a conversation"),
         (["--chat", "--output_dir", "out"], "--output_dir: has no effect in a conversation"),
+        (["--chat", "--show_graphs_count"], "--show_graphs_count: has no effect in a conversation"),
         (["--chat", "--num_beams", "2"], "--num_beams: has no effect in a conversation"),
         (["--chat", "--max_new_tokens", "512"], "--max_new_tokens: 512 leave no room"),
         (["--chat", "--compare", "nowhere"], "nowhere"),
@@ -131,7 +147,7 @@ def test_in_a_terminal_both_models_answer_and_ctrl_c_stops_an_answer_not_the_pro
     terminal = Terminal(sys.executable, ROOT / "run_generation.py", *command)
     try:
         terminal.wait_for(">>> ")
-        terminal.type("Hello there\n")
+        terminal.type("\33[200~Hello there,\nhow are you?\33[201~\n")  # pasted: one question of two lines
         terminal.wait_for(rf"{re.escape(names[0])}.*?\n.{{3}}")  # the first words are there while it goes on
         terminal.press_ctrl_c()
         terminal.wait_for(rf"\(stopped\).*{re.escape(names[1])}.*?\n.{{3}}")

@@ -125,9 +125,14 @@ def _in_words(seconds: float) -> str:
 
 def choose_display(generator: TextGenerator) -> str:
     """How `answer_all` shows answers: a single one as it comes, on a terminal."""
-    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a character shows its number
-        sys.stdout.reconfigure(errors="backslashreplace")
+    show_any_character()
     return "stream" if sys.stdout.isatty() and generator.rows == generator.copies == 1 else "print"
+
+
+def show_any_character() -> None:
+    """From here on a terminal that lacks a character shows its number."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def answer_all(

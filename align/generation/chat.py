@@ -5,12 +5,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.errors import InputError
-from align.generation.answers import OutputArguments
+from align.generation.answers import OutputArguments, show_any_character
 from align.generation.config import DecodingArguments, GaudiArguments
 from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
 from align.generation.model import Flags, ModelArguments, Source, find_source
@@ -29,6 +30,7 @@ QUESTIONS = (
 WIDTH = 64  # tokens: prompts are padded to a multiple, as every new shape is a graph that a Gaudi has to compile
 HELP = "/new forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer."
 BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
+GO_WITH_CHAT = ("log_level", "use_chat_template")  # of the flags about prompts and output
 
 
 @dataclass
@@ -56,20 +58,22 @@ def check_chat(
         return
     if world_size > 1:
         raise InputError(f"--chat: the keyboard does not reach {world_size} ranks; talk to a model on one card")
+    if sys.stdin is None:
+        raise InputError("--chat: standard input is closed, so nobody can ask; open it, or give --prompt")
     without = {
-        "prompt": prompts.prompt is not None,
-        "prompt_file": prompts.prompt_file is not None,
-        "dataset_name": prompts.dataset_name is not None,
-        "output_dir": output.output_dir is not None,
+        each.name: getattr(arguments, each.name) != each.default
+        for arguments in (prompts, output)
+        for each in fields(arguments)
+        if each.name not in GO_WITH_CHAT
+    }
+    without |= {
         "num_beams": decoding.num_beams > 1,
         "num_return_sequences": decoding.num_return_sequences > 1,
         "batch_size": gaudi.batch_size > 1,
         "bucket_size": gaudi.bucket_size > 0,
         "reuse_cache": gaudi.reuse_cache,
-        "max_input_tokens": prompts.max_input_tokens > 0,
         "flash_attention_causal_mask": gaudi.flash_attention_causal_mask,
         "ignore_eos": bool(decoding.ignore_eos),
-        "benchmark": output.measures,
     }
     for flag, is_given in without.items():
         if is_given:
@@ -120,13 +124,13 @@ class Speaker:
             self.generator.tokenizer.chat_template = QUESTIONS
             print(f"{self.name} has no chat template; it is asked as `Question: ...`, as after training on questions.")
 
-    def encode(self) -> list[int]:
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
         from jinja2 import TemplateError
 
         from align.data.tokenization import encode_prompt
 
         try:
-            ids = encode_prompt(self.generator.tokenizer, self.messages)
+            ids = encode_prompt(self.generator.tokenizer, messages)
         except TemplateError as error:
             raise InputError(f"{self.name}: its chat template refuses the chat: {error}") from None
         vocabulary_size = self.generator.model.config.vocab_size
@@ -136,17 +140,14 @@ class Speaker:
 
     def answer(self, question: str) -> None:
         """Asks with the conversation so far; where the model's context is too short, the oldest turns are left out."""
-        self.messages.append({"role": "user", "content": question})
-        forgotten = 0
-        while len(ids := self.encode()) > self.room and len(self.messages) > 1:
-            del self.messages[:2]
-            forgotten += 1
+        messages = [*self.messages, {"role": "user", "content": question}]
+        while len(ids := self.encode(messages)) > self.room and len(messages) > 1:
+            del messages[:2]
         if len(ids) > self.room:
-            self.messages.clear()
             print(f"That is {len(ids)} tokens; the model's context leaves room for {self.room}. Ask something shorter.")
             return
-        if forgotten:
-            print(f"{DIM}(the oldest {forgotten} of the turns no longer fit its context and are forgotten){PLAIN}")
+        if forgotten := (len(self.messages) - len(messages) + 1) // 2:
+            print(dim(f"(the oldest {forgotten} of the turns no longer fit its context and are forgotten)"))
         width = min(-(-len(ids) // WIDTH) * WIDTH, self.room)
         streamer = ChatStreamer(self.generator.tokenizer, ids, self.generator.end_tokens)
         with stopped_by_interrupt(streamer):
@@ -154,13 +155,13 @@ class Speaker:
                 (new,), _ = self.generator.generate([ids], width, streamer)
             except Stopped:
                 new = streamer.new_ids or []
-                print(f" {DIM}(stopped){PLAIN}")
+                print(" " + dim("(stopped)"))
         ended = bool(new) and new[-1] in self.generator.end_tokens
         if not ended and not streamer.is_stopped:
-            print(f"{DIM}(cut at --max_new_tokens {self.generator.config.max_new_tokens}){PLAIN}")
+            print(dim(f"(cut at --max_new_tokens {self.generator.config.max_new_tokens})"))
         said = [token for token in new if token not in self.generator.end_tokens]
         text = decode_new(self.generator.tokenizer, ids, said)
-        self.messages.append({"role": "assistant", "content": text.strip()})
+        self.messages = [*messages, {"role": "assistant", "content": text.strip()}]
 
 
 def load_speaker(source: Source, decoding: DecodingArguments, gaudi: GaudiArguments) -> Speaker:
@@ -213,26 +214,58 @@ def chat(
 
 def talk(speakers: list[Speaker]) -> None:
     """Asks every speaker what the user types, line by line, until the end of input."""
-    print(f"{DIM}{HELP}{PLAIN}")
+    show_any_character()
+    if isinstance(sys.stdin, TextIOWrapper):  # what is no text is told, not the end
+        sys.stdin.reconfigure(errors="surrogateescape")
+    print(dim(HELP))
     while True:
         try:
-            line = input(f"{BOLD}>>> {PLAIN}" if sys.stdin.isatty() else "").strip()
+            line = read_line()
+            if line in ("/bye", "/exit", "/quit"):
+                return
+            if line == "/new":
+                for speaker in speakers:
+                    speaker.messages.clear()
+                print(dim("(a new conversation)"))
+            elif line.startswith("/"):
+                print(dim(HELP))
+            elif not is_text(line):
+                print(f"That is not text in {sys.stdin.encoding}; nothing is asked.")
+            elif line:
+                for speaker in speakers:
+                    if len(speakers) > 1:
+                        print(bold(speaker.name))
+                    speaker.answer(line)
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
-            print(f"\n{DIM}{HELP}{PLAIN}")
-            continue
-        if line in ("/bye", "/exit", "/quit"):
-            return
-        if line == "/new":
-            for speaker in speakers:
-                speaker.messages.clear()
-            print(f"{DIM}(a new conversation){PLAIN}")
-        elif line.startswith("/"):
-            print(f"{DIM}{HELP}{PLAIN}")
-        elif line:
-            for speaker in speakers:
-                if len(speakers) > 1:
-                    print(f"{BOLD}{speaker.name}{PLAIN}")
-                speaker.answer(line)
+            print("\n" + dim(HELP))
+
+
+def read_line() -> str:
+    """The next line of the user, without blanks around it; on a terminal with a prompt, and keys that edit it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        line = input("").removeprefix("\ufeff").strip()
+        print(f">>> {line}")
+        return line
+    import readline  # input() uses it from here on; what is pasted is one question, however many lines it has
+
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return input(f"\1{BOLD}\2>>> \1{PLAIN}\2").strip()  # its width does not count
+
+
+def is_text(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bold(text: str) -> str:
+    return f"{BOLD}{text}{PLAIN}" if sys.stdout.isatty() else text
+
+
+def dim(text: str) -> str:
+    return f"{DIM}{text}{PLAIN}" if sys.stdout.isatty() else text

@@ -206,6 +206,24 @@ def test_a_bucketed_epoch_computes_the_announced_shapes(num_samples):
     tokens = sorted(token for batch in batches for token in batch["input_ids"].flatten().tolist() if token)
     assert shapes == {(4, bucket): n for bucket, n in batches_per_bucket(lengths, buckets, 4).items()}
     assert tokens == list(range(1, lengths.sum() + 1))
+    for batch in batches:
+        own, real = batch["attention_mask"] > 0, batch["input_ids"] > 0
+        assert own[real.any(dim=1)].equal(real[real.any(dim=1)])
+
+
+def test_a_row_without_tokens_has_one_key():
+    batch = BucketCollator(2, [8], 0)([{"input_ids": [], "labels": []}, {"input_ids": [5, 6], "labels": [5, 6]}])
+    assert batch["attention_mask"].sum(dim=1).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("row_length", "hardest"),
+    [(ROW_LENGTH, [{20, 4}]), (None, [{ROW_LENGTH}, {9}])],  # packed: the longest sample with company
+)
+def test_the_rows_that_a_probe_tries_hold_long_samples(row_length, hardest):
+    rows = RowDataset(make_samples([4, 9, ROW_LENGTH, 20, 7]), row_length)
+    lengths = [set(rows.lengths[rows.rows[index]].tolist()) for index in rows.hardest()]
+    assert lengths == hardest
 
 
 def test_a_partial_batch_keeps_its_shape_and_its_loss():
@@ -225,6 +243,7 @@ def test_a_stream_in_buckets_keeps_its_samples_and_groups_them():
     shapes = [{np.searchsorted([8, 16, 24], len(sample["labels"])) for sample in batch} for batch in batches]
     assert sorted(sample["input_ids"] for sample in ordered) == samples["input_ids"]
     assert sum(len(shape) > 1 for shape in shapes) <= 4  # at most two a window
+    assert sorted(sample["input_ids"] for sample in ordered[:32]) == samples["input_ids"][:32]  # whole batches a window
 
 
 def test_a_stream_in_buckets_has_an_order_that_the_seed_fixes():

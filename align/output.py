@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def prepare(output: Path) -> None:
         raise InputError(
             f"--output_dir: the disk of {output} has {free >> 20} MiB left; make room, or name a folder elsewhere"
         )
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Makes a folder that is written late in a run, and tries to write there; `what` begins the line of an error."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{what}: {folder} cannot be written: {error.strerror}; name another folder") from error
 
 
 def lock(output: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_rows
@@ -329,3 +330,12 @@ def test_two_ranks_under_zero_3_equal_one_process(dpo, model, questions):
         torch.testing.assert_close(two[name], weights, atol=1e-6, rtol=1e-4)
     assert results("two")["eval_loss"] == pytest.approx(results("one")["eval_loss"], abs=1e-5)
     assert [step["loss"] for step in logged("two")] == pytest.approx([step["loss"] for step in logged("one")], abs=1e-4)
+
+
+def test_log_probs_that_the_disk_does_not_take_are_told_and_used(tmp_path, caplog):
+    stored = reference.Stored(tmp_path / "gone" / "key.safetensors", None)
+
+    reference.store(stored, np.array([[1.0, 2.0]]), write=True)
+
+    assert stored.values.tolist() == [[1.0, 2.0]]
+    assert "reference log-probs are not stored, so another run computes them anew: No such file" in caplog.text

@@ -682,7 +682,8 @@ def kinds(tmp_path_factory, stopped):
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 (staged / name).write_bytes(os.urandom(5000))
             files = checkpoints.seal(staged, 0, 2) | checkpoints.seal(staged, 1, 2)
-            about = {**dict.fromkeys(checkpoints.NEEDED), "step": step, "resumable": True}
+            about = {name: kind() for name, kind in checkpoints.NEEDED.items() if name != "order"}
+            about |= {"order": None, "step": step, "resumable": True, "progress": dict.fromkeys(checkpoints.SUMS, 0)}
             checkpoints.commit(staged, folder / kind / f"checkpoint-{step}", files, about)
     return folder
 
@@ -709,6 +710,13 @@ def drop_the_hash(folder):
     change_manifest(folder, version=1, xxh3_128=None)
 
 
+def edit(folder, **values):
+    """As somebody does who gives the manifest its right hash afterwards, or the version that has none."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | values
+    del manifest["xxh3_128"], manifest["version"]
+    checkpoints.write_manifest(folder, manifest.pop("files"), manifest)
+
+
 def flip_a_bit(folder):
     path = folder / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 5'))
@@ -719,6 +727,13 @@ UNUSABLE = {
     "a bit flipped": (flip_a_bit, "manifest.json is damaged"),
     "renamed": (lambda folder: folder.rename(folder.with_name("checkpoint-5")), "it is of step 4, under another name"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    "flags that are none": (lambda folder: edit(folder, flags=[1]), "manifest.json is damaged"),
+    "settings that are none": (lambda folder: edit(folder, settings=7), "manifest.json is damaged"),
+    "sums that are gone": (lambda folder: edit(folder, progress={}), "manifest.json is damaged"),
+    "sums that are none": (
+        lambda folder: edit(folder, progress=dict.fromkeys(checkpoints.SUMS, "1")),
+        "manifest.json is damaged",
+    ),
 }
 
 
@@ -754,6 +769,35 @@ def test_a_checkpoint_of_the_release_before_is_resumed(train, stopped):
     train("sft.py", "--max_steps", 4, "--resume", "auto")
 
     assert_same_run("out", stopped / "sft.py")
+
+
+def test_a_limit_keeps_what_was_just_saved_and_not_the_torn_one_before_which_the_run_goes_on(train, at_step):
+    train("sft.py", "--max_steps", 4)
+    shutil.copytree("out/checkpoint-2", "out/checkpoint-2-mine")
+    Path("out/checkpoint-4/optimizer.pt").unlink()
+    at_step(4, die)
+
+    with pytest.raises(Killed):
+        train("sft.py", "--save_steps", 1, "--save_total_limit", 1, "--max_steps", 4, "--resume", "auto")
+
+    at_step(0, die)
+    assert {path.name for path in Path("out").glob("checkpoint-*")} == {"checkpoint-2-mine"} | {
+        f"checkpoint-{step}" for step in (3, 4)
+    }
+
+
+def test_a_checkpoint_of_elsewhere_begins_a_folder_of_its_own_and_replaces_no_other_run(train, stopped, caplog):
+    here = ["--resume_from_checkpoint", stopped / "sft.py/checkpoint-2", "--max_steps", 4]
+    train("sft.py", "--max_steps", 6, "--save_steps", 6, "--seed", 1)
+
+    with pytest.raises(InputError, match="--output_dir: out holds another run .*; add --resume auto"):
+        train("sft.py", *here)
+    train("sft.py", *here, "--overwrite_output_dir")
+
+    assert_same_run("out", stopped / "sft.py")
+    assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-4"]
+    with pytest.raises(InputError, match="--resume_from_checkpoint contradicts --overwrite_output_dir"):
+        train("sft.py", "--resume_from_checkpoint", "out/checkpoint-4", "--overwrite_output_dir")
 
 
 class CrashPoint:
@@ -817,6 +861,13 @@ def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_load
     ):
         with pytest.raises(InputError, match=f"--output_dir: {message}"):
             train("sft.py", output=folder)
+    with pytest.raises(InputError, match="--logging_dir: file/logs cannot be written: Not a directory"):
+        train("sft.py", "--report_to", "tensorboard", "--logging_dir", "file/logs")
+    with pytest.raises(InputError, match="the folder of reference log-probs: file/kept cannot be written: Not a dir"):
+        train("dpo.py", "--precompute_ref_log_probs", "--ref_log_probs_dir", "file/kept")
+    Path("blocked/tokenizer.json").mkdir(parents=True)
+    with pytest.raises(InputError, match="--output_dir: blocked/tokenizer.json is a folder where a file of that name"):
+        train("sft.py", output="blocked")
     write_rows("rows/rows.jsonl", make_rows(5))
     with pytest.raises(InputError, match="--output_dir: rows/out lies in --dataset_name rows, all files of which"):
         train("sft.py", "--dataset_name", "rows", output="rows/out")

@@ -35,7 +35,18 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2  # 1 had no hash of the manifest itself
-NEEDED = {"resumable", "world_size", "facts", "flags", "order", "progress"}  # by those who read it
+# What those who read it need: one that was edited by hand may hold anything
+NEEDED: dict[str, Any] = {
+    "step": int,
+    "world_size": int,
+    "resumable": bool,
+    "files": dict,
+    "facts": dict,
+    "flags": dict,
+}
+NEEDED |= {"order": str | None, "progress": dict}
+LATER = {"settings": dict, "software": dict}  # the release before had none
+SUMS = ("total_loss", "unlogged_loss", "last_logged_step", "nonfinite_steps")
 UNFINISHED = "unfinished-"
 CHUNK = 1 << 22  # bytes read at once
 PIECE = 1 << 16  # bytes of a piece of a large file
@@ -138,11 +149,19 @@ def read_manifest(folder: Path) -> Any:
         own_hash = manifest.pop("xxh3_128", None)
         wanted = {1: None, MANIFEST_VERSION: _hash_manifest(manifest)}
         is_whole = wanted[manifest["version"]] == own_hash and all(
-            file["xxh3_128"] for file in manifest["files"].values()
+            isinstance(file["xxh3_128"], str) and isinstance(file["size"], int) for file in manifest["files"].values()
         )
-        return manifest if is_whole and isinstance(manifest["step"], int) and manifest.keys() >= NEEDED else None
+        return manifest if is_whole and _is_complete(manifest) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    kinds = NEEDED | {name: kind for name, kind in LATER.items() if name in manifest}
+    sums = [manifest["progress"][name] for name in SUMS]
+    return all(isinstance(manifest[name], kind) for name, kind in kinds.items()) and all(
+        isinstance(each, int | float) for each in sums
+    )
 
 
 def _find_damage_of_manifest(folder: Path) -> str:

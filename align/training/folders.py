@@ -1,5 +1,6 @@
 """What may be written into --output_dir, and from which checkpoint a run goes on."""
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from align.training.optimizers import check_optimizer
 from align.training.unused import check_unused
 from align.upstream_fixes import gaudi_config
 
+logger = logging.getLogger(__name__)
+
 HUB_FLAGS = ("hub_model_id", "hub_private_repo", "hub_always_push", "hub_revision")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*")
 CHECKPOINTS = "checkpoint-*"
@@ -26,6 +29,7 @@ RESULT_FILES = (
     *("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json"),
     *("report.html", "README.md", "curves.png"),
 )
+WRITTEN = (".json", ".jsonl", ".jinja", ".model", ".txt", ".safetensors", ".html", ".md", ".png")
 MOST_TOKENS = 1 << 26  # of a batch of a card
 OF_OTHERS = ("README.md", "config.json")  # that a run would replace, where no run has left them
 SIGNS = (*RUN_FILES, checkpoints.MANIFEST, "trainer_state.json", "report.html")  # that one has
@@ -80,6 +84,8 @@ def check_training_arguments(
         raise InputError(f"--output_dir: {error.strerror}; name another folder") from error
     if is_file:
         raise InputError(f"--output_dir: {folder} is a file; name a folder")
+    if folder.is_dir() and (blocked := sorted(path for path in folder.iterdir() if _is_blocked(path))):
+        raise InputError(f"--output_dir: {blocked[0]} is a folder where a file of that name is written; remove it")
     if not args.save_safetensors:
         raise InputError(
             "--save_safetensors False: weights are saved as safetensors alone, which run no code when read"
@@ -100,6 +106,10 @@ def check_training_arguments(
     if args.should_save and folder.is_dir():
         output.lock(folder)
     return find_checkpoint(args, run_args, *models) if args.do_train else None
+
+
+def _is_blocked(path: Path) -> bool:
+    return path.suffix in WRITTEN and path.is_dir()
 
 
 def check_best(args, measured: Sequence[str]) -> None:
@@ -140,6 +150,8 @@ def prepare_output(args) -> None:
     """Makes --output_dir (rank 0), for this run alone, where there is room for what it writes."""
     if args.should_save:
         output.prepare(Path(args.output_dir))
+        if "tensorboard" in args.report_to:
+            output.check_writable(Path(args.logging_dir), "--logging_dir")
 
 
 def _wanted_checkpoint(args) -> str | None:
@@ -154,6 +166,9 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
     if run_args.resume == "auto" and (wanted or args.overwrite_output_dir):
         other = "--resume_from_checkpoint" if wanted else "--overwrite_output_dir"
         raise InputError(f"--resume auto contradicts {other}; give one of them")
+    is_own = wanted in ("True", "true") or _is_in(folder, wanted)
+    if is_own and args.overwrite_output_dir:
+        raise InputError("--resume_from_checkpoint contradicts --overwrite_output_dir; give one of them")
     if run_args.resume == "auto":
         found = checkpoints.find_last(folder, *ranks)
         model = next((path for name in WEIGHTS for path in folder.glob(name)), None)
@@ -173,9 +188,14 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
             raise InputError(f"--resume_from_checkpoint: no checkpoint at {wanted}")
         if damage := checkpoints.shared_damage(Path(wanted), *ranks):
             raise InputError(f"--resume_from_checkpoint: {wanted} cannot be resumed: {damage}")
-        if not checkpoints.read_manifest(Path(wanted))["resumable"]:
+        manifest = checkpoints.read_manifest(Path(wanted))
+        if not manifest["resumable"]:
             raise InputError(f"--resume_from_checkpoint: {wanted} was made with --save_only_model: it has no optimizer")
-        return wanted
+        newest = next(iter(checkpoints.list_checkpoints(folder)), None)
+        if is_own and newest is not None and checkpoints.step_of(newest) > manifest["step"]:
+            logger.warning(f"{newest} stays: until this run has come as far, --resume auto would go on from there")
+        if is_own:
+            return wanted
     if held is not None and not args.overwrite_output_dir:
         raise InputError(
             f"--output_dir: {folder} holds another run ({held.name}); add --resume auto to go on "
@@ -185,7 +205,11 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
     used = next((model for model in models if model and Path(model).resolve() in replaced), None)
     if held is not None and used is not None:
         raise InputError(f"--overwrite_output_dir would replace {used}, which this run reads; name another folder")
-    return None
+    return wanted
+
+
+def _is_in(folder: Path, checkpoint: str | None) -> bool:
+    return checkpoint is not None and Path(checkpoint).parent.resolve() == folder.resolve()
 
 
 def page_of(args, name: str) -> Path | None:
@@ -203,7 +227,8 @@ def clear_output(args, run_args: RunArguments, checkpoint: str | None) -> None:
     Else its last checkpoint might be resumed, or its adapter loaded on top of newly trained weights. Where --resume
     auto begins anew, what the earlier run left goes as well, but for checkpoints.
     """
-    if checkpoint is None and (args.overwrite_output_dir or run_args.resume == "auto") and args.should_save:
+    goes_on = _is_in(Path(args.output_dir), checkpoint)
+    if not goes_on and (args.overwrite_output_dir or run_args.resume == "auto") and args.should_save:
         names = [*RUN_FILES, *RESULT_FILES, *LEFTOVERS]
         if not args.overwrite_output_dir:
             names.remove(CHECKPOINTS)  # one of a name that no run gives may be somebody's copy

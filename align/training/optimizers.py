@@ -16,6 +16,7 @@ SAME_AS_FUSED_ADAMW = {
     *("paged_adamw_32bit", "paged_adamw_8bit"),
 }
 OF_TORCH = {"adafactor", "adagrad", "rmsprop", "sgd"}
+WITHOUT_SETTINGS = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules: upstream drops what they are given
 TRANSFORMER_ENGINE = "habana_frameworks.torch.hpex.experimental.transformer_engine"
 
 
@@ -51,6 +52,10 @@ def _check_schedule(args) -> None:
     steps = args.max_steps if args.max_steps > 0 else max(100, 2 * args.warmup_steps + 2)
     looked_at = (*range(0, steps, max(1, steps // 100)), steps)
     try:
+        if kwargs and name in WITHOUT_SETTINGS:
+            raise ValueError("it takes none")
+        if any(isinstance(value, int | float) and not 0 <= value < math.inf for value in kwargs.values()):
+            raise ValueError("its numbers are 0 or more")
         warmup = args.get_warmup_steps(steps)
         made = get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(kwargs))
         factors = [factor(step) for factor in getattr(made, "lr_lambdas", ()) for step in looked_at]

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from align.errors import InputError
+from align.output import check_writable
+from align.training.checkpoints import noting_disk_errors
 from align.training.ranks import all_ranks, first_of_all_ranks
 from align.whole import replace_file
 
@@ -40,6 +42,8 @@ def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> d
         values = problem = None
         try:
             values = _load(path, len(split)) if path.exists() else None
+            if values is None:
+                check_writable(kept, "the folder of reference log-probs")
         except InputError as error:
             problem = error
         if problem := first_of_all_ranks(problem):
@@ -73,10 +77,12 @@ def _checksum(values: np.ndarray) -> str:
 
 
 def store(stored: Stored, values: np.ndarray, write: bool) -> None:
-    """Keeps `values`; the file appears whole or not at all."""
+    """Keeps `values`; the file appears whole or not at all. A full disk costs it, and not the run."""
     stored.values = np.ascontiguousarray(values, np.float32)
     if write:
-        stored.path.parent.mkdir(parents=True, exist_ok=True)
         told = {"key": stored.path.stem, "xxh3_128": _checksum(stored.values)}
-        with replace_file(stored.path) as partial:
+        errors: list[str] = []
+        with noting_disk_errors(errors), replace_file(stored.path) as partial:
             save_file({"log_probs": stored.values}, partial, metadata=told)
+        if errors:
+            logger.warning(f"reference log-probs are not stored, so another run computes them anew: {errors[0]}")

@@ -426,9 +426,19 @@ class ReliableMixin(UploadingMixin):
         return first_of_all_ranks(next(iter(errors), None))
 
     def _sorted_checkpoints(self, *args, **kwargs) -> list[str]:
-        """While training; at its end optimum-habana 1.21.2 removes the last one for the best one's sake where
-        --save_total_limit is 1 (transformers/trainer.py:1212): a run that was stopped goes on from it."""
-        return super()._sorted_checkpoints(*args, **kwargs) if self.is_in_train else []
+        """What --save_total_limit counts and removes first: none of later steps, which are torn or of before a resume.
+
+        None at the end of training, where optimum-habana 1.21.2 removes the last one for the best one's sake if the
+        limit is 1 (transformers/trainer.py:1212): a run that was stopped goes on from it.
+        """
+        if not self.is_in_train:
+            return []
+        found = reversed(checkpoints.list_checkpoints(Path(self.args.output_dir)))
+        kept = [str(path) for path in found if checkpoints.step_of(path) <= self.state.global_step]
+        if (best := self.state.best_model_checkpoint) in kept[:-1]:
+            kept.remove(best)
+            kept.insert(-1, best)
+        return kept
 
     def _load_best_model(self) -> None:
         if self.stopped_by:

@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -31,9 +32,10 @@ from align.merge.checkpoints import (
 from align.merge.plan import (
     Adapter,
     MergePlan,
-    changes_nothing,
     find_adapter_file,
+    find_missing,
     find_untouched,
+    find_zeros,
     open_adapter,
     plan_merge,
 )
@@ -134,9 +136,8 @@ def record_merge(base_name: str, base: Path, adapter_name: str, adapter: Path) -
     return [*merges, {"base_model": base_name, "adapter": adapter_name, "adapter_sha256": digest}]
 
 
-def write_companions(folder: Path, base: Path, adapter: Path, config: dict | None, merges: list[dict]) -> None:
-    """Everything but the weights: configuration, tokenizer (the adapter's, where it has one), lineage, model card."""
-    tokenizer = find_tokenizer(adapter, base)
+def write_companions(folder: Path, base: Path, tokenizer: Path, config: dict | None, merges: list[dict]) -> None:
+    """Everything but the weights: configuration, tokenizer, lineage, model card."""
     for name in TOKENIZER_FOLDERS:
         if (tokenizer / name).is_dir():
             shutil.copytree(tokenizer / name, folder / name, dirs_exist_ok=True)
@@ -168,20 +169,35 @@ def find_tokenizer(adapter: Path, base: Path) -> Path:
     return base
 
 
-def compare_vocabularies(folder: Path, embedded: int) -> None:
-    if not (folder / "tokenizer_config.json").exists():
+def compare_vocabularies(tokenizer: Path, embedded: int | None) -> None:
+    path = tokenizer / "tokenizer_config.json"
+    if not path.exists():
         logger.warning("Warning: neither adapter nor base has a tokenizer, so the merged model has none.")
         return
-    tokens = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    beyond = [token["content"] for number, token in tokens.items() if int(number) >= embedded]
+    tokens = read_json(path).get("added_tokens_decoder", {})
+    try:
+        beyond = [token["content"] for number, token in tokens.items() if int(number) >= (embedded or math.inf)]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: added_tokens_decoder is not tokens by number: copy or download it again") from None
     if beyond:
         logger.warning("Warning: the tokenizer has tokens beyond the model's %d: %s.", embedded, " ".join(beyond))
 
 
 def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
     """Warns of an adapter that changes less than it says."""
-    if changes_nothing(adapter):
+    zeros = find_zeros(adapter)
+    if zeros and len(zeros) == len(adapter.parts) and not (adapter.tokens or adapter.values or adapter.base_values):
         logger.warning("Warning: every update of %s is zero, so the merged model is the base.", adapter.file)
+    elif zeros:
+        logger.warning(
+            "Warning: %d of %d updates of %s are zero, such as that of %s: they were not trained.",
+            *(len(zeros), len(adapter.parts), adapter.file, zeros[0]),
+        )
+    if missing := find_missing(plan, adapter):
+        logger.warning(
+            "Warning: %s lacks %s, which its adapter_config.json names: there the merged model is the base.",
+            *(adapter.file, ", ".join(missing)),
+        )
     if untouched := find_untouched(plan, adapter.config):
         logger.warning(
             "Warning: %s changes %d modules and not %d others that its target_modules name, such as %s.",
@@ -223,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     adapter_config = check_adapter(adapter, "--adapter_model_name")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
     output = Path(os.path.realpath(args.output_name))
+    if output.is_symlink():  # what is left of a link once all are followed
+        raise InputError(f"--output_name: {output} is a link that leads back to itself; remove it")
     restore_folder(output)
     check_output(output, args.overwrite, {"--base_model_name": base, "--adapter_model_name": adapter})
     if args.push_to_hub:
@@ -252,6 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     check_disk(output, needed)
     if plan and plan.config.get("tie_word_embeddings") != base_config.get("tie_word_embeddings"):
         logger.info("The adapter changes the head or the embedding alone: they are no longer tied")
+    tokenizer = find_tokenizer(adapter, base)
+    compare_vocabularies(tokenizer, plan.vocabulary if plan else None)
     merges = record_merge(base_name, base, args.adapter_model_name, adapter)
 
     # Write
@@ -263,9 +283,7 @@ def main(argv: list[str] | None = None) -> None:
                 merge_through_peft(base, loadable, adapter, adapter_config, folder, dtype)
                 if args.verify:
                     check_finite(open_checkpoint(folder))
-            write_companions(folder, base, adapter, plan.config if plan else None, merges)
-            if plan and plan.vocabulary:
-                compare_vocabularies(folder, plan.vocabulary)
+            write_companions(folder, base, tokenizer, plan.config if plan else None, merges)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -18,6 +18,19 @@ def signal_rank_1_in_step_3() -> None:
     _call_in_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
 
+def signal_rank_1_in_the_final_save() -> None:
+    from align.training.supervised import SupervisedTrainer
+
+    save = SupervisedTrainer._save_final
+
+    def signal_and_save(self, output):
+        if self.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, output)
+
+    SupervisedTrainer._save_final = signal_and_save
+
+
 def interrupt_twice_in_step_3() -> None:
     """As somebody does who does not want to wait."""
     _call_in_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])

@@ -193,6 +193,40 @@ BAD_INPUTS = {
         ),
         "lm_head.weight would hold NaN or infinity: did the run that wrote base/model-00002.safetensors diverge",
     ),
+    "adapter of whole numbers": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_A__weight": torch.ones(2, 8, dtype=torch.int32)}),
+        "lora_A.weight is I32, not one of F64, F32, F16, BF16",
+    ),
+    "adapter of vectors": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.ones(8)}),
+        "lora_B.weight [8] is no matrix",
+    ),
+    "adapter of DoRA whose configuration is of LoRA": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_magnitude_vector": torch.ones(8)}),
+        "lora_magnitude_vector is not what its adapter_config.json says (use_dora, lora_bias)",
+    ),
+    "adapter that is two kinds of update": (
+        lambda: change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_embedding_" + end: torch.ones(2, 8) for end in "AB"}),
+        "lora_A.weight is not what its adapter_config.json says",
+    ),
+    "adapter without the biases that it says it has": (
+        lambda: change_json("adapter/adapter_config.json", lora_bias=True),
+        f"{Q_PROJ} has no lora_B.bias",
+    ),
+    "a tensor of the adapter under two names": (
+        lambda: change_tensors(
+            ADAPTER_WEIGHTS, **{f"base_model__model___orig_mod__{Q_PROJ}__lora_A__weight": torch.ones(2, 8)}
+        ),
+        f"{Q_PROJ}.lora_A.weight are for one place",
+    ),
+    "tokenizer is damaged": (
+        lambda: [
+            write_json("adapter/tokenizer.json", {}),
+            write_json("adapter/tokenizer_config.json", {"added_tokens_decoder": {"x": "y"}}),
+        ],
+        "adapter/tokenizer_config.json: added_tokens_decoder is not tokens by number",
+    ),
+    "output is a link to itself": (lambda: os.symlink("merged", "merged"), "is a link that leads back to itself"),
     "place of the unfinished model is a link": (
         lambda: [Path("photos").mkdir(), Path(".merged.partial").symlink_to("photos")],
         ".merged.partial, where the model would be written first, is a link to elsewhere",
@@ -246,9 +280,10 @@ def test_wrong_flag_is_one_clear_line(arguments, message, inputs):
 
 
 NONSENSE = {
+    "r": ["2", None, 0, [2], 1.5, True],
     "lora_alpha": [None, "", "16", [16], {"q_proj": 2}, True, 0, float("nan"), float("inf")],
     "rank_pattern": [1.5, "q_proj", ["q_proj"], {"(": 4}, {"q_proj": "x"}, {"q_proj": None}],
-    "alpha_pattern": [True, [1], {"q_proj": float("inf")}],
+    "alpha_pattern": [True, [1], {"q_proj": float("inf")}, {"q_proj": 0}],
     "fan_in_fan_out": ["no", 1.5, []],
     "use_rslora": ["false", 2],
     "use_dora": [{"x": 1}],
@@ -362,6 +397,23 @@ def test_an_adapter_that_changes_nothing_or_half_of_its_modules_is_told(flags, i
     assert "every update of adapter/adapter_model.safetensors is zero" in caplog.text
     assert "changes 1 modules and not 1 others" in caplog.text
     assert "model.layers.0.self_attn.v_proj" in caplog.text
+
+
+def test_what_an_adapter_names_and_does_not_hold_is_told(inputs, caplog):
+    change_json("adapter/adapter_config.json", modules_to_save=["lm_head"], trainable_token_indices=[1])
+
+    merge_peft_adapter.main(COMMAND)
+
+    assert "lacks lm_head, rows of tokens (trainable_token_indices), which its adapter_config.json names" in caplog.text
+
+
+def test_updates_that_are_zero_are_counted(tmp_path, caplog):
+    save_shards(tmp_path, layers=2)
+    change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_A__weight": torch.zeros(2, 8)})
+
+    merge_peft_adapter.main(COMMAND)
+
+    assert f"1 of 2 updates of adapter/adapter_model.safetensors are zero, such as that of {Q_PROJ}" in caplog.text
 
 
 def test_a_tied_base_that_stores_its_head_gets_the_trained_tokens_in_both(inputs):

@@ -473,6 +473,34 @@ def test_a_signal_while_the_model_is_saved_waits_until_it_is_there(train, monkey
     assert not list(Path("out").glob("unfinished-*"))
 
 
+def test_a_signal_between_training_and_the_save_of_the_model_waits_until_it_is_there(train, monkeypatch):
+    save_model = SupervisedTrainer.save_model
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        save_model(*arguments)
+
+    monkeypatch.setattr(SupervisedTrainer, "save_model", interrupted)
+
+    with pytest.raises(Stopped, match="SIGUSR1: stopped; the model is saved in out"):
+        train("sft.py", "--max_steps", 2)
+
+    assert weights()
+
+
+def test_templates_beside_the_first_are_saved_as_the_tokenizer_has_them(train, model):
+    shutil.copytree(model, "tools")
+    Path("tools/additional_chat_templates").mkdir()
+    shutil.copy("tools/chat_template.jinja", "tools/additional_chat_templates/tool_use.jinja")
+
+    train("sft.py", "--max_steps", 2, "--model_name_or_path", "tools")
+
+    for folder in ("out", "out/checkpoint-2"):
+        saved = Path(folder, "additional_chat_templates/tool_use.jinja").read_text()
+        assert saved == Path("tools/chat_template.jinja").read_text()
+    assert not list(Path("out").glob("unfinished-*"))
+
+
 BEST = [*EVALUATED, "--load_best_model_at_end", "--save_total_limit", 1, "--metric_for_best_model", "loss"]
 
 
@@ -861,6 +889,12 @@ def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_load
     ):
         with pytest.raises(InputError, match=f"--output_dir: {message}"):
             train("sft.py", output=folder)
+    with monkeypatch.context() as patched:
+        patched.setattr("datasets.config.HF_DATASETS_CACHE", Path("file/cache"))
+        with pytest.raises(
+            InputError, match="the variables HF_HOME and HF_DATASETS_CACHE: file/cache cannot be written"
+        ):
+            train("sft.py")
     with pytest.raises(InputError, match="--logging_dir: file/logs cannot be written: Not a directory"):
         train("sft.py", "--report_to", "tensorboard", "--logging_dir", "file/logs")
     with pytest.raises(InputError, match="the folder of reference log-probs: file/kept cannot be written: Not a dir"):

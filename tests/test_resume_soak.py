@@ -137,6 +137,19 @@ def test_a_signal_to_one_rank_stops_all_after_a_step_with_a_checkpoint(bench, wa
     bench.assert_same(f"signal {way}", bench.whole(way))
 
 
+def test_a_signal_to_one_rank_while_the_model_is_saved_stops_all_when_it_is_there(bench):
+    way = "sft ddp"
+    run = bench.start(way, "saved", before="signal_rank_1_in_the_final_save")
+
+    assert run.wait() == [128 + signal.SIGTERM] * 2, run.said()
+    assert (
+        "SIGTERM: stopped; the model is saved in saved; the same command with --resume auto does the rest" in run.said()
+    )
+    assert bench.weights("saved").keys() == bench.weights(bench.whole(way)).keys()
+    bench.finish(way, "saved")
+    bench.assert_same("saved", bench.whole(way))
+
+
 def test_a_second_interrupt_does_not_wait_for_the_step(bench):
     run = bench.start("sft packed", "interrupted", before="interrupt_twice_in_step_3")
 

@@ -35,6 +35,7 @@ from align.data.formats import (
 from align.data.loading import DataArguments, check_data_arguments, check_output, load_splits, read_renames
 from align.data.packing import drop_pages, read_column, read_numbers
 from align.errors import InputError
+from align.output import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def prepare_data(
     Under several ranks call it inside `first_of_node_first` (align/training/ranks.py): the others then read its cache.
     """
     check_data_arguments(args, has_template)
+    check_writable(Path(datasets.config.HF_DATASETS_CACHE), "the variables HF_HOME and HF_DATASETS_CACHE")
     names = [args.dataset_name] if isinstance(args.dataset_name, str) else args.dataset_name or []
     if not names:
         raise InputError("--dataset_name: missing; give a hub name, a folder or a file")

@@ -40,11 +40,15 @@ KNOWN_KEYS = set(
 )
 # Settings that decide how an adapter is merged: what each must be, in words and as a test
 FLAG = "true or false", lambda value: value is None or isinstance(value, bool)
-PATTERN = "numbers by module", lambda value: not value or (isinstance(value, dict) and _are_patterns(value))
+PATTERN = (
+    "numbers other than 0 by module",
+    lambda value: not value or (isinstance(value, dict) and _are_patterns(value)),
+)
 NAMES = "names of modules", lambda value: value is None or _are(str, value)
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "use_qalora"), FLAG),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), PATTERN),
+    "r": ("a whole number above 0", lambda value: _is_number(value) and value > 0 and value % 1 == 0),
     "lora_alpha": ("a number other than 0", lambda value: _is_number(value) and value != 0),
     "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
     "modules_to_save": NAMES,
@@ -169,12 +173,17 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
     if not tensors:
         raise InputError(f"{file}: holds no tensor: save the adapter again")
     adapter = Adapter(folder, config, file)
+    named: dict[str, StoredTensor] = {}
     for tensor in tensors:
         if 0 in tensor.shape:
             raise InputError(
                 f"{file}: {tensor.name} is empty, as ZeRO-3 leaves what is saved without gathering: save it again"
             )
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"{file}: {tensor.name} is {tensor.dtype}, not one of {', '.join(FLOATS)}: save it again")
         name = WRAPPERS.sub("", WRAPPERS.sub("", tensor.name).removeprefix("base_model.model."))
+        if (other := named.setdefault(name, tensor)) is not tensor:
+            raise InputError(f"{file}: {other.name} and {tensor.name} are for one place: save the adapter again")
         if part := ADAPTER_PART.fullmatch(name.removesuffix(".weight") if "magnitude" in name else name):
             adapter.parts.setdefault(part[1], {})[part[2]] = tensor
         elif name.endswith(TOKENS):
@@ -215,7 +224,7 @@ def _are(kind: type, values: Any) -> bool:
 def _are_patterns(numbers: dict[str, Any]) -> bool:
     """Names of modules or regular expressions, as PEFT reads them."""
     try:
-        return all(re.compile(name) and _is_number(number) for name, number in numbers.items())
+        return all(re.compile(name) and _is_number(number) and number for name, number in numbers.items())
     except re.error:
         return False
 
@@ -367,6 +376,12 @@ class _Planner:
         embedding = "lora_embedding_A" in parts
         needed = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A.weight", "lora_B.weight"]
         needed += ["lora_magnitude_vector"] if self.adapter.config.get("use_dora") else []
+        needed += ["lora_B.bias"] if self.adapter.config.get("lora_bias") else []
+        if more := set(parts) - set(needed):
+            raise InputError(
+                f"{self.adapter.file}: {parts[min(more)].name} is not what its adapter_config.json says (use_dora, "
+                "lora_bias): these files are not of one adapter"
+            )
         if missing := set(needed) - set(parts):
             raise InputError(f"{self.adapter.file}: {module} has no {min(missing)}: save the adapter again")
         a, b, magnitude = parts[needed[0]], parts[needed[1]], parts.get("lora_magnitude_vector")
@@ -377,8 +392,11 @@ class _Planner:
             raise NotStreamableError(f"layers of {self.config['model_type']} models share what is stored once")
         if weight is None:
             raise self._homeless(a)
-        if len(a.shape) > 2:
+        if len(a.shape) > 2 and len(b.shape) > 2:
             raise NotStreamableError(f"{module} is a convolution")
+        for each in (a, b):
+            if len(each.shape) != 2:
+                raise InputError(f"{self.adapter.file}: {each.name} {list(each.shape)} is no matrix: save it again")
         scaling = self._scaling(module, a, b)
         shape = (b.shape[0], a.shape[1])
         conv1d = self.config.get("model_type") in CONV1D_MODELS and module.split(".")[-1] in CONV1D_MODULES
@@ -442,11 +460,37 @@ def find_untouched(plan: MergePlan, config: dict) -> list[str]:
     return [tensor.name.removesuffix(".weight") for tensor in named if not tensor.update and len(tensor.shape) == 2]
 
 
-def changes_nothing(adapter: Adapter) -> bool:
-    """Whether all its updates are zero, as those of a LoRA adapter are before its first step."""
-    ends = [parts.get("lora_B.weight") or parts.get("lora_embedding_B") for parts in adapter.parts.values()]
-    others = adapter.tokens or adapter.values or adapter.base_values or adapter.config.get("use_dora")
-    return not others and all(end is not None and _is_zero(end) for end in ends)
+def find_missing(plan: MergePlan, adapter: Adapter) -> list[str]:
+    """What the adapter's configuration says was trained beside LoRA, and its file does not hold."""
+    held = [f".{tensor.name}" for tensor in read_tensors(adapter.file)]
+    base = [f".{tensor.name}" for tensor in plan.tensors]
+    heads = [f".{name}." for name in ("lm_head", "embed_out")]  # which a tied base does not store
+    saved = [f".{module}." for module in adapter.config.get("modules_to_save") or []]
+    missing = [
+        module.strip(".")
+        for module in saved
+        if not any(module in name for name in held) and (module in heads or any(module in name for name in base))
+    ]
+    if adapter.config.get("trainable_token_indices") and not adapter.tokens:
+        missing.append("rows of tokens (trainable_token_indices)")
+    biases = [f".{module}.bias" for module in adapter.parts]
+    trained = {"all": [name for name in base if name.endswith(".bias")], "lora_only": biases}
+    wanted = set(trained.get(str(adapter.config.get("bias")), ())) & set(base)
+    if wanted and not any(name.endswith(tuple(wanted)) for name in held):
+        missing.append(f"biases (bias {adapter.config['bias']})")
+    return missing
+
+
+def find_zeros(adapter: Adapter) -> list[str]:
+    """Modules whose update is zero, as that of a LoRA adapter is before its first step."""
+    if adapter.config.get("use_dora"):
+        return []
+    kinds = ("lora_B.weight", "lora_embedding_B", "lora_A.weight", "lora_embedding_A")
+    return [
+        module
+        for module, parts in adapter.parts.items()
+        if "lora_B.bias" not in parts and any(_is_zero(parts[kind]) for kind in kinds if kind in parts)
+    ]
 
 
 def _is_zero(tensor: StoredTensor) -> bool:

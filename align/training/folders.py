@@ -27,7 +27,7 @@ RUN_FILES = (*WEIGHTS, "adapter_config.json", CHECKPOINTS)
 LEFTOVERS = (f"{UNFINISHED}*", "failed-*", ".*.[0-9]*.partial", "bad_batch.jsonl", checkpoints.MANIFEST)
 RESULT_FILES = (
     *("config.json", "generation_config.json", "model*.index.json", "*_results.json", "trainer_state.json"),
-    *("report.html", "README.md", "curves.png"),
+    *("report.html", "README.md", "curves.png", "additional_chat_templates"),
 )
 WRITTEN = (".json", ".jsonl", ".jinja", ".model", ".txt", ".safetensors", ".html", ".md", ".png")
 MOST_TOKENS = 1 << 26  # of a batch of a card

@@ -97,7 +97,7 @@ class ReliableMixin(UploadingMixin):
             load_deepspeed_safely()
             self._inspect(folder)
         try:
-            with self._heed_signals(), self.own_stdout(), contextlib.suppress(Interrupted):
+            with self.heed_signals(), self.own_stdout(), contextlib.suppress(Interrupted):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError as error:
             reason = str(error).splitlines()[0]
@@ -263,7 +263,7 @@ class ReliableMixin(UploadingMixin):
     # Signals
 
     @contextlib.contextmanager
-    def _heed_signals(self) -> Iterator[None]:
+    def heed_signals(self) -> Iterator[None]:
         """A signal waits for the end of the step; a second SIGINT does not."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -499,7 +499,7 @@ class ReliableMixin(UploadingMixin):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the final model beside its place, checks it, then moves it in. A signal waits until it is there."""
         output = Path(output_dir or self.args.output_dir)
-        with self._heed_signals():
+        with self.heed_signals():
             self._save_final(output)
         if stopped_by := self._highest([self.signal])[0]:
             rest = "; the same command with --resume auto does the rest" if self._last_checkpoint() else ""
@@ -531,10 +531,12 @@ class ReliableMixin(UploadingMixin):
     def _move_in(self, folder: Path, output: Path) -> None:
         files = checkpoints.seal(folder, 0, 1)
         for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
+            (output / name).parent.mkdir(exist_ok=True)  # of a tokenizer's additional chat templates
             os.replace(folder / name, output / name)
+            flush((output / name).parent)
         checkpoints.write_manifest(output, files, self._about({"total_loss": self._total_loss_scalar}))
         flush(output)
-        folder.rmdir()
+        shutil.rmtree(folder)
 
     def save_more(self, folder: Path) -> None:
         """Writes what else a trainer keeps in a checkpoint. All ranks call it."""

@@ -19,8 +19,9 @@ class RowsMixin(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumu
         """What the run was asked for, from `checkpoint` on; its folder keeps the figures, `curves` and the report."""
         if self.args.do_train:
             folders.clear_output(self.args, self.run_args, checkpoint)
-            trained = self.train(resume_from_checkpoint=checkpoint)
-            self.save_model()
+            with self.heed_signals():  # between the two as well
+                trained = self.train(resume_from_checkpoint=checkpoint)
+                self.save_model()
             results.save_results(self, "train", self.complete(trained.metrics))
         if self.args.do_eval:
             results.save_results(self, "eval", self.complete(self.evaluate()))

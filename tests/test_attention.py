@@ -174,6 +174,16 @@ def test_the_probe_accepts_rows_that_are_right(model_type, precision):
     assert all(probe_rows(model, row, HPU, autocast=precision == "autocast") for row in ROWS.values())
 
 
+def test_a_text_beyond_the_positions_of_its_model_is_told_or_refused(caplog):
+    models = [make_model(model_type, max_position_embeddings=8) for model_type in ("llama", "gpt2")]
+
+    assert probe_rows(models[0], ROWS["packed"], HPU)
+    with pytest.raises(InputError, match="--model_name_or_path: a text of the data has .* gpt2 model knows 8"):
+        probe_rows(models[1], ROWS["packed"], HPU)
+
+    assert "this llama model knows 8 (its config.json): it was made for no longer ones" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_probe_stops_mixtral_with_the_attention_that_sees_the_future(dtype):
     model = make_model("mixtral", attn_implementation="sdpa", dtype=dtype, sliding_window=None)

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT, write_rows
 from family_models import CONFIGS, RARE, WITH_A_STATE, save_family_model
 from measure_families import RIGHT, describe, describe_unusable, load_for_texts, make_plain, measure, measure_ranks
@@ -11,9 +12,9 @@ from tiny import make_tokenizer
 
 from align.errors import InputError
 from align.generation.config import GaudiArguments, fit_to_class
-from align.models.families import UNUSABLE
+from align.models.families import UNUSABLE, choose_class
 from align.models.guard import load_config
-from align.upstream_fixes import adapt_transformers
+from align.upstream_fixes import adapt_transformers, gaudi_class, is_gaudi_class
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,19 @@ def test_flash_attention_is_left_out_where_an_mpt_scales_its_scores_by_itself(tm
 
     assert not gaudi.use_flash_attention
     assert "--use_flash_attention has no effect: optimum-habana's leaves out softmax_scale in mpt models" in caplog.text
+
+
+def test_a_head_of_which_an_odd_number_of_dimensions_turns_is_left_to_transformers(tmp_path):
+    adapt_transformers()
+    folder = save_family_model(tmp_path, "gpt_neox", rotary_pct=0.6)
+    config, ids = load_config(folder, "--model"), torch.arange(20, device="hpu")[None]
+
+    chosen = choose_class(config, longest=20)
+    models = [kind.from_pretrained(folder).to(torch.device("hpu")) for kind in (chosen, gaudi_class(config))]
+    logits = [model(ids).logits for model in models]
+
+    assert not is_gaudi_class(chosen)
+    assert (logits[0] - logits[1]).abs().max() > 1  # once it is 0, the reason is gone
 
 
 def test_kinds_that_nothing_computes_rightly_are_refused_and_on_the_page(tmp_path):

@@ -515,6 +515,32 @@ WRONG_KINDS = {
     "rope_scaling is of type 'linear'": {"rope_scaling": "linear"},
     "factor of rope_scaling is '2', not a number": {"rope_scaling": {"type": "linear", "factor": "2"}},
     "pad_token_id is 999, and the tokens of this model are 0 to 511; mend": {"pad_token_id": 999},
+    "head_dim is 0, not a whole number above 0": {"head_dim": 0},
+    "num_key_value_heads is 2.0, not a whole number above 0": {"num_key_value_heads": 2.0},
+    r"max_position_embeddings is \[512\], not a whole number above 0": {"max_position_embeddings": [512]},
+    "sliding_window is 0, not a whole number above 0": {"sliding_window": 0},
+    "sliding_window is True, not a whole number above 0": {"sliding_window": True},
+    "attention_dropout is 2.0, not a number from 0 to 1": {"attention_dropout": 2.0},
+    "rope_theta is 0, not a number above 0": {"rope_theta": 0},
+    r"rms_norm_eps is \[1\], not a number": {"rms_norm_eps": [1]},
+    "torch_dtype is 'auto', not a type of numbers that torch has": {"torch_dtype": "auto"},
+    "dtype is 'nn', not a type of numbers that torch has": {"dtype": "nn"},
+    "partial_rotary_factor is 0.5, not an entry of llama models": {"partial_rotary_factor": 0.5},
+    "text_config is .*, not a part that a llama model has": {"text_config": {"model_type": "llama"}},
+    "factor of rope_scaling is 0, not above 0": {"rope_scaling": {"type": "linear", "factor": 0}},
+    r"factor of rope_scaling is \[2\], not a number": {"rope_scaling": {"type": "linear", "factor": [2]}},
+    "rope_scaling is of type 'su'": {"rope_scaling": {"type": "su", "factor": 2}},
+    "short_factor of rope_scaling is .*, not a number": {"rope_scaling": {"type": "longrope", "short_factor": ["1"]}},
+    "rope_scaling has original_max_position_embeddings, which transformers 4.55 looks for beside": {
+        "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 64}
+    },
+}
+WINDOWED = {"model_type": "gemma3_text", "sliding_window": 8}
+WRONG_LAYERS = {
+    "layer_types names 1 of the 2 layers": WINDOWED | {"layer_types": ["full_attention"]},
+    "layer_types has sliding_attention, and there is no sliding_window": WINDOWED | {"sliding_window": None},
+    "layer_types has chunked_attention, which gemma3_text models do not have": WINDOWED
+    | {"layer_types": ["chunked_attention", "full_attention"]},
 }
 
 
@@ -524,6 +550,45 @@ def test_an_entry_of_another_kind_than_its_model_reads_is_refused_by_name(copy, 
 
     with pytest.raises(InputError, match=f"--model_name_or_path: model/config.json: {message}"):
         guard.load_config(copy, "--model_name_or_path")
+
+
+def test_null_is_refused_where_a_model_would_stop_at_it_and_no_window_is_one(copy):
+    path = copy / "config.json"
+    content = json.loads(path.read_text())
+    for name in ("max_position_embeddings", "rms_norm_eps", "attention_dropout", "rope_theta", "vocab_size"):
+        path.write_text(json.dumps(content | {name: None}))
+        with pytest.raises(InputError, match=f"--model: model/config.json: {name} is None, not a number"):
+            guard.load_config(copy, "--model")
+    path.write_text(json.dumps(content | {"sliding_window": None, "num_key_value_heads": None, "head_dim": None}))
+    guard.load_config(copy, "--model")
+
+
+@pytest.mark.parametrize("message", WRONG_LAYERS)
+def test_kinds_of_layers_that_no_class_computes_are_refused(copy, message):
+    adapt_transformers()
+    content = json.loads((copy / "config.json").read_text()) | WRONG_LAYERS[message]
+    (copy / "config.json").write_text(json.dumps(content))
+
+    with pytest.raises(InputError, match=f"--model: model/config.json: {message}"):
+        guard.load_config(copy, "--model")
+
+
+def test_a_configuration_knows_its_own_folder_whatever_it_says(copy):
+    adapt_transformers()
+    change("model/config.json", _name_or_path="someone/else")
+    assert guard.load_config(copy, "--model").name_or_path == "model"
+
+
+def test_a_configuration_that_makes_no_model_is_one_line_in_training_too(run, copy):
+    change(copy / "config.json", pruned_heads={"0": [1]})
+    fails(run, "--model_name_or_path: model/config.json makes no model", "sft.py", *command("sft.py", copy))
+
+
+def test_a_loss_for_experts_that_a_configuration_asks_for_is_told_to_be_left_out(run, tmp_path):
+    folder = save_model(tmp_path / "mixtral", "mixtral", output_router_logits=True)
+    said = run("sft.py", *command("sft.py", folder)).err
+    assert said.count("config.json of") == 1
+    assert "sets output_router_logits, which adds to the loss how evenly tokens are shared among experts" in said
 
 
 def test_a_width_of_heads_of_its_own_and_no_quantisation_are_read_as_they_are_written(copy):

@@ -95,7 +95,9 @@ class Source:
     @property
     def context(self) -> int:
         """The most tokens of a text."""
-        return getattr(self.config, "max_position_embeddings", sys.maxsize)
+        from align.models.families import find_context
+
+        return find_context(self.config) or sys.maxsize
 
     def ignores_padding(self, batch_size: int) -> bool:
         """Whether layers take padding for a part of the text, as those with a state do where a batch has one row."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from align.errors import InputError, one_line
-from align.models.families import FAMILIES, STATEFUL, Family, find_window
+from align.models.families import FAMILIES, STATEFUL, WITH_A_LAST_POSITION, Family, find_context, find_window
 from align.upstream_fixes import bound_masks, is_gaudi_class, unflatten_masks
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,12 @@ def probe_rows(
     """
     place(model, device)
     name, config = model.config.model_type, model.config
+    longest, context = max(map(len, find_samples(row))), find_context(config)
+    if context is not None and longest > context:
+        beyond = f"a text of the data has {longest} tokens, and this {name} model knows {context} (its config.json)"
+        if name in WITH_A_LAST_POSITION:
+            raise InputError(f"{flag}: {beyond}; give a smaller limit of length, or another model")
+        logger.warning(f"{beyond}: it was made for no longer ones")
     try:
         result = probe(model, row, device, autocast, **inputs)
     except REFUSALS as error:

@@ -43,6 +43,11 @@ def _falcon(config: PretrainedConfig) -> str | None:
     return "stops at grouped key/value heads" if config.new_decoder_architecture else None
 
 
+def _gpt_neox(config: PretrainedConfig) -> str | None:
+    turned = int(config.hidden_size // config.num_attention_heads * config.rotary_pct)
+    return "turns an odd number of a head's dimensions wrongly" if turned % 2 else None
+
+
 def _phi(config: PretrainedConfig) -> str | None:
     return None if config.num_key_value_heads == config.num_attention_heads else "stops at grouped key/value heads"
 
@@ -91,6 +96,7 @@ FAMILIES = {
     "gpt2": Family(flattened=True),
     "gpt_bigcode": Family("drops attention weights when it should not", split_fault=STOPS),
     "gpt_neo": Family("says other text with a cache"),
+    "gpt_neox": Family(_gpt_neox),
     "gpt_oss": Family("sees beyond its window", wrong_attention=("gaudi_fused_sdpa",), split_fault=STOPS),  # no sinks
     "gptj": Family("says other text in padded batches"),
     "mamba": Family(split_fault=STOPS),
@@ -120,6 +126,8 @@ STATEFUL = tuple("bamba falcon_h1 falcon_mamba granitemoehybrid jamba lfm2 mamba
 IGNORE_PADDING = ("lfm2",)
 # Their caches lose states: those behind padding, or of a first token alone
 WITHOUT_CACHE = ("lfm2", "minimax")
+# Their positions are a table with an end: a longer text stops the model, or reads beyond it
+WITH_A_LAST_POSITION = tuple("biogpt codegen ctrl gpt2 gpt_bigcode gpt_neo gptj mpt openai-gpt opt".split())
 # What nothing here computes rightly: optimum-habana has no class of its own, and that of transformers 4.55 is wrong
 UNUSABLE = {
     "gemma3n_text": "transformers' class shares keys among layers with a cache alone (modeling_gemma3n.py:1322)",
@@ -177,6 +185,11 @@ def find_window(config: PretrainedConfig) -> int | None:
     if not getattr(config, "use_sliding_window", True):
         return None
     return getattr(config, "sliding_window", None)
+
+
+def find_context(config: PretrainedConfig) -> int | None:
+    """The most tokens of a text, as far as the configuration says."""
+    return getattr(config, "max_seq_len" if config.model_type == "mpt" else "max_position_embeddings", None)
 
 
 def find_scaling(config: PretrainedConfig) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError, one_line
@@ -26,7 +27,7 @@ from align.merge.checkpoints import (
     same_bytes,
 )
 from align.merge.plan import EMBEDDING
-from align.upstream_fixes import is_gaudi_class, transformers_config_class
+from align.upstream_fixes import gaudi_class, is_gaudi_class, transformers_config_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,11 @@ SIZES: tuple[str, ...] = (
     "max_position_embeddings",
     "n_positions",
 )
-SIZES += ("num_attention_heads", "num_key_value_heads", "n_head", "n_embd")
+SIZES += ("num_attention_heads", "num_key_value_heads", "n_head", "n_embd", "head_dim", "sliding_window", "window_size")
+MAY_BE_NONE = ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window")
+ABOVE_ZERO = ("rope_theta", "rotary_emb_base", "rope_local_base_freq")
+DROPOUT = re.compile(r"(?:dropout|drop|dropout_prob)$")
+NEVER_NONE = re.compile(rf"(?:eps|epsilon)$|{DROPOUT.pattern}|{'|'.join(ABOVE_ZERO)}")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Types whose classes give no padding to their embedding, so that any number of it will do
 WITHOUT_PADDING = tuple(
@@ -68,6 +73,8 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # one 
 NEW_AND_HARMLESS = ("head_dim", "qk_head_dim", "num_nextn_predict_layers", "_sliding_window_pattern")
 PARTS_OF_A_DECODER = ("attn_config", "ffn_config")  # sub-configs that are no models: mpt's and dbrx's
 PARTS_WITH_PICTURES = ("text_config", "vision_config")
+OWN_SCALINGS = {"phi3": ("su",), "qwen2_vl": ("mrope",), "qwen2_5_vl": ("mrope",)}  # names of longrope and default
+PARTS_WITH_TEXT = ("text_config", "text_encoder", "decoder", "generator")  # that transformers looks for in any model
 
 
 # ---------------------------------------------------------------- code
@@ -278,7 +285,7 @@ def load_config(
     content = read_json(path)
     for name in SIZES:
         value = content.get(name)
-        if isinstance(value, str) or (isinstance(value, (int, float)) and (value < 1 or value % 1)):
+        if value is not None and (type(value) is not int or value < 1):
             raise InputError(
                 f"{flag}: {path}: {name} is {value!r}, not a whole number above 0; copy or download it again"
             )
@@ -305,15 +312,17 @@ def load_config(
         for key in QUANTIZATION_KEYS:
             if not content.get(key):  # null means none, which transformers does not know
                 content.pop(key, None)
-        about = {"name_or_path": str(folder), "_commit_hash": extract_commit_hash(str(path.absolute()), None)}
+        about = {"_commit_hash": extract_commit_hash(str(path.absolute()), None)}
         content = translate_config(content, config_class, path, flag)
         if is_gaudi_class(config_class):
             content = transformers_config_class(content["model_type"]).from_dict(content).to_dict()
         config = config_class.from_dict(content | about)
+        config.name_or_path = str(folder)  # whatever the file says
         if is_gaudi_class(config_class) and content.get("head_dim"):  # GaudiLlamaConfig forgets it
             config.head_dim = content["head_dim"]
         if getattr(config, "head_dim", 0) is None:  # some ways to scale positions take it from here alone
             config.head_dim = config.hidden_size // config.num_attention_heads
+        _check_layers(config, path, flag)
         _check_vocabulary(folder, config, flag)
         path = folder / "generation_config.json"
         if path.is_file():
@@ -361,30 +370,87 @@ def _find_class(config: dict, folder: Path, flag: str, for_merge: bool) -> type[
 
 
 def _check_kinds(config: dict, config_class: type["PretrainedConfig"], path: Path, flag: str) -> None:
-    """Refuses text where that class wants a number or a switch, and ways to scale positions that 4.55 does not know."""
+    """Refuses what is no number or switch where that class wants one, and entries that would be misread."""
     from transformers import PretrainedConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    def refuse(name: str, wanted: str) -> InputError:
+        value = repr(config[name])[:40]
+        return InputError(f"{flag}: {path}: {name} is {value}, not {wanted}; mend that entry, or take it out")
 
     for owner in (PretrainedConfig, config_class):
         for name, parameter in inspect.signature(owner.__init__).parameters.items():
             value, default = config.get(name), parameter.default
-            if isinstance(default, (int, float)) and (isinstance(value, str) or (value != value)):
-                wanted = "true or false" if isinstance(default, bool) else "a number"
-                raise InputError(f"{flag}: {path}: {name} is {value!r}, not {wanted}; mend that entry, or take it out")
-    scaling = config.get("rope_scaling")
-    if scaling is None:
-        return
+            if name not in config or name in TOKEN_IDS or not isinstance(default, (int, float)):
+                continue
+            if value is None:
+                is_wrong = NEVER_NONE.search(name) or (name in SIZES and name not in MAY_BE_NONE)
+            else:
+                is_wrong = isinstance(value, (str, list, dict)) or value != value
+            if is_wrong:
+                raise refuse(name, "true or false" if isinstance(default, bool) else "a number")
+    for name, value in config.items():
+        if DROPOUT.search(name) and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise refuse(name, "a number from 0 to 1")
+        if name in ABOVE_ZERO and isinstance(value, (int, float)) and value <= 0:
+            raise refuse(name, "a number above 0")
+    for name in ("torch_dtype", "dtype"):
+        value = config.get(name)
+        if isinstance(value, dict) or value is None:
+            continue
+        import torch
+
+        if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
+            raise refuse(name, "a type of numbers that torch has")
+    if not getattr(config_class, "sub_configs", None):
+        for name in PARTS_WITH_TEXT:
+            if config.get(name):
+                raise refuse(name, f"a part that a {config['model_type']} model has")
+    if config.get("partial_rotary_factor") not in (None, 1) and not hasattr(config_class(), "partial_rotary_factor"):
+        raise refuse("partial_rotary_factor", f"an entry of {config['model_type']} models, which turn whole heads")
+    if config.get("rope_scaling") is not None:
+        _check_scaling(config, path, flag)
+
+
+def _check_scaling(config: dict, path: Path, flag: str) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = config["rope_scaling"]
     is_object = isinstance(scaling, dict)
     kind = scaling.get("rope_type", scaling.get("type")) if is_object else scaling
-    if not is_object or kind not in (*ROPE_INIT_FUNCTIONS, "su", "mrope"):  # "su" is Phi-3's name of longrope
+    if not is_object or kind not in (*ROPE_INIT_FUNCTIONS, *OWN_SCALINGS.get(config["model_type"], ())):
         raise InputError(
             f"{flag}: {path}: rope_scaling is of type {kind!r}; transformers 4.55 knows "
             f"{', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
         )
-    if wrong := [
-        name for name, value in scaling.items() if name not in ("rope_type", "type") and isinstance(value, str)
-    ]:
-        raise InputError(f"{flag}: {path}: {wrong[0]} of rope_scaling is {scaling[wrong[0]]!r}, not a number; mend it")
+    for name, value in scaling.items():
+        if name in ("rope_type", "type", "mrope_section"):
+            continue
+        numbers = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+        if not all(isinstance(number, (int, float, NoneType)) for number in numbers):
+            raise InputError(f"{flag}: {path}: {name} of rope_scaling is {repr(value)[:40]}, not a number; mend it")
+        if name.endswith("factor") and any(number is not None and number <= 0 for number in numbers):
+            raise InputError(f"{flag}: {path}: {name} of rope_scaling is {repr(value)[:40]}, not above 0; mend it")
+    name = "original_max_position_embeddings"
+    if kind == "longrope" and name in scaling and scaling[name] != config.get(name):
+        raise InputError(
+            f"{flag}: {path}: rope_scaling has {name}, which transformers 4.55 looks for beside rope_scaling where its "
+            "type is longrope; move that entry there"
+        )
+
+
+def _check_layers(config: "PretrainedConfig", path: Path, flag: str) -> None:
+    """Refuses kinds of layers that the model's class would stop at, or that optimum-habana's would not read."""
+    kinds, number = getattr(config, "layer_types", None), getattr(config, "num_hidden_layers", 0)
+    if not isinstance(kinds, list) or "layer_types" not in inspect.signature(type(config).__init__).parameters:
+        return
+    if len(kinds) < number:
+        raise InputError(f"{flag}: {path}: layer_types names {len(kinds)} of the {number} layers; mend that entry")
+    if gaudi_class(config) is not None and (others := sorted(set(kinds) - {"full_attention", "sliding_attention"})):
+        raise InputError(f"{flag}: {path}: layer_types has {others[0]}, which {config.model_type} models do not have")
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        raise InputError(
+            f"{flag}: {path}: layer_types has sliding_attention, and there is no sliding_window; mend those entries"
+        )
 
 
 def translate_config(config: dict, config_class: type["PretrainedConfig"], path: Path, flag: str) -> dict:
@@ -627,7 +693,7 @@ def is_tied(config: dict) -> bool:
     return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", True))
 
 
-def empty_model(config: "PretrainedConfig", trust_remote_code: bool = False) -> "PreTrainedModel":
+def empty_model(config: "PretrainedConfig", flag: str, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The model of that configuration on the meta device: names and shapes, no memory."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -635,15 +701,18 @@ def empty_model(config: "PretrainedConfig", trust_remote_code: bool = False) -> 
 
     from align.models.families import choose_class
 
-    with torch.device("meta"), no_init_weights():
-        if type(config) in AutoModelForCausalLM._model_mapping:
-            # The class itself: from_config would shard it under ZeRO-3.
-            chosen = choose_class(config, longest=1)
-            mapped = AutoModelForCausalLM._model_mapping[type(config)]
-            model = (mapped if chosen is AutoModelForCausalLM else chosen)(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        model.tie_weights()
+    try:
+        with torch.device("meta"), no_init_weights():
+            if type(config) in AutoModelForCausalLM._model_mapping:
+                # The class itself: from_config would shard it under ZeRO-3.
+                chosen = choose_class(config, longest=1)
+                mapped = AutoModelForCausalLM._model_mapping[type(config)]
+                model = (mapped if chosen is AutoModelForCausalLM else chosen)(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model.tie_weights()
+    except Exception as error:  # a wrong size may make a model's own code raise anything
+        raise InputError(f"{flag}: {config.name_or_path}/config.json makes no model: {one_line(error)}") from error
     return model
 
 
@@ -654,10 +723,7 @@ def _match(
     from transformers.modeling_utils import VLMS, _find_missing_and_unexpected_keys
 
     folder, stored = checkpoint.folder, checkpoint.tensors
-    try:
-        model = empty_model(config, trust_remote_code)
-    except Exception as error:  # a wrong size may make a model's own code raise anything
-        raise InputError(f"{flag}: {folder}/config.json makes no model: {one_line(error)}") from error
+    model = empty_model(config, flag, trust_remote_code)
     prefix = model.base_model_prefix
     has_prefix = bool(prefix) and any(name.startswith(prefix) for name in stored)
     wants_prefix = bool(prefix) and hasattr(model, prefix)

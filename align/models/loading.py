@@ -162,7 +162,7 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
     """
     if not args.use_peft:
         return None
-    model = guard.empty_model(config, trust_remote_code)
+    model = guard.empty_model(config, "--model_name_or_path", trust_remote_code)
     modules = _linear_modules(model)
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
     targets = args.lora_target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type)
@@ -252,6 +252,12 @@ def load_model(
     name = args.model_name_or_path
     check_attention(config, training_args.attn_implementation)
     log_class(config, longest)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+        logger.warning(
+            f"{flag}: config.json of {name} sets output_router_logits, which adds to the loss how evenly tokens are "
+            "shared among experts; the loss here is that of the tokens alone"
+        )
     mend_transformers()
     try:
         model, loaded = choose_class(config, longest).from_pretrained(

@@ -165,7 +165,9 @@ def test_merge_equals_that_of_peft_to_the_last_bit(variant):
     assert reloaded.config.num_labels == reference.config.num_labels
 
 
-@pytest.mark.parametrize("variant", ["llama, all linear", "gpt2, Conv1D", "DoRA", "embedding and head", "fp32"])
+@pytest.mark.parametrize(
+    "variant", ["llama, all linear", "gpt2, Conv1D", "DoRA", "embedding and head", "trainable tokens", "fp32"]
+)
 def test_cutting_tensors_into_chunks_changes_no_bit(variant, monkeypatch):
     monkeypatch.setattr(align.merge.arithmetic, "CHUNK_ELEMENTS", 100)
     monkeypatch.setattr(align.merge.arithmetic, "CHUNK_ROWS", 16)

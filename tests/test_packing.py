@@ -213,7 +213,8 @@ def test_a_bucketed_epoch_computes_the_announced_shapes(num_samples):
 
 def test_a_row_without_tokens_has_one_key():
     batch = BucketCollator(2, [8], 0)([{"input_ids": [], "labels": []}, {"input_ids": [5, 6], "labels": [5, 6]}])
-    assert batch["attention_mask"].sum(dim=1).tolist() == [1, 2]
+    assert batch["attention_mask"].tolist() == [[1, *[0] * 7], [1, 1, *[0] * 6]]
+    assert batch["labels"].tolist() == [[IGNORED] * 8, [IGNORED, 6, *[IGNORED] * 6]]  # no token predicts the first
 
 
 @pytest.mark.parametrize(

@@ -342,11 +342,21 @@ def start_logging(args) -> None:
     root.setLevel(level)
 
 
+def open_closed_streams() -> None:
+    """Opens what a shell has closed (`>&-`): the next file would take its place, and get what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, descriptor == number)
+            setattr(sys, name, os.fdopen(descriptor, "w" if number else "r"))
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`. Exit codes: 2 for an `InputError`, 3 for a `ResultError`, 128 + signal when `Stopped`.
 
     Every rank says why it fails, as any of them may be the first; gaudi_spawn.py shows it once. They stop together.
     """
+    open_closed_streams()
     try:
         main()
         _leave_ranks()

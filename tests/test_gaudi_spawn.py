@@ -19,7 +19,7 @@ from launches import ENGINES, SAVES, Launch
 
 import gaudi_spawn
 from align.errors import InputError
-from align.launch import engines, nodes
+from align.launch import engines, nodes, supervision
 from align.launch.nodes import describe
 
 each_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -147,6 +147,36 @@ def test_ranks_that_compute_may_do_so_for_longer_than_others(tmp_path):
     body = "end = time.monotonic() + 14\nwhile rank and time.monotonic() < end: pass"
     with Launch(tmp_path, ["--world_size", 2, "--use_mpi", "--stall_timeout", 6], body) as launch:
         assert launch.wait()[0] == 0
+
+
+def test_a_launcher_that_was_frozen_does_not_hold_it_against_its_ranks(tmp_path, monkeypatch):
+    """Ctrl-Z and a paused container freeze the ranks as well."""
+    run = gaudi_spawn.plan_run(gaudi_spawn.parse_arguments(["--world_size", "2", __file__]))
+    watched = supervision.Supervisor(run, 1)
+    watched.ranks[0] = supervision.Rank(socket.socket(), 0, "here")
+    now = [1000.0]
+    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
+    watched.on_alive()
+
+    def look_after(seconds):
+        now[0] += seconds
+        watched.look_at_the_pulse()
+        return watched.code
+
+    assert [look_after(0.1), look_after(3600), look_after(0.1)] == [None, None, None]
+    assert [look_after(0.5) for _ in range(121)][-1] == 1, "a minute of looks without a sign of life"
+
+
+def test_streams_that_a_shell_has_closed_are_no_failure(tmp_path):
+    (tmp_path / "script.py").write_text("import os; print('done', flush=True) if os.environ['RANK'] == '0' else None")
+    command = f"{sys.executable} {ROOT}/gaudi_spawn.py --world_size 2 --use_mpi {tmp_path}/script.py"
+
+    ended = [
+        subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True, check=False)
+        for closed in ("<&- 2>&-", ">&-")
+    ]
+
+    assert [(each.returncode, each.stdout, each.stderr) for each in ended] == [(0, "done\n", ""), (0, "", "")]
 
 
 def test_rank_0_may_ask_its_user_under_open_mpi(tmp_path):

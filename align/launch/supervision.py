@@ -24,6 +24,7 @@ from align.launch.rank import LIBC, PASSED_ON, notice_lost_host
 
 FAILURE_GRACE = 5.0  # seconds that the other ranks have to end after one has failed
 ENGINE_GRACE = 5.0  # seconds that an engine has to end after its ranks
+FROZEN = 1.0  # seconds between two looks at the ranks, which else are a tenth apart
 
 PR_SET_PDEATHSIG = 1
 
@@ -94,6 +95,7 @@ class Supervisor:
         self.engines: dict[str, subprocess.Popen] = {}
         self.ranks: dict[int, Rank] = {}
         self.alive_at = math.inf  # when a rank last did something
+        self.looked_at = math.inf  # when that was last looked at
         self.finished: list[Rank] = []  # whose scripts have ended well
         self.started = False  # the scripts start when all ranks are there
         self.code: int | None = None
@@ -225,9 +227,15 @@ class Supervisor:
         self.alive_at = time.monotonic()
 
     def look_at_the_pulse(self) -> None:
-        """Ends a run whose ranks all do nothing: they wait for each other, or for one that has ended or is frozen."""
-        limit = self.run.stall_timeout
-        if self.code is None and self.ranks and limit and time.monotonic() - self.alive_at > limit:
+        """Ends a run whose ranks all do nothing: they wait for each other, or for one that has ended or is frozen.
+
+        Not where this process was frozen, and with it perhaps all: by Ctrl-Z, or with its container.
+        """
+        limit, now = self.run.stall_timeout, time.monotonic()
+        if now - self.looked_at > FROZEN:
+            self.on_alive()
+        self.looked_at = now
+        if self.code is None and self.ranks and limit and now - self.alive_at > limit:
             ended = f"; {', '.join(map(str, self.finished))} had ended" if self.finished else ""
             say(
                 f"no rank has computed, read or written anything for {limit:g} s: they wait for each other{ended}. "

@@ -62,7 +62,8 @@ def check_arguments(
             raise InputError(f"--{flag}: has an effect only with --do_sample; add it, or leave --{flag} out")
     if gaudi.limit_hpu_graphs and not gaudi.use_hpu_graphs:
         logger.warning("--limit_hpu_graphs has no effect: there are no graphs to limit without --use_hpu_graphs.")
-    if decoding.num_return_sequences > 1 and not decoding.do_sample and decoding.num_beams == 1:
+    samples = decoding.do_sample and decoding.temperature != 0
+    if decoding.num_return_sequences > 1 and not samples and decoding.num_beams == 1:
         raise InputError("--num_return_sequences: greedy answers are all the same; add --do_sample or --num_beams")
     if not all(word.strip() for word in decoding.bad_words):
         raise InputError("--bad_words: got a word without letters; leave it out")

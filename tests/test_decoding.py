@@ -41,6 +41,7 @@ FIELDS = {
     "beams, early": {"num_beams": 3, "early_stopping": True},
     "beams, never early": {"num_beams": 2, "early_stopping": "never", "length_penalty": 2.0},
     "beams, n-grams": {"num_beams": 3, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
+    "beams, strings": {"num_beams": 4, "stop_strings": ["a", "th"]},
     "beams, several": {"num_beams": 4, "num_return_sequences": 3},
 }
 # name: fields for which the scores of the first sampled token are compared
@@ -194,15 +195,18 @@ def test_scores_that_are_no_numbers_stop_a_run_unless_the_model_says_that_they_a
     assert generate() == right  # 0 where NaN was, which is not the most
 
 
-def test_fields_that_change_nothing_are_named_and_others_are_not(model, plain, generate, caplog):
+def test_fields_that_change_nothing_are_named_and_a_temperature_of_0_is_greedy(model, plain, generate, caplog):
     folder = Path(shutil.copytree(model, "model"))
-    write_config(folder, guidance_scale=2.0, watermarking_config={"bias": 3.0}, temperature=0.5, num_beam_groups=2)
+    write_config(folder, guidance_scale=2.0, watermarking_config={"bias": 3.0}, temperature=0.0, num_beam_groups=2)
+    write_config(folder, of_another_release=3)
 
-    assert generate(folder) == plain["plain"]
+    assert generate(folder, "--do_sample") == plain["plain"]
 
     said = [message for message in caplog.messages if "generation_config.json" in message]
     assert said == [
-        "The model's generation_config.json: guidance_scale, num_beam_groups, watermarking_config have no effect here."
+        "The model's generation_config.json: guidance_scale, num_beam_groups, of_another_release, watermarking_config "
+        "have no effect here.",
+        "The model's generation_config.json: a temperature of 0 is greedy; --temperature 1 samples.",
     ]
 
 
@@ -217,7 +221,7 @@ WRONG_FIELDS = {
     "repetition_penalty": 0,
     "eos_token_id": "</s>",
     "min_length": "9",
-    "stop_strings": [5],
+    "stop_strings": "",
     "length_penalty": "x",
 }
 

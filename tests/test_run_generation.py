@@ -326,7 +326,8 @@ def test_prompt_files_of_other_programs_are_read_and_answers_keep_every_script(g
 
     assert [answer["prompt"] for answer in answers] == prompts
     assert HANGUL_AND_EMOJI in Path("out/generations.jsonl").read_text(encoding="utf-8")
-    for name in ("bom.txt", "bom.jsonl", "texts.json", "rows.json", "within.json"):
+    shutil.copy("bom.jsonl", "CAPITALS.JSONL")
+    for name in ("bom.txt", "bom.jsonl", "texts.json", "rows.json", "within.json", "CAPITALS.JSONL"):
         assert generate("--prompt_file", name, "--max_new_tokens", 2, prompts=[], output=name[:-1]) == answers
 
 
@@ -410,6 +411,9 @@ BAD_INPUT = {
     "--prompt_file surrogate.json": "--prompt_file surrogate.json, row 1: holds half a character",
     "--prompt_file number.json": "--prompt_file number.json, row 2: got 3, not an object",
     "--prompt_file object.json": "--prompt_file object.json: holds no list of prompts; .* are a .jsonl file",
+    "--prompt_file deep.json": "--prompt_file deep.json: is not JSON: ",
+    "--prompt_file rows.csv": "--prompt_file rows.csv: .csv files are not read as prompts; give --dataset_name",
+    "--prompt Hi --do_sample --temperature 0 --num_return_sequences 2": "--num_return_sequences: greedy answers",
     "--prompt Hi --resume": "--resume: goes on behind .* but there is no --output_dir",
     "--prompt Hi --output_dir new --resume --overwrite_output_dir": "--resume: .* there is --overwrite_output_dir",
     "--prompt Hi --output_dir new --resume --benchmark": "--resume: .* there is a benchmark",
@@ -439,6 +443,8 @@ def test_bad_input_is_one_clear_line(run, models, flags, monkeypatch):
     Path("surrogate.json").write_text(json.dumps(["Hi \ud83d"]))
     Path("number.json").write_text('["Hi", 3]')
     Path("object.json").write_text('{"prompt": "Hi"}')
+    Path("deep.json").write_text("[" * 100_000)
+    Path("rows.csv").write_text("prompt\nHi\n")
     write_rows("taken/generations.jsonl", [])
 
     with pytest.raises(InputError, match=BAD_INPUT[flags]) as error:

@@ -4,6 +4,7 @@ optimum-habana 1.21.2 has one end token on static shapes and prefers any finishe
 (generation/utils.py:3175).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,10 +45,15 @@ class Beams:
         self.length = torch.zeros(1, dtype=torch.long, device=device)  # as a tensor, so that all steps are one graph
         self.first_rows = torch.arange(prompts, device=device)[:, None] * beams
 
-    def advance(self, scores: "torch.FloatTensor") -> tuple["torch.LongTensor", "torch.LongTensor"]:
+    def advance(
+        self,
+        scores: "torch.FloatTensor",
+        find_stopped: "Callable[[torch.LongTensor], torch.BoolTensor] | None" = None,
+    ) -> tuple["torch.LongTensor", "torch.LongTensor"]:
         """Takes log-probabilities `[prompts * beams, vocabulary]` of the next tokens.
 
-        Returns which rows go on and with which token, both `[prompts * beams]`.
+        `find_stopped` says which texts `[prompts, candidates, new_tokens]` end without an end token. Returns which
+        rows go on and with which token, both `[prompts * beams]`.
         """
         import torch
 
@@ -62,6 +68,8 @@ class Beams:
         texts = _take(self.running, parents).index_copy_(2, self.length, tokens[:, :, None])
         self.length += 1
         ends = torch.isin(tokens, self.ends) | (self.length == self.new_tokens)
+        if find_stopped is not None:
+            ends = ends | find_stopped(texts)
 
         going_on = scores + ends.float() * NEVER
         self.scores, chosen = going_on.topk(beams)

@@ -5,12 +5,14 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
 from align.generation.decoding import TextGenerator
 from align.generation.model import SWITCH
 from align.generation.stepping import ForwardOptions, has_static_shapes, takes_cache
+from align.merge.checkpoints import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +139,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sequence_bias": ("pairs of tokens' numbers and a bias", _are_biases),
     "stop_strings": (
         "text, or several that are not empty",
-        lambda value: (
-            isinstance(value, str) or (isinstance(value, list) and all(v and isinstance(v, str) for v in value))
-        ),
+        lambda value: all(text and isinstance(text, str) for text in (value if isinstance(value, list) else [value])),
     ),
 }
 
@@ -235,14 +235,19 @@ def make_generation_config(
     """
     from transformers import GenerationConfig
 
-    own, neutral = model.generation_config.to_dict(), GenerationConfig().to_dict()
+    path, neutral = Path(model.name_or_path) / "generation_config.json", GenerationConfig().to_dict()
+    own = (read_json(path) if path.is_file() else {}) | model.generation_config.to_dict()  # which forgets some
     unused = [name for name, value in own.items() if name not in USED + REPLACED and value != neutral.get(name)]
     if unused:
         have = "has" if len(unused) == 1 else "have"
         logger.warning(f"The model's generation_config.json: {', '.join(sorted(unused))} {have} no effect here.")
     config = {name: own[name] for name in USED if own.get(name) is not None}
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *end_tokens)  # masked, so any token will do
-    samples = decoding.do_sample and decoding.temperature != 0
+    samples = decoding.do_sample
+    if samples and decoding.temperature is None and config.get("temperature") == 0:
+        logger.warning("The model's generation_config.json: a temperature of 0 is greedy; --temperature 1 samples.")
+        samples = False
+    samples = samples and decoding.temperature != 0
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
         if (value := getattr(decoding, name)) is not None and (samples or name == "repetition_penalty"):
             config[name] = value

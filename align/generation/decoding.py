@@ -8,6 +8,7 @@ of a generation config. Heavy packages are imported where they are used: imports
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
@@ -114,7 +115,7 @@ class TextGenerator:
 
         with torch.inference_mode():
             if self.config.num_beams > 1:
-                output = self._search_beams(texts)
+                output = self._search_beams(texts, encoded)
             else:
                 output = self._choose_tokens(texts, streamer, check)
         each = self.answers_per_prompt
@@ -179,8 +180,8 @@ class TextGenerator:
         self.refuse_nan(self.invalid)
         return texts.tokens[:, texts.width : texts.length]
 
-    def _search_beams(self, texts: Texts) -> "torch.LongTensor":
-        """The best texts `[rows * answers per prompt, new tokens]`."""
+    def _search_beams(self, texts: Texts, encoded: list[list[int]]) -> "torch.LongTensor":
+        """The best texts `[rows * answers per prompt, new tokens]`; strings that end one are looked for on the host."""
         config = self.config
         options = BeamOptions(
             config.num_beams,
@@ -192,14 +193,28 @@ class TextGenerator:
         beams = Beams(options, texts.rows, config.max_new_tokens, self.end_tokens, texts.tokens.device)
         for step in range(config.max_new_tokens):
             logits = self.forward(texts, step)
-            rows, tokens = beams.advance(self.process(texts, logits.log_softmax(1), step))
+            find_stopped = partial(self._find_stopped, encoded, step + 1) if config.stop_strings else None
+            rows, tokens = beams.advance(self.process(texts, logits.log_softmax(1), step), find_stopped)
             texts.select(rows)
             texts.append(tokens)
             self.stepper.select(rows)
-            if self.end_tokens and (step + 1) % STEPS_PER_CHECK == 0 and beams.is_done():
+            may_end = self.end_tokens or config.stop_strings
+            if may_end and (step + 1) % STEPS_PER_CHECK == 0 and beams.is_done():
                 break
         self.refuse_nan(self.invalid)
         return beams.best()
+
+    def _find_stopped(
+        self, encoded: list[list[int]], length: int, candidates: "torch.LongTensor"
+    ) -> "torch.BoolTensor":
+        """Which candidates `[prompts, n, new tokens]`, of which `length` are there, hold a string that ends them."""
+        import torch
+
+        stopped = []
+        for prompt, texts in enumerate(candidates[:, :, :length].tolist()):
+            ids = encoded[prompt] if prompt < len(encoded) else encoded[0]
+            stopped.append([len(self._cut(ids, [*text, -1])) <= length for text in texts])
+        return torch.tensor(stopped).to(candidates.device)
 
     def forward(self, texts: Texts, step: int) -> "torch.FloatTensor":
         """Logits `[rows * copies, vocabulary]` of the next tokens; what came before is run as a graph of its own."""

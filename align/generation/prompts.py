@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,8 @@ OWN_PROMPTS = [  # where the user gives none
     "If a program is slow, first",
     "Nobody knew why the lighthouse",
 ]
+# What --dataset_name knows by its name, and --prompt_file would take for text
+OF_DATA_SETS = (".csv", ".tsv", ".parquet", ".gz", ".zst", ".bz2", ".xz")
 MIN_WIDTH = 16  # tokens: prompts that are all shorter count as one width
 WIDTH_CHOICES = 256  # the most widths to choose from, as the choice takes their square in memory
 
@@ -103,7 +105,7 @@ def load_prompts(arguments: PromptArguments, world_size: int, token: str | None 
 
 def _tell_unused(arguments: PromptArguments) -> None:
     """Flags about rows, where prompts come from elsewhere."""
-    holds_rows = Path(arguments.prompt_file or "").suffix in (".json", ".jsonl")
+    holds_rows = Path(arguments.prompt_file or "").suffix.lower() in (".json", ".jsonl", ".ndjson")
     for flag in ("dataset_split", "dataset_max_samples", "column_name"):
         is_used = arguments.dataset_name is not None or (flag == "column_name" and holds_rows)
         if not is_used and getattr(arguments, flag) != getattr(PromptArguments, flag):
@@ -142,11 +144,14 @@ def _read_stdin() -> list[str]:
 def _read_prompt_file(path: Path, column_name: str | None) -> list[str]:
     """The prompts of a JSON list, of JSON lines, or of other text, a line each."""
     where = f"--prompt_file {path}"
+    suffix = path.suffix.lower()
+    if suffix in OF_DATA_SETS:
+        raise InputError(f"{where}: {suffix} files are not read as prompts; give --dataset_name instead")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: cannot be read as UTF-8 text: {error}") from error
-    if path.suffix == ".json":
+    if suffix == ".json":
         rows = _parse_json(text, where)
         if isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list):
             rows = next(iter(rows.values()))
@@ -154,7 +159,7 @@ def _read_prompt_file(path: Path, column_name: str | None) -> list[str]:
             raise InputError(f"{where}: holds no list of prompts; rows on lines of their own are a .jsonl file")
         return [_prompt_of(row, column_name, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
     lines = text.split("\n")  # not splitlines, which knows ten more ends of a line
-    if path.suffix != ".jsonl":
+    if suffix not in (".jsonl", ".ndjson"):
         return [line for line in lines if line.strip()]
     places = {number: f"{where}, row {number}" for number, line in enumerate(lines, 1) if line.strip()}
     return [_prompt_of(_parse_json(lines[n - 1], place), column_name, place) for n, place in places.items()]
@@ -163,8 +168,8 @@ def _read_prompt_file(path: Path, column_name: str | None) -> list[str]:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not JSON: {one_line(error)}") from error
 
 
 def _read_prompt_column(arguments: PromptArguments, token: str | None) -> list[str]:
@@ -192,7 +197,7 @@ def _prompt_of(row: Any, column_name: str | None, where: str) -> str:
         found = ", ".join(row) or "none"
         raise InputError(f"{where}: has no column {column_name!r} but {found}; choose one with --column_name")
     if not isinstance(row[column_name], str):
-        raise InputError(f"{where}: column {column_name!r} is {row[column_name]!r}, not text")
+        raise InputError(f"{where}: column {column_name!r} is {repr(row[column_name])[:40]}, not text")
     return _whole(row[column_name], where)
 
 

@@ -1,6 +1,5 @@
 """Every row of docs/models.md, against plain transformers. Run: pytest tests/test_families.py"""
 
-import json
 import re
 
 import pytest
@@ -9,6 +8,7 @@ from conftest import ROOT, write_rows
 from family_models import CONFIGS, RARE, WITH_A_STATE, save_family_model
 from measure_families import RIGHT, describe, describe_unusable, load_for_texts, make_plain, measure, measure_ranks
 from tiny import make_tokenizer
+from transformers import CONFIG_MAPPING
 
 from align.errors import InputError
 from align.generation.config import GaudiArguments, fit_to_class
@@ -68,7 +68,7 @@ def test_a_head_of_which_an_odd_number_of_dimensions_turns_is_left_to_transforme
 def test_kinds_that_nothing_computes_rightly_are_refused_and_on_the_page(tmp_path):
     adapt_transformers()
     for kind in UNUSABLE:
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        CONFIG_MAPPING[kind]().to_json_file(tmp_path / "config.json", use_diff=False)
         with pytest.raises(InputError, match=f"is a {kind} model, which is not used here: transformers' class"):
             load_config(tmp_path, "--model_name_or_path")
 

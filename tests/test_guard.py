@@ -561,6 +561,8 @@ def test_null_is_refused_where_a_model_would_stop_at_it_and_no_window_is_one(cop
             guard.load_config(copy, "--model")
     path.write_text(json.dumps(content | {"sliding_window": None, "num_key_value_heads": None, "head_dim": None}))
     guard.load_config(copy, "--model")
+    save_model(copy, "gpt_neox", classifier_dropout=None)  # which no language model uses
+    guard.load_config(copy, "--model")
 
 
 @pytest.mark.parametrize("message", WRONG_LAYERS)

@@ -52,7 +52,7 @@ SIZES: tuple[str, ...] = (
 SIZES += ("num_attention_heads", "num_key_value_heads", "n_head", "n_embd", "head_dim", "sliding_window", "window_size")
 MAY_BE_NONE = ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window")
 ABOVE_ZERO = ("rope_theta", "rotary_emb_base", "rope_local_base_freq")
-DROPOUT = re.compile(r"(?:dropout|drop|dropout_prob)$")
+DROPOUT = re.compile(r"^(?!classifier).*(?:dropout|drop|dropout_prob)$")
 NEVER_NONE = re.compile(rf"(?:eps|epsilon)$|{DROPOUT.pattern}|{'|'.join(ABOVE_ZERO)}")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Types whose classes give no padding to their embedding, so that any number of it will do
@@ -285,7 +285,8 @@ def load_config(
     content = read_json(path)
     for name in SIZES:
         value = content.get(name)
-        if value is not None and (type(value) is not int or value < 1):
+        sizes = value if isinstance(value, list) and name == "intermediate_size" else [value]  # Gemma 3n has a list
+        if value is not None and any(type(size) is not int or size < 1 for size in sizes):
             raise InputError(
                 f"{flag}: {path}: {name} is {value!r}, not a whole number above 0; copy or download it again"
             )

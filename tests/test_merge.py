@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_config, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -207,6 +207,25 @@ def test_what_cannot_be_streamed_goes_through_peft_and_says_so(reason, settings,
     assert_same_bits(merged, reference.state_dict())
     assert json.loads(Path("merged/generation_config.json").read_text()) == invalid
     assert f"Merging through PEFT, with the whole model in memory: {reason}" in caplog.text
+
+
+def test_through_peft_too_an_adapter_of_no_kind_is_one_line_and_what_it_lacks_is_told(caplog):
+    save_base("base")
+    save_adapter("adapter", load_base("base"), target_modules=["q_proj"])
+    path = Path("adapter/adapter_config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"peft_type": "lora"}))
+    with pytest.raises(InputError, match="adapter_config.json: peft_type is 'lora', none of ADALORA, .*LORA"):
+        merge()
+    path.write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    tensors = load_file("adapter/adapter_model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if ".1." not in name}, "adapter/adapter_model.safetensors"
+    )
+
+    merge()
+
+    assert "adapter lacks 2 tensors that its adapter_config.json names, such as base_model.model." in caplog.text
 
 
 def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_peft():

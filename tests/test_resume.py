@@ -182,6 +182,7 @@ OTHERS = {
     ),
     "batch size": ("sft.py", ["--per_device_train_batch_size", 4], "another number of rows"),
     "fewer rows": ("sft.py", ["--max_train_samples", 40], "another --dataset_name"),
+    "rows held out": ("sft.py", ["--do_eval"], "another --dataset_name: .* tokens differ, .* --do_eval False -> True"),
     "optimizer": ("sft.py", ["--optim", "sgd"], "--optim adamw_torch, this is sgd"),
     "pairs a step": ("dpo.py", ["--per_device_train_batch_size", 4], "another number of rows"),
     "beta": ("dpo.py", ["--beta", 0.5], "--beta 0.1, this is 0.5"),

@@ -52,7 +52,12 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_alpha": ("a number other than 0", lambda value: _is_number(value) and value != 0),
     "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
     "modules_to_save": NAMES,
-    "target_modules": ("names of modules or a pattern", lambda value: isinstance(value, str) or NAMES[1](value)),
+    "target_parameters": NAMES,
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules"),
+        ("names of modules or a pattern", lambda value: _is_pattern(value) or NAMES[1](value)),
+    ),
+    "init_lora_weights": ("true, false or a name", lambda value: value is None or isinstance(value, bool | str)),
     "task_type": ("a name", lambda value: value is None or isinstance(value, str)),
     "trainable_token_indices": (
         "numbers of tokens",
@@ -222,9 +227,13 @@ def _are(kind: type, values: Any) -> bool:
 
 
 def _are_patterns(numbers: dict[str, Any]) -> bool:
-    """Names of modules or regular expressions, as PEFT reads them."""
+    return all(_is_pattern(name) and _is_number(number) and number for name, number in numbers.items())
+
+
+def _is_pattern(text: Any) -> bool:
+    """The name of a module or a regular expression, as PEFT reads it."""
     try:
-        return all(re.compile(name) and _is_number(number) and number for name, number in numbers.items())
+        return isinstance(text, str) and bool(re.compile(text))
     except re.error:
         return False
 

@@ -6,6 +6,7 @@ Unchanged bytes are copied inside the kernel; of the others one chunk per worker
 
 import errno
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 COPY_BYTES = 64 << 20  # between two steps of the progress bar
 
@@ -199,12 +202,15 @@ def merge_through_peft(
     base: Path, base_config: "PretrainedConfig", adapter: Path, config: dict, folder: Path, dtype: str | None
 ) -> None:
     """What cannot be streamed: PEFT merges the whole model in memory and transformers saves it into `folder`."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel, PeftType, get_peft_model_state_dict
     from peft.utils import load_peft_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
     from align.merge.arithmetic import TORCH_DTYPES
 
+    if config["peft_type"] not in list(PeftType):
+        known = ", ".join(sorted(PeftType))
+        raise InputError(f"{adapter}/adapter_config.json: peft_type is {config['peft_type']!r}, none of {known}")
     weights = load_peft_weights(str(adapter), device="cpu")
     loading = {"torch_dtype": TORCH_DTYPES.get(dtype or "", "auto")}
     model_class = AutoModelForCausalLM
@@ -227,6 +233,13 @@ def merge_through_peft(
     placed = get_peft_model_state_dict(adapted, save_embedding_layers=has_bases)
     if homeless := sorted(set(weights) - set(placed)):
         raise InputError(f"{adapter}: {homeless[0]} finds no place in {base}")
+    lacking = sorted(name for name in set(placed) - set(weights) if ".lora_" in name)
+    if lacking:
+        logger.warning(
+            "Warning: %s lacks %d tensors that its adapter_config.json names, such as %s: there the merged model is "
+            "the base.",
+            *(adapter, len(lacking), lacking[0]),
+        )
     merged = merge_as_trained(adapted)
     merged.generation_config = GenerationConfig()  # an invalid one could not be saved; the base's own file is copied
     merged.save_pretrained(folder)

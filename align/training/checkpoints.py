@@ -337,8 +337,8 @@ class Run:
             return
         folder, manifest = Path(checkpoint), read_manifest(Path(checkpoint))
         changed = self._find_changes(manifest)
-        self._refuse_another(folder, manifest, changed)
         told = [f"--{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items() if name not in UNTOLD]
+        self._refuse_another(folder, manifest, changed, told)
         if manifest["world_size"] != self.flags["world_size"]:
             told.append(f"ranks {manifest['world_size']} -> {self.flags['world_size']} (dropout is drawn anew)")
         before = manifest.get("software", {})
@@ -346,14 +346,19 @@ class Run:
         if told:
             logger.info(f"changed since {folder}: {', '.join(told)}")
 
-    def _refuse_another(self, folder: Path, manifest: Mapping[str, Any], changed: Mapping[str, tuple]) -> None:
+    def _refuse_another(
+        self, folder: Path, manifest: Mapping[str, Any], changed: Mapping[str, tuple], told: list[str]
+    ) -> None:
         """Refuses a checkpoint of a run that would have taken other steps."""
         facts = manifest["facts"]
         for name, value in self.facts.items():
             if name in facts and facts[name] != value:
                 short = f"{_short(facts[name])} then, {_short(value)} now"
-                way_out = f"; {DATED}" if name == "--dataset_name" and self.writes_date else ""
-                raise InputError(f"{folder} was made with another {name}: {short}{way_out}")
+                if name == "--dataset_name":
+                    short += "; its tokens differ, by its rows or by the tokenizer and its chat template"
+                    short += f"; {DATED}" if self.writes_date else ""
+                also = f"; changed since: {', '.join(told)}" if told else ""
+                raise InputError(f"{folder} was made with another {name}: {short}{also}")
         is_stream = self.facts["--tokenizer_name_or_path or --chat_template"] is not None
         restored = self._find_restored(manifest)
         for name, (before, now) in changed.items():

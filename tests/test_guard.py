@@ -271,6 +271,20 @@ def change_weights(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def forget_metadata(folder):
+    from safetensors import safe_open
+
+    write_index(folder, "model-1.safetensors")
+    with safe_open(folder / "model-1.safetensors", "pt") as file:
+        change(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(file.keys(), "model-1.safetensors"))
+
+
+def name_another_library(folder):
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "tf"})
+
+
 def write_index(folder, place):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     change(folder / "model.safetensors.index.json", weight_map={UP: place, "lm_head.weight": "model-1.safetensors"})
@@ -327,6 +341,8 @@ DAMAGES = {
         "leaves the folder",
     ),
     "an index without files": (lambda folder: write_index(folder, ["x"]), 'has no "weight_map" of files'),
+    "an index that says nothing about itself": (forget_metadata, 'index.json has no object "metadata"; add it'),
+    "weights for TensorFlow": (name_another_library, r"is of another library than torch \(format: tf\)"),
     "a pickle that runs code": (write_pickle, "cannot be read"),
 }
 
@@ -449,6 +465,10 @@ WRITTEN_BY_5 = {  # family: its configuration in 4.55, and what 5 writes instead
         {"rope_theta": 7e5, "rope_local_base_freq": 9e3, "head_dim": 16},
         {"rope_parameters": TWO, "rope_theta": "out", "rope_local_base_freq": "out"},
     ),
+    "gpt_oss": (
+        {"rope_theta": 70000.0, "rope_scaling": None, "head_dim": 16, "num_local_experts": 4},
+        rope() | {"rope_scaling": "out"},
+    ),
     "qwen3_moe": (
         {"rope_theta": 70000.0, "num_experts": 4, "moe_intermediate_size": 32},
         rope() | {"num_experts": "out", "num_local_experts": 4},
@@ -477,9 +497,16 @@ REFUSED = {
     "factor 4, where the lengths make it 8": rope(kind="yarn", factor=4.0, original_max_position_embeddings=64),
     "rope_type: spiral": rope(kind="spiral"),
     "full_attention, sliding_attention": {"rope_parameters": TWO, "rope_theta": "out"},
+    "rope_theta is '5000', not a number": rope(theta="5000"),
+    "factor of rope_scaling is 0, not above 0": rope(kind="linear", factor=0),
     "partial_rotary_factor: 0.25": rope(partial_rotary_factor=0.25),
     "rope_theta is 10000.0; take one out": {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 1e4},
     "this is not a causal language model": {"use_bidirectional_attention": True},
+    "one set for layers of two types": rope() | {"model_type": "gemma3_text"},
+    "a sliding_attention without rope_theta": {
+        "rope_parameters": TWO | {"sliding_attention": {"rope_type": "default"}},
+        "model_type": "gemma3_text",
+    },
 }
 
 
@@ -669,6 +696,7 @@ def test_an_end_that_no_token_of_the_model_is_is_told(run, copy, caplog):
     [
         ({"padding_side": "middle"}, None, "Padding side should be selected between 'right' and 'left'"),
         ({"model_max_length": "x"}, None, "model_max_length is 'x', not a number"),
+        ({"model_max_length": [512]}, None, r"model_max_length is \[512\], not a number"),
         ({}, "{", "EOF while parsing"),
         ({}, "", "there is no tokenizer.json"),
     ],

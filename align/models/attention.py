@@ -226,7 +226,8 @@ def largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
     """Of logits `[..., vocabulary]`; a constant added to all logits of a token changes nothing."""
     before, after = (logits - logits.mean(-1, keepdim=True) for logits in (before, after))
     change, size = (torch.linalg.vector_norm(logits, dim=-1) for logits in (after - before, before))
-    return (change / size).max().item() if len(size) else 0.0
+    relative = (change / size).where(change != 0, 0.0)  # logits that are all alike have a size of 0
+    return relative.max().item() if len(size) else 0.0
 
 
 def _is_partitioned(model: nn.Module) -> bool:

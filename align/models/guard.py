@@ -314,7 +314,10 @@ def load_config(
             if not content.get(key):  # null means none, which transformers does not know
                 content.pop(key, None)
         about = {"_commit_hash": extract_commit_hash(str(path.absolute()), None)}
-        content = translate_config(content, config_class, path, flag)
+        translated = translate_config(content, config_class, path, flag)
+        if translated is not content:
+            content = translated
+            _check_kinds(content, config_class, path, flag)
         if is_gaudi_class(config_class):
             content = transformers_config_class(content["model_type"]).from_dict(content).to_dict()
         config = config_class.from_dict(content | about)
@@ -472,7 +475,7 @@ def translate_config(config: dict, config_class: type["PretrainedConfig"], path:
         config[wanted.pop()] = config.pop(given.pop())
     if config.get("use_bidirectional_attention"):
         raise InputError(f"{flag}: {path}: use_bidirectional_attention: this is not a causal language model")
-    rope = config.pop("rope_parameters", None)
+    rope, translated = config.pop("rope_parameters", None), {}
     if rope:
         translated = _translate_rope(rope, config, config_class, path, flag)
         for name, value in translated.items():
@@ -481,7 +484,12 @@ def translate_config(config: dict, config_class: type["PretrainedConfig"], path:
                     f"{flag}: {path}: rope_parameters makes {name} {value}, and {name} is {config[name]}; take one out"
                 )
         config |= translated
-    known |= PretrainedConfig().to_dict().keys() | set(config_class.attribute_map) | set(NEW_AND_HARMLESS)
+    known |= (
+        PretrainedConfig().to_dict().keys()
+        | set(config_class.attribute_map)
+        | set(NEW_AND_HARMLESS)
+        | translated.keys()
+    )
     if unread := [name for name, value in config.items() if name not in known and value not in (None, False)]:
         logger.warning(
             f"{flag}: {path} is of transformers 5; 4.55 does not use its entries {', '.join(sorted(unread))}"
@@ -509,10 +517,14 @@ def _translate_rope(
         if "rope_local_base_freq" not in known or set(rope) != {"full_attention", "sliding_attention"}:
             raise refuse(", ".join(rope))
         local = rope["sliding_attention"]
+        if local.get("rope_theta") is None:
+            raise refuse("a sliding_attention without rope_theta")
         if set(local) - {"rope_theta", "rope_type"} or local.get("rope_type", "default") != "default":
             raise refuse("a scaled sliding_attention")
         new["rope_local_base_freq"] = local["rope_theta"]
         rope = rope["full_attention"]
+    elif "rope_local_base_freq" in known:
+        raise refuse("one set for layers of two types")
     rope = {name: value for name, value in rope.items() if value is not None}
     kind = rope.pop("rope_type", None) or rope.pop("type", "default")
     names = {
@@ -529,7 +541,8 @@ def _translate_rope(
     if kind == "default":
         if rope:
             raise refuse(", ".join(rope))
-        return new
+        scaled = inspect.signature(config_class.__init__).parameters.get("rope_scaling")
+        return new if scaled is None or scaled.default is None else new | {"rope_scaling": None}  # GPT-OSS scales
     if kind not in ROPE_INIT_FUNCTIONS or "rope_scaling" not in known:
         raise refuse(f"rope_type: {kind}")
     original = rope.get("original_max_position_embeddings")
@@ -553,7 +566,7 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
     changes: dict[str, Any] = {}
-    if isinstance(most := settings.get("model_max_length"), str):
+    if not isinstance(most := settings.get("model_max_length"), (int, float, NoneType)):
         raise InputError(f"{flag}: {path}: model_max_length is {most!r}, not a number; mend that entry, or take it out")
     if isinstance(settings.get("extra_special_tokens"), list):  # transformers 5's additional_special_tokens
         more = settings.get("additional_special_tokens") or []
@@ -642,10 +655,29 @@ def check_weights(
         return
     except InputError as error:
         raise InputError(f"{flag}: {error}") from None
+    _check_about_files(checkpoint, flag)
     check_layers(checkpoint, config.to_dict(), flag)
     check_head(checkpoint, config.to_dict(), flag)
     used = _match(checkpoint, config, flag, trust_remote_code, has_head)
     check_values(used[rank::ranks], flag)
+
+
+def _check_about_files(checkpoint: Checkpoint, flag: str) -> None:
+    """Refuses what files say about themselves that transformers would stop at."""
+    from safetensors import safe_open
+
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index, is_used = checkpoint.folder / f"{stem}.index.json", stem not in checkpoint.files
+        if is_used and index.exists() and not isinstance(read_json(index).get("metadata"), dict):
+            raise InputError(f'{flag}: {index} has no object "metadata"; add it ({{}} will do), or download it again')
+    for path in sorted({tensor.path for tensor in checkpoint.tensors.values()}):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                made_by = (file.metadata() or {}).get("format", "pt")
+            if made_by not in ("pt", "mlx"):
+                raise InputError(
+                    f"{flag}: {path} is of another library than torch (format: {made_by}); convert it first"
+                )
 
 
 def check_layers(checkpoint: Checkpoint, config: dict, flag: str) -> None:

@@ -4,12 +4,16 @@ import datetime
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
-from conftest import write_rows
+from conftest import ROOT, write_rows
 from tiny import make_tokenizer
 
 from align.data import preparing
@@ -269,3 +273,35 @@ def test_preparing_in_several_processes_gives_the_same_rows(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", rows)
     parallel, single = prepare_text(file, num_workers=2).rows, prepare_text(file, num_workers=1, max_length=101).rows
     assert parallel["input_ids"] == single["input_ids"]
+
+
+def test_processes_that_prepare_data_end_with_the_one_that_started_them(tmp_path):
+    code = """
+import os, signal, sys, time
+from datasets import Dataset
+from align.data.preparing import end_forks_with_this_process
+end_forks_with_this_process()
+def wait(row):
+    open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
+    if len(os.listdir(sys.argv[1])) == 2: os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(30)
+Dataset.from_dict({"number": [1, 2]}).map(wait, num_proc=2)"""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    ended = subprocess.run([sys.executable, "-c", code, str(notes)], cwd=ROOT, check=False, **silent)
+
+    assert ended.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while left := [path.name for path in notes.iterdir() if is_alive(path.name)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    """Not where it waits for somebody to take note of its end."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

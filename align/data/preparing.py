@@ -3,12 +3,16 @@
 Whatever a row says is used, or the log names it: what was dropped, cut or not shown, how often and where first.
 """
 
+import ctypes
 import hashlib
 import itertools
 import logging
+import os
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -329,6 +333,7 @@ def prepare(
     target = Path(datasets.config.HF_DATASETS_CACHE) / "align" / f"tokens-{key.hexdigest()[:32]}.arrow"
     target.parent.mkdir(parents=True, exist_ok=True)
     was_sound = is_sound(target)
+    end_forks_with_this_process()
     tokenized = rows.map(
         reader,
         batched=True,
@@ -343,6 +348,13 @@ def prepare(
     if not was_sound:
         seal(target, [Path(file["filename"]) for file in tokenized.cache_files])
     return replace(_sum_up(tokenized, rows, args), columns=tuple(found))
+
+
+@cache
+def end_forks_with_this_process() -> None:
+    """Lets the kernel end this process's forks with it, even by SIGKILL: those that prepare data would wait on."""
+    prctl, pr_set_pdeathsig = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
+    os.register_at_fork(after_in_child=lambda: prctl(pr_set_pdeathsig, signal.SIGKILL))
 
 
 def _identify_code() -> str:

@@ -235,6 +235,13 @@ def test_values_that_no_text_can_follow_are_refused_by_name(model, loaded):
     check_fields(loaded)
 
 
+def test_a_generation_config_that_leaves_no_token_to_say_is_refused(model, generate):
+    folder = Path(shutil.copytree(model, "model"))
+    write_config(folder, suppress_tokens=list(range(512)))
+    with pytest.raises(InputError, match="generation_config.json of .*: suppress_tokens leaves no token to say"):
+        generate(folder, "--do_sample")
+
+
 @pytest.mark.parametrize("length", [1, 2], ids=["a token", "two tokens"])
 def test_bad_words_are_not_said(length, model, plain, generate):
     tokenizer = AutoTokenizer.from_pretrained(model)

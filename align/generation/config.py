@@ -158,6 +158,12 @@ def check_fields(model: "PreTrainedModel") -> None:
             f"--model_name_or_path: generation_config.json of {model.name_or_path}: forced_eos_token_id is {forced}, "
             f"and this model's tokens are 0 to {size - 1}; mend that entry, or take it out"
         )
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if len(set(getattr(model.generation_config, name) or ()).intersection(range(size))) == size:
+            raise InputError(
+                f"--model_name_or_path: generation_config.json of {model.name_or_path}: {name} leaves no token to say; "
+                "mend that entry, or take it out"
+            )
 
 
 def find_stop_tokens(tokens: list[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:

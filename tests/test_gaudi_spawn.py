@@ -578,3 +578,8 @@ def test_a_token_reaches_the_ranks_by_environment_and_is_in_no_command(flag, mon
     assert run.script == ["script.py", "--seed", "1"]
     assert os.environ["HF_TOKEN"] == run.exports["HF_TOKEN"] == "hf_secret"
     assert "hf_secret" not in describe(run)
+
+
+@pytest.mark.parametrize("words", [["--token"], ["--token="], ["--token", "--do_train"], ["--hub_token", "--token="]])
+def test_a_flag_that_lacks_its_token_stays_for_the_script_to_refuse(words):
+    assert nodes.take_token(["sft.py", *words]) == (["sft.py", *words], None)

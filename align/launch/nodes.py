@@ -175,12 +175,16 @@ def inspect_nodes(run: Run) -> tuple[int, int]:
 
 
 def split_tokens(script: list[str]) -> tuple[list[str], list[str]]:
-    """A command line without tokens for the hub, and the tokens."""
-    kept, tokens, words = [], [], iter(script)
-    for word in words:
+    """A command line without tokens for the hub, and the tokens. A flag without one stays, for its script to refuse."""
+    kept, tokens = [], []
+    words = list(script)
+    while words:
+        word = words.pop(0)
         flag, equals, value = word.partition("=")
-        if flag in TOKEN_FLAGS:
-            tokens.append(value if equals else next(words, ""))
+        if flag in TOKEN_FLAGS and not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        if flag in TOKEN_FLAGS and value:
+            tokens.append(value)
         else:
             kept.append(word)
     return kept, tokens

@@ -182,7 +182,7 @@ OTHERS = {
     ),
     "batch size": ("sft.py", ["--per_device_train_batch_size", 4], "another number of rows"),
     "fewer rows": ("sft.py", ["--max_train_samples", 40], "another --dataset_name"),
-    "rows held out": ("sft.py", ["--do_eval"], "another --dataset_name: .* tokens differ, .* --do_eval False -> True"),
+    "rows held out": ("sft.py", ["--do_eval"], "another --dataset_name: .* other rows, .* --do_eval False -> True"),
     "optimizer": ("sft.py", ["--optim", "sgd"], "--optim adamw_torch, this is sgd"),
     "pairs a step": ("dpo.py", ["--per_device_train_batch_size", 4], "another number of rows"),
     "beta": ("dpo.py", ["--beta", 0.5], "--beta 0.1, this is 0.5"),
@@ -484,6 +484,21 @@ def test_a_signal_between_training_and_the_save_of_the_model_waits_until_it_is_t
     monkeypatch.setattr(SupervisedTrainer, "save_model", interrupted)
 
     with pytest.raises(Stopped, match="SIGUSR1: stopped; the model is saved in out"):
+        train("sft.py", "--max_steps", 2)
+
+    assert weights()
+
+
+def test_a_signal_after_the_last_look_at_it_has_its_own_effect(train, monkeypatch):
+    save_model = SupervisedTrainer.save_model
+
+    def interrupted(*arguments):
+        save_model(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(SupervisedTrainer, "save_model", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
         train("sft.py", "--max_steps", 2)
 
     assert weights()

@@ -80,7 +80,9 @@ def prepare_data(
     Under several ranks call it inside `first_of_node_first` (align/training/ranks.py): the others then read its cache.
     """
     check_data_arguments(args, has_template)
-    check_writable(Path(datasets.config.HF_DATASETS_CACHE), "the variables HF_HOME and HF_DATASETS_CACHE")
+    cache_folder = Path(datasets.config.HF_DATASETS_CACHE)
+    if not (cache_folder / "align").is_dir():  # else it may hold all that is needed
+        check_writable(cache_folder, "the variables HF_HOME and HF_DATASETS_CACHE")
     names = [args.dataset_name] if isinstance(args.dataset_name, str) else args.dataset_name or []
     if not names:
         raise InputError("--dataset_name: missing; give a hub name, a folder or a file")

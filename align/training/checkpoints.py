@@ -355,7 +355,7 @@ class Run:
             if name in facts and facts[name] != value:
                 short = f"{_short(facts[name])} then, {_short(value)} now"
                 if name == "--dataset_name":
-                    short += "; its tokens differ, by its rows or by the tokenizer and its chat template"
+                    short += "; other rows, tokenizer or chat template"
                     short += f"; {DATED}" if self.writes_date else ""
                 also = f"; changed since: {', '.join(told)}" if told else ""
                 raise InputError(f"{folder} was made with another {name}: {short}{also}")

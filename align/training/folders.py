@@ -84,7 +84,7 @@ def check_training_arguments(
         raise InputError(f"--output_dir: {error.strerror}; name another folder") from error
     if is_file:
         raise InputError(f"--output_dir: {folder} is a file; name a folder")
-    if folder.is_dir() and (blocked := sorted(path for path in folder.iterdir() if _is_blocked(path))):
+    if folder.is_dir() and (blocked := sorted(path for path in folder.glob("*") if _is_blocked(path))):
         raise InputError(f"--output_dir: {blocked[0]} is a folder where a file of that name is written; remove it")
     if not args.save_safetensors:
         raise InputError(

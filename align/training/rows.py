@@ -1,5 +1,6 @@
 """What the trainers of sft.py and dpo.py have in common: rows that come ready to compute, and all upstream's mends."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ class RowsMixin(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumu
             with self.heed_signals():  # between the two as well
                 trained = self.train(resume_from_checkpoint=checkpoint)
                 self.save_model()
+            if self.signal:  # came after the last look at it
+                signal.raise_signal(self.signal)
             results.save_results(self, "train", self.complete(trained.metrics))
         if self.args.do_eval:
             results.save_results(self, "eval", self.complete(self.evaluate()))

@@ -14,7 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from align.cli import Parser, run_script
+from align.cli import SWITCH, Parser, run_script
 from align.errors import InputError
 from align.launch.engines import ENGINES, Run, clean_environment
 from align.launch.nodes import (
@@ -36,15 +36,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, usage="gaudi_spawn.py [flags] script.py [its flags]")
     parser.add_argument("--world_size", type=int, help="number of cards; default 1, or all slots of the hostfile")
     parser.add_argument("--hostfile", help="file with a line `host slots=8` for each node")
-    parser.add_argument("--use_deepspeed", action="store_true", help="let DeepSpeed's launcher start the ranks")
-    parser.add_argument("--use_mpi", action="store_true", help="let Open MPI start the ranks")
+    parser.add_argument("--use_deepspeed", **SWITCH, help="let DeepSpeed's launcher start the ranks")
+    parser.add_argument("--use_mpi", **SWITCH, help="let Open MPI start the ranks")
     parser.add_argument(
         "--master_port", type=int, help="port where the ranks meet, on rank 0's node; default a free one"
     )
     parser.add_argument(
         "--export", action="append", default=[], metavar="NAME", help="one more variable for ranks on other nodes"
     )
-    parser.add_argument("--tag_output", action="store_true", help="begin the output lines of rank n > 0 with [rank n]")
+    parser.add_argument("--tag_output", **SWITCH, help="begin the output lines of rank n > 0 with [rank n]")
     parser.add_argument(
         "--grace_period",
         type=float,
@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=60,
         help="end a run when no rank has computed, read or written for so many seconds; 0 waits for ever",
     )
-    parser.add_argument("--print_command", action="store_true", help="show what would run and where, and stop")
+    parser.add_argument("--print_command", **SWITCH, help="show what would run and where, and stop")
     parser.add_argument(
         "--graph_report", metavar="FILE", help="write the graphs and the memory that the run took, and print them"
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from align import __version__
-from align.cli import Parser, read_boolean, run_script
+from align.cli import SWITCH, Parser, run_script
 from align.errors import DISK_FULL, InputError, one_line
 from align.merge.checkpoints import (
     TORCH_NAMES,
@@ -69,9 +69,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base_model_name", help="base model: a folder or a hub name (default: the adapter's own)")
     parser.add_argument("--output_name", required=True, help="folder for the merged model")
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the merged model (default: the base's)")
-    flag = {"type": read_boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-    parser.add_argument("--overwrite", default=False, **flag, help="replace the model in --output_name")
-    parser.add_argument("--verify", default=True, **flag, help="check what is written (default: True)")
+    parser.add_argument("--overwrite", **SWITCH, help="replace the model in --output_name")
+    parser.add_argument("--verify", **{**SWITCH, "default": True}, help="check what is written")
     workers = min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("--num_workers", type=int, default=workers, help="threads (default: one a core, at most 4)")
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload the merged model to this hub repository")

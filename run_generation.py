@@ -1,6 +1,6 @@
 """Generates text on one Gaudi card, or on several with the model split over them (DeepSpeed tensor parallelism).
 
-    python run_generation.py --model_name_or_path stack-llama-2/ --use_hpu_graphs --use_kv_cache --bf16 \
+    python run_generation.py --model_name_or_path stack-llama-2/ --use_hpu_graphs --use_kv_cache --bf16 \\
         --batch_size 1 --max_new_tokens 100 --prompt "Here is my prompt"
 
     python run_generation.py --model_name_or_path stack-llama-2/ --chat --compare sft/final_merged_checkpoint

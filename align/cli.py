@@ -17,7 +17,7 @@ from align import __version__
 from align.errors import DISK_FULL, InputError, ResultError, Stopped
 from align.quiet import end_interrupted, quiet_imports, quiet_libraries
 from align.ranges import limit, shorten
-from align.upstream_flags import split_flags, translate
+from align.upstream_flags import FALSE, split_flags, translate
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser as _Parser
@@ -40,7 +40,7 @@ MEANT = {  # by words in errors that name neither a flag nor what it was given
     "TPUs are not supported": "tpu_num_cores",
 }
 REST = "Others"  # the group of flags that --help leaves to --help_all
-TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads them
+TRUE = ("true", "yes", "t", "y", "1")  # as transformers reads them
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -97,6 +97,16 @@ class ParserMixin(_Parser):
             hint = f"; did you mean {close[0]}?" if close else ""
             raise InputError(f"unknown argument {unknown[0]!r}{hint} (--help lists them)")
 
+    def add_opposites(self) -> None:
+        """`--no_x` for each switch `--x`; --help leaves them out."""
+        for action in list(self._actions):
+            name = f"--no_{action.dest}"
+            is_switch = action.const is True and not action.dest.startswith("no_")
+            if is_switch and name not in self._option_string_actions:
+                self.add_argument(
+                    *_spellings([name]), action="store_false", dest=action.dest, default=argparse.SUPPRESS
+                )
+
     def format_help(self) -> str:
         formatter = self._get_formatter()
         formatter.add_text(f"usage: {self.usage or f'{self.prog} [flags]'}")
@@ -145,9 +155,26 @@ class Parser(ParserMixin, argparse.ArgumentParser):
         return group
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        values, unknown = self.parse_known_args(argv)
+        self.add_opposites()
+        words = list(sys.argv[1:] if argv is None else argv)
+        takes_script = any(not action.option_strings for action in self._actions)
+        values, unknown = self.parse_known_args(self._close_switches(words) if takes_script else words)
         self.refuse_unknown(unknown)
         return values
+
+    def _close_switches(self, words: list[str]) -> list[str]:
+        """`--x script.py` as `--x=True script.py`: else a switch would take the script for its value."""
+        words, closed = list(words), []
+        while words and words[0].startswith("-"):
+            action = self._option_string_actions.get(word := words.pop(0))
+            if action is not None and action.nargs == "?":
+                is_given = words and words[0].lower() in TRUE + FALSE
+                word = f"{word}={words.pop(0) if is_given else action.const}"
+            closed.append(word)
+            if action is not None and action.nargs is None:
+                closed += words[:1]
+                del words[:1]
+        return closed + words
 
 
 def _spellings(names: Sequence[str]) -> list[str]:
@@ -162,13 +189,15 @@ def with_underscores(words: Sequence[str]) -> list[str]:
 
 
 def given_flags() -> set[str]:
-    """Names of the flags on the command line."""
-    return {word[2:].partition("=")[0] for word in with_underscores(sys.argv[1:]) if word.startswith("--")}
+    """Names of the flags on the command line; `--no_x` is a name of `--x`."""
+    names = {word[2:].partition("=")[0] for word in with_underscores(sys.argv[1:]) if word.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}
 
 
 def given_value(name: str) -> str | None:
     """The value that the command line gives this flag, before any library has changed it; None where it gives none."""
-    values = [values for flag, values, _ in split_flags(with_underscores(sys.argv[1:])) if flag == name]
+    given = [(flag, values) for flag, values, _ in split_flags(with_underscores(sys.argv[1:]))]
+    values = [["False"] if flag == f"no_{name}" else values for flag, values in given if flag in (name, f"no_{name}")]
     return values[-1][0] if values and values[-1] else None
 
 
@@ -177,6 +206,10 @@ def read_boolean(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"got {text!r}; give True or False")
     return text.lower() in TRUE
+
+
+# Of a flag that has no value, or one of these words
+SWITCH: Mapping[str, Any] = {"type": read_boolean, "nargs": "?", "const": True, "default": False}
 
 
 class _HelpAll(argparse.Action):
@@ -214,11 +247,12 @@ def make_parser(
             help="show all flags and stop",
         )
     for action in parser._actions:
-        if action.type is string_to_bool and action.nargs is None:  # of three values: bare, it says True as the others
-            action.nargs, action.const = "?", True
+        if action.type is string_to_bool:
+            action.type, action.nargs, action.const = read_boolean, "?", True  # those of three values say True too
     known = {action.dest for action in parser._actions}
     ours = DEFAULTS | {"use_lazy_mode": not is_eager()}
     parser.set_defaults(**{name: value for name, value in ours.items() if name in known}, **defaults)
+    parser.add_opposites()
     limit(parser)
     return parser
 

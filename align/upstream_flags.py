@@ -260,7 +260,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     },
 }
 SHORT = {"-d": "--device"}
-OFF = ("false", "f", "no", "n", "0")
+FALSE = ("false", "no", "f", "n", "0")
 
 
 def translate(script: str, arguments: list[str]) -> list[str]:
@@ -280,7 +280,7 @@ def translate(script: str, arguments: list[str]) -> list[str]:
                 logger.warning(f"--{name} has no effect; {flag.note}".replace("`", ""))
         elif isinstance(flag, Instead):
             value = values[0].lower() if values else "true"
-            if not (flag.is_switch and value in OFF):
+            if not (flag.is_switch and value in FALSE):
                 translated += [part.format(value) for part in flag.by.split(" ")]
         else:
             spelt = dict(flag.spelt) if flag else {}

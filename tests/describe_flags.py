@@ -19,7 +19,7 @@ HEAD = """# Flags
 
 What `--help` of each script says; `make flags` writes this page. `sft.py` and `dpo.py` take every flag of
 optimum-habana's `GaudiSFTConfig` and `GaudiDPOConfig` as well (`--help_all` shows them), and refuse those that would
-have no effect. A flag may be written with dashes or underscores; `False` behind one switches it off.
+have no effect. A flag may be written with dashes or underscores. `--x False` and `--no_x` turn a switch off.
 [Commands of upstream's examples](upstream.md) have a page of their own.
 """
 

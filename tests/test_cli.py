@@ -86,19 +86,35 @@ def test_dashes_do_as_well_as_underscores(start):
             start(script, *words)
 
 
-@pytest.mark.parametrize("word", ["true", "False", "yes", "no", "1", "0", "y", "f"])
-def test_booleans_take_the_same_words_in_all_scripts(word, start):
-    for script, words, message in (
-        ("sft.py", ["--packing", word], "nothing to do"),
-        (
-            "merge_peft_adapter.py",
-            ["--verify", word, "--adapter_model_name", "nowhere", "--output_name", "o"],
-            "nowhere",
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_booleans_take_the_same_words_in_all_scripts(script, start, capsys):
+    """The error that ends each command shows what was understood."""
+    words, switch, on, off = {
+        "sft.py": (["--output_dir", "out"], "do_eval", "--model_name_or_path: missing", "nothing to do"),
+        "dpo.py": (["--eval_strategy", "no"], "do_train", "--model_name_or_path: missing", "nothing to do"),
+        "merge_peft_adapter.py": (
+            ["--adapter_model_name", "nowhere", "--output_name", "out"],
+            *("verify", "nowhere", "nowhere"),
         ),
-        ("run_generation.py", ["--use_kv_cache", word], "--model_name_or_path: missing"),
-    ):
+        "run_generation.py": (
+            ["--reuse_cache", "--model_name_or_path", "nowhere", "--prompt", "x"],
+            *("use_kv_cache", "nowhere", "contradicts --use_kv_cache False"),
+        ),
+        "gaudi_spawn.py": (["--use_deepspeed"], "use_mpi", "exclude each other", "there is no script nowhere.py"),
+    }[script]
+    script_words = ["nowhere.py"] if script == "gaudi_spawn.py" else []
+    for value, message in [
+        *((word, on) for word in ("true", "yes", "TRUE", "y", "1")),
+        *((word, off) for word in "0fn"),
+    ]:
+        for given in ([f"--{switch}", value], [f"--{switch.replace('_', '-')}={value}"]):
+            with pytest.raises(InputError, match=message):
+                start(script, *words, *given, *script_words)
+    for given, message in ((f"--{switch}", on), (f"--no_{switch}", off), (f"--no-{switch.replace('_', '-')}", off)):
         with pytest.raises(InputError, match=message):
-            start(script, "--output_dir", "out", *words) if script == "sft.py" else start(script, *words)
+            start(script, *words, given, *script_words)
+    with pytest.raises(InputError, match=f"^--{switch}: got 'maybe'; give True or False"):
+        start(script, *words, f"--{switch}=maybe", *script_words)
 
 
 @pytest.mark.parametrize("script", TRAINERS)

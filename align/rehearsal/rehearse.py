@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from align.cli import with_underscores
+from align.cli import SWITCH, with_underscores
 from align.errors import InputError
 from align.launch.engines import ROOT, Run, clean_environment
 from align.launch.nodes import choose_port
@@ -34,13 +34,13 @@ SCRIPTS = ("sft.py", "dpo.py", "merge_peft_adapter.py", "run_generation.py")
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rehearsal")
-    group.add_argument("--rehearse", action="store_true", help="tell what would happen, without a card or weights")
+    group.add_argument("--rehearse", **SWITCH, help="tell what would happen, without a card or weights")
     group.add_argument("--rehearsal_dir", default="rehearsal", metavar="FOLDER", help="for report.json and report.html")
     group.add_argument("--card", choices=judging.CARDS, default="gaudi2", help="which card it is for (default: gaudi2)")
     group.add_argument("--card_memory", type=float, metavar="GB", help="memory of that card, where yours has another")
-    group.add_argument("--strict", action="store_true", help="warnings end in exit code 1 as well")
-    group.add_argument("--no_shrunken_run", action="store_true", help="leave out the real run of a shrunken model")
-    group.add_argument("--no_alternatives", action="store_true", help="do not look for settings that fit")
+    group.add_argument("--strict", **SWITCH, help="warnings end in exit code 1 as well")
+    group.add_argument("--no_shrunken_run", **SWITCH, help="leave out the real run of a shrunken model")
+    group.add_argument("--no_alternatives", **SWITCH, help="do not look for settings that fit")
 
 
 @dataclass

@@ -284,3 +284,15 @@ def test_rows_that_were_read_do_not_stay_in_memory(tmp_path):
         held.append(measure_held())
     whole = sum(file.stat().st_size for file in tmp_path.glob("rows/*.arrow")) / 1024
     assert 0 < max(held) < whole / 2
+
+
+def test_an_epoch_does_not_go_from_short_batches_to_long_ones():
+    bucket_of = np.repeat(np.arange(4), 32)
+    order = bucket_of[list(BucketSampler(bucket_of, batch_size=8))]
+    assert (np.diff(order) < 0).any()
+
+
+def test_the_row_that_a_probe_gets_has_a_long_sample_beside_others():
+    rows = RowDataset(make_samples([20, 4, 12, 12, 24]), ROW_LENGTH)
+    (hardest,) = rows.hardest()
+    assert sorted(rows.lengths[rows.rows[hardest]]) == [4, 20]

@@ -27,11 +27,15 @@ class Same:
 
 @dataclass(frozen=True)
 class Instead:
-    """`by` takes its place, with the value for `{}`; a switch that is off leaves nothing."""
+    """`by` takes its place, with the value for `{}`; a switch that is off leaves nothing.
+
+    One that `is_boolean` puts `true` or `false` there.
+    """
 
     by: str
     note: str = ""
     is_switch: bool = False
+    is_boolean: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "per_device_eval_batch_size": Same(),
         "gradient_accumulation_steps": Same(),
         "gradient_checkpointing": Same(),
-        "gradient_checkpointing_use_reentrant": Instead('--gradient_checkpointing_kwargs {{"use_reentrant":{}}}'),
+        "gradient_checkpointing_use_reentrant": Instead(
+            '--gradient_checkpointing_kwargs {{"use_reentrant":{}}}', is_boolean=True
+        ),
         "max_prompt_length": Same("in tokens; upstream measures pairs in characters"),
         "max_length": Same("in tokens; upstream measures pairs in characters"),
         "max_steps": Same(),
@@ -260,7 +266,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     },
 }
 SHORT = {"-d": "--device"}
-FALSE = ("false", "no", "f", "n", "0")
+TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
 def translate(script: str, arguments: list[str]) -> list[str]:
@@ -279,8 +285,14 @@ def translate(script: str, arguments: list[str]) -> list[str]:
             if os.environ.get("RANK", "0") == "0":
                 logger.warning(f"--{name} has no effect; {flag.note}".replace("`", ""))
         elif isinstance(flag, Instead):
-            value = values[0].lower() if values else "true"
-            if not (flag.is_switch and value in FALSE):
+            value = values[0] if values else "true"
+            if flag.is_switch or flag.is_boolean:
+                if value.lower() not in TRUE + FALSE:
+                    raise InputError(f"--{name}: got {value}; give True or False")
+                value = "true" if value.lower() in TRUE else "false"
+            elif values and "{}" not in flag.by:
+                raise InputError(f"--{name}: got {value}; it takes no value")
+            if not (flag.is_switch and value == "false"):
                 translated += [part.format(value) for part in flag.by.split(" ")]
         else:
             spelt = dict(flag.spelt) if flag else {}

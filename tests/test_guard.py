@@ -712,6 +712,17 @@ def test_a_damaged_tokenizer_is_told_by_its_own_reason(copy, settings, content, 
         guard.load_tokenizer(copy, "--tokenizer_name_or_path")
 
 
+def test_a_tokenizer_that_draws_its_tokens_draws_none_and_that_is_told(copy, caplog):
+    right = guard.load_tokenizer(copy, "--model")("What is the capital of France?").input_ids
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    guard._warn_once.cache_clear()
+
+    assert guard.load_tokenizer(copy, "--model")("What is the capital of France?").input_ids == right
+    assert "--model: model/tokenizer.json leaves out merges at random (dropout)" in caplog.text
+
+
 def test_a_chat_template_that_is_damaged_is_one_line(run, copy):
     Path("model/chat_template.jinja").write_text("{% if messages %")
 

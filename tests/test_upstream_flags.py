@@ -86,6 +86,11 @@ def test_flags_are_replaced_by_ours_and_all_other_words_stay_as_they_are(caplog)
     assert dpo("--ignore_bias_buffers=True") == ["--ddp_broadcast_buffers", "False"]
     reentrant = ["--gradient_checkpointing_kwargs", '{"use_reentrant":false}']
     assert dpo("--gradient_checkpointing_use_reentrant", "False") == reentrant
+    for switch in ("sanity_check", "ignore_bias_buffers", "gradient_checkpointing_use_reentrant"):
+        with pytest.raises(InputError, match=f"^--{switch}: got maybe; give True or False$"):
+            dpo(f"--{switch}", "maybe")
+    with pytest.raises(InputError, match="^--no-ignore_eos: got False; it takes no value$"):
+        translate("run_generation.py", ["--no-ignore_eos", "False"])
     assert caplog.text == ""
     assert dpo("--log_freq", "1") == []
     assert "--log_freq has no effect; upstream never uses it either; --logging_steps" in caplog.text

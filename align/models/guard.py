@@ -582,7 +582,7 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
     if loader is PreTrainedTokenizerFast:
         logging_of_transformers.set_verbosity_error()  # it would warn of the other class
     try:
-        return loader.from_pretrained(folder, trust_remote_code=trust_remote_code, **changes)
+        tokenizer = loader.from_pretrained(folder, trust_remote_code=trust_remote_code, **changes)
     except Exception as error:  # a damaged file may make a tokenizer's own code raise anything
         # The error may be of a package for older formats; why this format was not read stands before it.
         reason = one_line(error.__context__ if isinstance(error, ImportError) and error.__context__ else error)
@@ -591,6 +591,11 @@ def load_tokenizer(folder: Path, flag: str, trust_remote_code: bool = False) -> 
         raise InputError(f"{flag}: no tokenizer at {folder}: {reason}; copy or download it again") from error
     finally:
         logging_of_transformers.set_verbosity(verbosity)
+    merges: Any = tokenizer.backend_tokenizer.model if getattr(tokenizer, "is_fast", False) else None
+    if getattr(merges, "dropout", None):
+        merges.dropout = None
+        _warn_once(f"{flag}: {folder}/tokenizer.json leaves out merges at random (dropout); here it leaves out none")
+    return tokenizer
 
 
 def mend_generation_config(model: "PreTrainedModel", flag: str) -> None:

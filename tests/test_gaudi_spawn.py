@@ -439,11 +439,13 @@ def test_one_card_under_deepspeed_is_a_world_of_one_rank(tmp_path):
 
 def test_print_command_shows_what_would_run_and_no_secret(run, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PT_REGISTRY_PASSWORD", "hf_secret")
     monkeypatch.setenv("PT_HPU_LAZY_MODE", "1")
     (tmp_path / "script.py").write_text("raise SystemExit('ran')")
     shown = run("gaudi_spawn.py", "--world_size", 2, "--use_mpi", "--print_command", "script.py", "a b").out
     assert "PT_HPU_LAZY_MODE=1" in shown
     assert "HF_TOKEN=..." in shown
+    assert "PT_REGISTRY_PASSWORD=..." in shown
     assert "hf_secret" not in shown
     assert re.search(r"mpirun -n 2 .* -u \S+/align/launch/rank.py\n", shown)
     assert f"{sys.executable} -u script.py 'a b'" in shown

@@ -881,6 +881,8 @@ def test_a_mix_renames_columns_where_they_are_and_holds_the_limit_of_rows(prepar
     assert (learnt.count(["A" + END]), learnt.count(["B" + END])) == (7, 3)
     with pytest.raises(InputError, match="--columns: a.jsonl b.jsonl has no column 'body'; found ask, "):
         prepare(None, name=["b.jsonl", "a.jsonl"][::-1], columns=["prompt=ask,text=body"])
+    with pytest.raises(InputError, match="--dataset_mix: got 0.7 0.2; give shares whose sum is 1"):
+        prepare(None, name=names, dataset_mix=[0.7, 0.2])
     with pytest.raises(InputError, match="--dataset_name: a.jsonl is named twice"):
         prepare(None, name=["a.jsonl", "a.jsonl"])
     with pytest.raises(InputError, match="--dataset_name: ./a.jsonl is named twice"):

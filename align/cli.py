@@ -17,7 +17,7 @@ from align import __version__
 from align.errors import DISK_FULL, InputError, ResultError, Stopped
 from align.quiet import end_interrupted, quiet_imports, quiet_libraries
 from align.ranges import limit, shorten
-from align.upstream_flags import FALSE, split_flags, translate
+from align.upstream_flags import FALSE, TRUE, split_flags, translate
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser as _Parser
@@ -40,7 +40,6 @@ MEANT = {  # by words in errors that name neither a flag nor what it was given
     "TPUs are not supported": "tpu_num_cores",
 }
 REST = "Others"  # the group of flags that --help leaves to --help_all
-TRUE = ("true", "yes", "t", "y", "1")  # as transformers reads them
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -266,7 +266,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     },
 }
 SHORT = {"-d": "--device"}
-TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")  # as transformers reads them
 
 
 def translate(script: str, arguments: list[str]) -> list[str]:

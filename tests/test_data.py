@@ -279,13 +279,12 @@ def test_processes_that_prepare_data_end_with_the_one_that_started_them(tmp_path
     code = """
 import os, signal, sys, time
 from datasets import Dataset
-from align.data.preparing import end_forks_with_this_process
-end_forks_with_this_process()
+from align.data.preparing import EndingForks
 def wait(row):
     open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
     if len(os.listdir(sys.argv[1])) == 2: os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(30)
-Dataset.from_dict({"number": [1, 2]}).map(wait, num_proc=2)"""
+with EndingForks(): Dataset.from_dict({"number": [1, 2]}).map(wait, num_proc=2)"""
     notes = tmp_path / "notes"
     notes.mkdir()
 

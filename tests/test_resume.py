@@ -474,31 +474,28 @@ def test_a_signal_while_the_model_is_saved_waits_until_it_is_there(train, monkey
     assert not list(Path("out").glob("unfinished-*"))
 
 
-def test_a_signal_between_training_and_the_save_of_the_model_waits_until_it_is_there(train, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "before", "error", "message"),
+    [
+        (signal.SIGUSR1, True, Stopped, "SIGUSR1: stopped; the model is saved in out"),
+        (signal.SIGINT, False, KeyboardInterrupt, None),  # nobody looks any more
+    ],
+)
+def test_a_signal_around_the_save_of_the_model_ends_the_run_with_it_there(
+    train, monkeypatch, number, before, error, message
+):
     save_model = SupervisedTrainer.save_model
 
     def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGUSR1)
+        if before:
+            os.kill(os.getpid(), number)
         save_model(*arguments)
+        if not before:
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(SupervisedTrainer, "save_model", interrupted)
 
-    with pytest.raises(Stopped, match="SIGUSR1: stopped; the model is saved in out"):
-        train("sft.py", "--max_steps", 2)
-
-    assert weights()
-
-
-def test_a_signal_after_the_last_look_at_it_has_its_own_effect(train, monkeypatch):
-    save_model = SupervisedTrainer.save_model
-
-    def interrupted(*arguments):
-        save_model(*arguments)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(SupervisedTrainer, "save_model", interrupted)
-
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error, match=message):
         train("sft.py", "--max_steps", 2)
 
     assert weights()

@@ -335,28 +335,40 @@ def prepare(
     target = Path(datasets.config.HF_DATASETS_CACHE) / "align" / f"tokens-{key.hexdigest()[:32]}.arrow"
     target.parent.mkdir(parents=True, exist_ok=True)
     was_sound = is_sound(target)
-    end_forks_with_this_process()
-    tokenized = rows.map(
-        reader,
-        batched=True,
-        with_indices=True,
-        remove_columns=old,
-        num_proc=min(args.num_workers, len(rows) // 1000) or None,
-        features=features,
-        new_fingerprint=key.hexdigest()[:32],
-        cache_file_name=str(target),
-        desc=f"Tokenizing {format.name}",
-    )
+    with EndingForks():
+        tokenized = rows.map(
+            reader,
+            batched=True,
+            with_indices=True,
+            remove_columns=old,
+            num_proc=min(args.num_workers, len(rows) // 1000) or None,
+            features=features,
+            new_fingerprint=key.hexdigest()[:32],
+            cache_file_name=str(target),
+            desc=f"Tokenizing {format.name}",
+        )
     if not was_sound:
         seal(target, [Path(file["filename"]) for file in tokenized.cache_files])
     return replace(_sum_up(tokenized, rows, args), columns=tuple(found))
 
 
-@cache
-def end_forks_with_this_process() -> None:
-    """Lets the kernel end this process's forks with it, even by SIGKILL: those that prepare data would wait on."""
-    prctl, pr_set_pdeathsig = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
-    os.register_at_fork(after_in_child=lambda: prctl(pr_set_pdeathsig, signal.SIGKILL))
+class EndingForks:
+    """Within, the kernel ends this process's forks with it, even by SIGKILL: those that prepare data would wait on."""
+
+    is_on = False
+
+    def __enter__(self) -> None:
+        EndingForks._register()
+        EndingForks.is_on = True
+
+    def __exit__(self, *_: object) -> None:
+        EndingForks.is_on = False
+
+    @staticmethod
+    @cache
+    def _register() -> None:
+        prctl, pr_set_pdeathsig = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
+        os.register_at_fork(after_in_child=lambda: EndingForks.is_on and prctl(pr_set_pdeathsig, signal.SIGKILL))
 
 
 def _identify_code() -> str:

@@ -136,12 +136,13 @@ def test_no_token_holds_characters_of_a_later_turn_and_of_what_it_is_asked_with(
     kind, template = TEMPLATES["a blank of its own behind ASSISTANT:"]
     tokenizer = make_tokenizer(kind)
     tokenizer.chat_template = template
-    messages = [{"role": role, "content": "Hello"} for role in ("user", "assistant") * 3]
+    assert len(tokenizer(" you").input_ids) == 1
+    messages = [{"role": role, "content": "you"} for role in ("user", "assistant") * 3]
     samples = SampleTokenizer(tokenizer)
     ids, learnt, _ = samples.encode([samples.render(Sample([], (messages,)))])[0]
     starts, ends = (np.flatnonzero(np.diff(learnt.astype(int), prepend=0, append=0) == step) for step in (1, -1))
     assert [tokenizer.decode(ids[start:end]) for start, end in zip(starts, ends, strict=True)] == [
-        "Hello<|endoftext|>"
+        "you<|endoftext|>"
     ] * 3
     asked = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)
     assert ids[starts[1] - 1] == asked[-1] == tokenizer.convert_tokens_to_ids("Ġ")

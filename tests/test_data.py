@@ -58,6 +58,12 @@ def test_an_existing_validation_split_is_used_and_nothing_is_cut_off(tmp_path, c
     assert f"validation: validation of {tmp_path / 'set'}; --validation_split_percentage has no effect" in caplog.text
 
 
+def test_a_split_that_is_trained_on_is_not_its_own_validation(tmp_path):
+    write_rows(tmp_path / "set/validation.jsonl", ROWS)
+    splits = load(tmp_path / "set", split="validation", validation_split_percentage=10)
+    assert sorted(texts(splits.train) + texts(splits.validation)) == sorted(row["text"] for row in ROWS)
+
+
 def test_without_a_validation_split_the_same_rows_are_cut_off_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     file = write_rows(tmp_path / "rows.jsonl", ROWS)

@@ -286,10 +286,14 @@ def test_rows_that_were_read_do_not_stay_in_memory(tmp_path):
     assert 0 < max(held) < whole / 2
 
 
-def test_an_epoch_does_not_go_from_short_batches_to_long_ones():
+def test_no_epoch_goes_from_short_batches_to_long_ones_or_from_full_rows_to_others():
     bucket_of = np.repeat(np.arange(4), 32)
     order = bucket_of[list(BucketSampler(bucket_of, batch_size=8))]
     assert (np.diff(order) < 0).any()
+    stream = make_samples([ROW_LENGTH, 20, 16, 13] * 8).to_iterable_dataset()
+    sizes = [len(row["input_ids"]) for row in pack_stream(stream, ROW_LENGTH)]
+    assert (np.diff(sizes) > 0).any()
+    assert (np.diff(sizes) < 0).any()
 
 
 def test_the_row_that_a_probe_gets_has_a_long_sample_beside_others():

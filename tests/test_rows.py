@@ -755,6 +755,27 @@ def test_columns_are_renamed(prepare):
     assert renamed == [(["C" + END], ["D" + END])]
 
 
+def test_rows_in_the_cache_are_not_taken_for_those_of_other_flags(prepare):
+    row = {"prompt": "a", "completion": "b"}
+    assert prepare([row, row | {"label": False}], only_true_labels=True) == [["b" + END]]
+    with pytest.raises(InputError, match="row 2: .* --only_true_labels trains on the true ones alone"):
+        prepare(None)
+
+    assert prepare([row, row | {"completion": ""}], bad_rows="skip", max_bad_rows=1) == [["b" + END]]
+    with pytest.raises(InputError, match="row 2: the answer is empty"):
+        prepare(None)
+
+    write_rows("rows.jsonl", [{"ask": "a", "say": "b"}])
+    learnt = [
+        prepare(None, columns=[columns]) for columns in ("prompt=ask,completion=say", "prompt=say,completion=ask")
+    ]
+    assert learnt == [[["b" + END]], [["a" + END]]]
+
+    write_rows("rows.jsonl", [row])
+    learnt = [prepare(None, text_as_chat=as_chat) for as_chat in (True, False)]
+    assert learnt == [[["b" + END]], [["b<|end|>"]]]
+
+
 def test_a_replaced_file_of_the_same_time_and_size_is_read_anew(prepare):
     import os
 

@@ -132,7 +132,8 @@ def main() -> None:
 
 
 def start_ranks(run: Run) -> int:
-    port, cores_per_rank = inspect_nodes(run)
+    port, cores_per_rank, threads = inspect_nodes(run)
+    run.exports.setdefault("OMP_NUM_THREADS", str(threads))
     return Supervisor(run, port).supervise(run.engine.commands(run, port, cores_per_rank))
 
 

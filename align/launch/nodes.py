@@ -82,6 +82,11 @@ def count_cores() -> int:
     return len(cores) if len(os.sched_getaffinity(0)) == os.cpu_count() else 0
 
 
+def count_threads(slots: int) -> int:
+    """Threads of each of `slots` ranks that share the cores of this host."""
+    return max(1, (count_cores() or len(os.sched_getaffinity(0))) // slots)
+
+
 def choose_port(wanted: int | None) -> int:
     """A free TCP port, below the range that the kernel gives out, so that it is likely to stay free."""
     for port in [wanted] if wanted else random.sample(range(10000, 32768), 100):
@@ -100,13 +105,13 @@ def check_script(script: str) -> None:
 
 
 def inspect_node(engine: str, script: str, slots: int, asked_by: str, master_port: int | None) -> dict[str, int]:
-    """Checks that this node has everything that ranks need. Returns a free port and the cores for binding."""
+    """Checks that this node has everything that ranks need. Returns a free port, the cores for binding, and threads."""
     check_script(script)
     if not ENGINES[engine].is_installed():
         raise InputError(f"{ENGINES[engine].name} is not installed: {ENGINES[engine].package}")
     if (cards := count_cards()) < slots:
         raise InputError(f"{slots} ranks are more than the {cards} Gaudi cards of this host; lower {asked_by}")
-    return {"port": choose_port(master_port), "cores": count_cores()}
+    return {"port": choose_port(master_port), "cores": count_cores(), "threads": count_threads(slots)}
 
 
 def node_command(host: str) -> list[str]:
@@ -147,8 +152,8 @@ def exported_variables(environment: Mapping[str, str], names: list[str]) -> dict
     return {key: environment[key] for key in sorted(environment) if key.startswith(EXPORTED_PREFIXES) or key in names}
 
 
-def inspect_nodes(run: Run) -> tuple[int, int]:
-    """Checks every node before any rank starts. Returns the master port and the cores for each rank."""
+def inspect_nodes(run: Run) -> tuple[int, int, int]:
+    """Checks every node before any rank starts. Returns the master port, and the cores and threads for each rank."""
     requests: dict[str, dict[str, Any]] = {
         host: {
             "engine": run.engine.key,
@@ -171,7 +176,7 @@ def inspect_nodes(run: Run) -> tuple[int, int]:
             asked = [(host, common | {"inspect": request}) for host, request in requests.items()]
             answers = list(pool.map(lambda pair: inspect_over_ssh(*pair), asked))
     cores = min(answer["cores"] // slots for answer, slots in zip(answers, run.nodes.values(), strict=True))
-    return answers[0]["port"], cores
+    return answers[0]["port"], cores, min(answer["threads"] for answer in answers)
 
 
 def split_tokens(script: list[str]) -> tuple[list[str], list[str]]:

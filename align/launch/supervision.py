@@ -46,6 +46,13 @@ def shell_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
+def lost_reader() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(happened & select.POLLERR for _, happened in poll.poll(0))
+
+
 def relay_terminal(target: int) -> None:
     """Passes on what is typed while this process is in the foreground; in the background reading would stop it."""
     with suppress(OSError):
@@ -125,7 +132,7 @@ class Supervisor:
         relays_terminal = self.run.engine.reaches_nodes and sys.stdin is not None and sys.stdin.isatty()
         process: Any = subprocess.Popen(
             node_command(host) if self.run.starts_over_ssh else command,
-            env=clean_environment(os.environ) | variables,
+            env=clean_environment(os.environ | self.run.exports) | variables,
             stdin=subprocess.PIPE if self.run.starts_over_ssh or relays_terminal else None,
             start_new_session=True,
             preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - no thread runs yet
@@ -171,6 +178,7 @@ class Supervisor:
         except queue.Empty:
             self.look_at_engines()
             self.look_at_the_pulse()
+            self.look_at_the_output()
         else:
             handle(*details)
         while self.steps and self.steps[0][0] <= time.monotonic():
@@ -242,6 +250,15 @@ class Supervisor:
                 "--stall_timeout 0 waits for ever"
             )
             self.end(1, signal.SIGTERM, FAILURE_GRACE)
+
+    def look_at_the_output(self) -> None:
+        """Open MPI stops to read from its ranks when nobody reads from it, and does not tell: they would wait for ever.
+
+        Ranks of other engines write to the same pipe themselves, and fail.
+        """
+        if self.code is None and self.ranks and self.run.engine.relays_output and lost_reader():
+            say("nobody reads standard output any more")
+            self.end(128 + signal.SIGPIPE, signal.SIGTERM, FAILURE_GRACE)
 
     def end(self, code: int, number: int, grace: float) -> None:
         """Begins the end: signal `number` for the ranks, SIGKILL when their grace is over, and then for the engines."""

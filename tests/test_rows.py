@@ -762,7 +762,7 @@ def test_rows_in_the_cache_are_not_taken_for_those_of_other_flags(prepare):
         prepare(None)
 
     assert prepare([row, row | {"completion": ""}], bad_rows="skip", max_bad_rows=1) == [["b" + END]]
-    with pytest.raises(InputError, match="row 2: the answer is empty"):
+    with pytest.raises(InputError, match="row 2: column `completion` is empty"):
         prepare(None)
 
     write_rows("rows.jsonl", [{"ask": "a", "say": "b"}])

@@ -150,7 +150,8 @@ WORDS = {
 NAMES = set(
     """model_name_or_path tokenizer_name_or_path ref_model peft_model compare base_model_name adapter_model_name
     dataset_name prompt_file chat_template ref_log_probs_dir output_dir output_name gaudi_config_name
-    accelerator_config""".split()
+    accelerator_config token hub_token push_to_hub_token hub_model_id hub_revision model_revision push_to_hub
+    resume_from_checkpoint logging_dir hostfile graph_report rehearsal_dir""".split()
 )
 
 
@@ -161,14 +162,15 @@ def limit(parser: argparse.ArgumentParser) -> None:
             action.type = _limited(action.dest, action.type, RANGES[action.dest])
         if action.dest in WORDS:
             action.choices = WORDS[action.dest]
-        if action.dest in NAMES:
+        if action.dest in NAMES and action.const is not True:  # one that is a switch elsewhere
             action.type = _named(action.dest, action.type if callable(action.type) else str)
 
 
 def _named(name: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         if not text.strip():
-            raise InputError(f"--{name}: is empty; give a name, or leave it out")
+            kind = "token" if name.endswith("token") else "name"
+            raise InputError(f"--{name}: is empty; give a {kind}, or leave it out")
         return read(text)
 
     parse.__dict__["reads"] = read  # for --help

@@ -75,6 +75,18 @@ def test_a_missing_value_is_one_line_that_names_the_flag(script, start):
         start(script, flag)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_name_or_token_without_a_letter_is_one_line_that_names_the_flag(script, start):
+    flags = {"merge_peft_adapter.py": ["push_to_hub"], "gaudi_spawn.py": ["hostfile"]}.get(script)
+    flags = flags or ["token", "model_revision" if script == "run_generation.py" else "hub_token"]
+    flags += ["resume_from_checkpoint", "logging_dir", "hub_model_id"] if script in TRAINERS else []
+    for flag in flags:
+        kind = "token" if flag.endswith("token") else "name"
+        for words in ([f"--{flag}="], [f"--{flag}", ""], [f"--{flag.replace('_', '-')}", " "]):
+            with pytest.raises(InputError, match=rf"^--{flag}: is empty; give a {kind}, or leave it out$"):
+                start(script, *words)
+
+
 def test_dashes_do_as_well_as_underscores(start):
     for script, words, message in (
         ("sft.py", ["--do-train", "--learning-rate", "-1"], "learning_rate: got -1"),

@@ -713,7 +713,7 @@ def kinds(tmp_path_factory, stopped):
     folder = tmp_path_factory.mktemp("kinds")
     shutil.copytree(stopped / "sft.py", folder / "adapter")
     for kind, names in {
-        "full": ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+        "full": ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"],
         "zero3": ["latest", "rng_state_0.pth", "rng_state_1.pth"]
         + [f"global_step4/zero_pp_rank_{rank}_{part}" for rank in (0, 1) for part in ("model.pt", "optim.pt")],
     }.items():
@@ -722,6 +722,9 @@ def kinds(tmp_path_factory, stopped):
             for name in names:
                 (staged / name).parent.mkdir(parents=True, exist_ok=True)
                 (staged / name).write_bytes(os.urandom(5000))
+            (staged / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+            if kind == "zero3":
+                (staged / "latest").write_text("global_step4")
             files = checkpoints.seal(staged, 0, 2) | checkpoints.seal(staged, 1, 2)
             about = {name: kind() for name, kind in checkpoints.NEEDED.items() if name != "order"}
             about |= {"order": None, "step": step, "resumable": True, "progress": dict.fromkeys(checkpoints.SUMS, 0)}
@@ -790,6 +793,32 @@ def test_checkpoints_that_cannot_be_used_are_named_and_never_deleted(train, stop
             train("sft.py", "--resume", "auto")
 
         assert [path for path in sorted(Path("out").rglob("*")) if path.name != ".lock"] == before
+
+
+def edit_state(folder, **values):
+    """The trainer's own state, after which the manifest gets its right hash."""
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values if values else {}))
+    edit(folder, files=checkpoints.seal(folder, 0, 1))
+
+
+def test_a_state_that_was_edited_with_its_manifest_is_not_gone_on_from(train, stopped):
+    shutil.copytree(stopped / "sft.py", "out")
+    for values, reason in (
+        ({"wibble": 4}, "trainer_state.json is not that of a trainer"),
+        ({}, "trainer_state.json is of step 0, manifest.json of step 4"),
+        ({"global_step": "4"}, "trainer_state.json is not that of a trainer"),
+        ({"global_step": 4, "log_history": [7]}, "trainer_state.json is not that of a trainer"),
+        ({"global_step": 3, "log_history": []}, "trainer_state.json is of step 3, manifest.json of step 4"),
+    ):
+        edit_state(Path("out/checkpoint-4"), **values)
+        assert find_damage(Path("out/checkpoint-4")) == reason
+
+    with pytest.raises(InputError, match=f"out/checkpoint-4 cannot be resumed: {reason}"):
+        train("sft.py", "--resume_from_checkpoint", "out/checkpoint-4")
+    said = train("sft.py", "--max_steps", 4, "--resume", "auto").err
+    assert f"out/checkpoint-4 cannot be resumed ({reason}); looking for the one before it" in said
+    assert_same_run("out", stopped / "sft.py")
 
 
 def test_where_the_only_checkpoint_is_torn_a_run_begins_anew(train, stopped):

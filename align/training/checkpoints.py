@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
+from transformers import TrainerState
 
 from align import __version__
 from align.data.files import is_readable
@@ -34,6 +35,7 @@ from align.whole import flush, put_in_place, write_file
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
 MANIFEST_VERSION = 2  # 1 had no hash of the manifest itself
 # What those who read it need: one that was edited by hand may hold anything
 NEEDED: dict[str, Any] = {
@@ -45,6 +47,16 @@ NEEDED: dict[str, Any] = {
     "flags": dict,
 }
 NEEDED |= {"order": str | None, "progress": dict}
+NEEDED_OF_STATE: dict[str, Any] = {
+    "global_step": int,
+    "log_history": list,
+    "stateful_callbacks": dict,
+    "total_flos": int | float,
+    "num_input_tokens_seen": int,
+    "best_metric": int | float | None,
+    "best_global_step": int | None,
+    "best_model_checkpoint": str | None,
+}
 LATER = {"settings": dict, "software": dict}  # the release before had none
 SUMS = ("total_loss", "unlogged_loss", "last_logged_step", "nonfinite_steps")
 UNFINISHED = "unfinished-"
@@ -158,9 +170,13 @@ def read_manifest(folder: Path) -> Any:
 
 def _is_complete(manifest: Mapping[str, Any]) -> bool:
     kinds = NEEDED | {name: kind for name, kind in LATER.items() if name in manifest}
-    sums = [manifest["progress"][name] for name in SUMS]
-    return all(isinstance(manifest[name], kind) for name, kind in kinds.items()) and all(
-        isinstance(each, int | float) for each in sums
+    progress = manifest["progress"]
+    sums = [progress[name] for name in SUMS]
+    return (
+        all(isinstance(manifest[name], kind) for name, kind in kinds.items())
+        and all(isinstance(each, int | float) for each in sums)
+        and isinstance(progress.get("answers", {}), dict)
+        and 0 <= progress["last_logged_step"] <= manifest["step"]
     )
 
 
@@ -194,6 +210,25 @@ def find_damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
             return f"{name} cannot be read: {error.strerror}"
         if changed:
             return f"{name} is not what was written"
+    return _find_contradiction(folder, manifest)
+
+
+def _find_contradiction(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """What a resume would take in place of the manifest's step, from files that were edited until their hashes fit."""
+    if not manifest["resumable"]:
+        return None
+    try:
+        state = vars(TrainerState.load_from_json(str(folder / STATE)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return f"{STATE} is not that of a trainer"
+    is_whole = all(isinstance(state[name], kind) for name, kind in NEEDED_OF_STATE.items())
+    if not is_whole or not all(isinstance(entry, dict) and "step" in entry for entry in state["log_history"]):
+        return f"{STATE} is not that of a trainer"
+    if state["global_step"] != manifest["step"]:
+        return f"{STATE} is of step {state['global_step']}, {MANIFEST} of step {manifest['step']}"
+    latest = folder / "latest"  # DeepSpeed's
+    if latest.is_file() and latest.read_text(errors="replace").strip() not in {path.name for path in folder.iterdir()}:
+        return "latest names no folder of it"
     return None
 
 

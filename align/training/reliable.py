@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from align.data.preparing import Prepared
 from align.errors import InputError, ResultError, Stopped
 from align.training import checkpoints, report
-from align.training.checkpoints import UNFINISHED, Run, RunArguments, noting_disk_errors
+from align.training.checkpoints import STATE, UNFINISHED, Run, RunArguments, noting_disk_errors
 from align.training.gate import MOVED, Gate, Movement
 from align.training.ranks import all_ranks, first_of_all_ranks
 from align.training.results import show_steps
@@ -38,7 +38,6 @@ from align.whole import flush
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-STATE = "trainer_state.json"
 # The first is a pickle that nobody reads; PEFT's model card is an empty form.
 UNWANTED = ("training_args.bin", report.CARD)
 LOOKED_EVERY = 10  # batches of an evaluation on several ranks, which must agree on a signal

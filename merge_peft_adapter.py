@@ -39,7 +39,7 @@ from align.merge.plan import (
     open_adapter,
     plan_merge,
 )
-from align.merge.writing import check_finite, merge_through_peft, verify_files, write_files
+from align.merge.writing import check_finite, merge_through_peft, tell_zeros, verify_files, write_files
 from align.models.guard import check_adapter, check_folder, check_head, check_layers, check_weights, load_config
 from align.ranges import limit
 from align.whole import replace_folder, restore_folder
@@ -185,13 +185,10 @@ def compare_vocabularies(tokenizer: Path, embedded: int | None) -> None:
 def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
     """Warns of an adapter that changes less than it says."""
     zeros = find_zeros(adapter)
-    if zeros and len(zeros) == len(adapter.parts) and not (adapter.tokens or adapter.values or adapter.base_values):
-        logger.warning("Warning: every update of %s is zero, so the merged model is the base.", adapter.file)
-    elif zeros:
-        logger.warning(
-            "Warning: %d of %d updates of %s are zero, such as that of %s: they were not trained.",
-            *(len(zeros), len(adapter.parts), adapter.file, zeros[0]),
-        )
+    others = adapter.tokens or adapter.values or adapter.base_values
+    tell_zeros(
+        adapter.file, zeros, len(adapter.parts), is_base=bool(zeros) and zeros == [*adapter.parts] and not others
+    )
     if missing := find_missing(plan, adapter):
         logger.warning(
             "Warning: %s lacks %s, which its adapter_config.json names: there the merged model is the base.",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import make_config, make_tokenizer
 from transformers import (
@@ -226,6 +226,29 @@ def test_through_peft_too_an_adapter_of_no_kind_is_one_line_and_what_it_lacks_is
     merge()
 
     assert "adapter lacks 2 tensors that its adapter_config.json names, such as base_model.model." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_parameters=["mlp.down_proj.weight"]), LoHaConfig(target_modules=["q_proj"])]
+)
+def test_through_peft_too_updates_that_are_zero_are_told(config, caplog):
+    save_base("base")
+    get_peft_model(load_base("base"), config).save_pretrained("adapter")
+    path = Path("adapter/adapter_model.safetensors")
+    trained = {name: torch.ones_like(tensor) for name, tensor in load_file(path).items()}
+    half = {name: tensor * (".0." in name) for name, tensor in trained.items()}
+    zero = {name: tensor * 0 for name, tensor in trained.items()}
+
+    for tensors, told in (
+        (trained, []),
+        (half, [f" updates of {path} are zero, such as that of model.layers.1."]),
+        (zero, [f"every update of {path} is zero, so the merged model is the base"]),
+    ):
+        caplog.clear()
+        save_file(tensors, path)
+        merge("--overwrite")
+        assert [words for words in told if words in caplog.text] == told
+        assert ("zero" in caplog.text) == bool(told)
 
 
 def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_peft():

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from align.errors import InputError, one_line
 from align.merge.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, StoredTensor
-from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan
+from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan, find_adapter_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -223,6 +223,7 @@ def merge_through_peft(
     rows = [value.shape[0] for name, value in weights.items() if EMBEDDING.search(BASE_WRAPPER.sub("", name))]
     if rows and max(rows) != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(max(rows))
+    before = hash_tensors(model)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:  # PEFT's words for an adapter that does not fit
@@ -240,10 +241,39 @@ def merge_through_peft(
             "the base.",
             *(adapter, len(lacking), lacking[0]),
         )
+    tuner = adapted.base_model
+    adapts = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
     merged = merge_as_trained(adapted)
+    after = hash_tensors(merged)
+    changed = {name for name, digest in before.items() if after.get(name) != digest}
+    zeros = [each for each in adapts if not any(f"{name}.".startswith(f"{each}.") for name in changed)]
+    tell_zeros(find_adapter_file(adapter), zeros, len(adapts), is_base=not changed)
     merged.generation_config = GenerationConfig()  # an invalid one could not be saved; the base's own file is copied
     merged.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def hash_tensors(model: "PreTrainedModel") -> dict[str, str]:
+    """A hash of each tensor by its name."""
+    import torch
+    import xxhash
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return {
+        name: xxhash.xxh3_128(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in tensors.items()
+    }
+
+
+def tell_zeros(adapter: Path, zeros: Sequence[str], updates: int, is_base: bool) -> None:
+    """Warns of updates that change nothing: `zeros` are their modules, `adapter` is its file."""
+    if is_base:
+        logger.warning("Warning: every update of %s is zero, so the merged model is the base.", adapter)
+    elif zeros:
+        logger.warning(
+            "Warning: %d of %d updates of %s are zero, such as that of %s: they were not trained.",
+            *(len(zeros), updates, adapter, zeros[0]),
+        )
 
 
 def merge_as_trained(adapted: "PeftModel") -> "PreTrainedModel":

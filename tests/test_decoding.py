@@ -34,6 +34,7 @@ FIELDS = {
     "min_length": {"min_length": 14},
     "forced_eos_token_id": {"forced_eos_token_id": 9, "min_new_tokens": NEW_TOKENS},
     "stop_strings": {"stop_strings": ["e", "or"]},
+    "stop_strings, from the prompt on": {"stop_strings": ["oWh"]},
     "repetition_penalty": {"repetition_penalty": 9.0, "no_repeat_ngram_size": 4, "min_new_tokens": 10},
     "renormalize_logits": {"renormalize_logits": True, "repetition_penalty": 0.5},
     "beams": {"num_beams": 3},

@@ -21,7 +21,7 @@ from tiny import make_tokenizer, save_model
 from align.cli import run_script
 from align.errors import InputError
 from align.generation.decoding import decode_new
-from align.generation.keeping import write_json
+from align.generation.keeping import KeptAnswers, write_json
 from align.generation.prompts import PromptArguments, load_prompts, plan_batches
 from align.merge.checkpoints import open_checkpoint
 from align.upstream_fixes import adapt_transformers
@@ -61,14 +61,22 @@ def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def make_adapter(model, folder, *targets):
+def make_adapter(model, folder, *targets, new_token=None):
+    """A random adapter; with a new token its folder has the tokenizer too, as a training run leaves it."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     config = LoraConfig(target_modules=list(targets), init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    if new_token:
+        unused = [f"<unused {number}>" for number in range(len(tokenizer), model.config.vocab_size)]
+        tokenizer.add_tokens([*unused, new_token])
+        model.resize_token_embeddings(len(tokenizer))
+        config.modules_to_save = ["embed_tokens", "lm_head"]
+        tokenizer.save_pretrained(folder)
+    get_peft_model(model, config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +183,16 @@ def test_an_adapter_on_a_tied_embedding_leaves_the_head_as_it_was(generate, mode
     assert texts(generate("--peft_model", "adapter", family="gpt2")) == merged
 
 
+def test_an_adapter_that_brought_a_token_reads_it_and_so_does_the_merged_model(generate, models, run):
+    make_adapter(models / "llama", "adapter", "q_proj", new_token="<new>")
+    prompts = ["Hello <new>", "Hello", "Hello <new><new>"]
+    said = texts(generate("--peft_model", "adapter", prompts=prompts))
+    run("merge_peft_adapter.py", "--adapter_model_name", "adapter", "--output_name", "merged")
+
+    assert texts(generate(family=Path("merged").absolute(), prompts=prompts, output="of the merged")) == said
+    assert len(set(said)) == 3
+
+
 def test_the_first_token_of_beams_is_not_timed_and_a_benchmark_has_them_in_full_length(run, models):
     flags = ["--num_beams", 2, "--benchmark", "--output_dir", "out", "--max_new_tokens", NEW_TOKENS, "--prompt", "Hi"]
     run("run_generation.py", "--model_name_or_path", models / "llama", *flags, "--n_iterations", 1)
@@ -191,6 +209,8 @@ def test_sampling_says_the_same_with_the_same_seed_and_else_another_thing(genera
     first, again, other = (texts(generate(*flags, "--seed", seed, output=f"{seed}{n}")) for n, seed in enumerate("112"))
 
     assert first == again != other
+    twice = texts(generate(*flags, "--batch_size", 1, prompts=PROMPTS[:1] * 2, output="twice"))
+    assert twice[0] != twice[1]
 
 
 def test_every_source_of_prompts_gives_the_same_answers_in_order(generate, monkeypatch):
@@ -285,7 +305,9 @@ def test_chat_template_wraps_the_prompt_as_a_users_turn(generate):
 
 
 def test_benchmark_measures_full_length_and_the_second_run_compiles_nothing_new(run, models):
-    flags = ["--model_name_or_path", models / "llama", "--max_new_tokens", NEW_TOKENS, "--use_hpu_graphs"]
+    shutil.copytree(models / "llama", "stops")
+    change_json("stops/generation_config.json", stop_strings=["e", "a"])
+    flags = ["--model_name_or_path", "stops", "--max_new_tokens", NEW_TOKENS, "--use_hpu_graphs"]
     flags += ["--benchmark", "--n_iterations", 2, "--batch_size", 8, "--prompt", *PROMPTS]
 
     printed = run("run_generation.py", *flags, "--warmup", 1, "--output_dir", "once").out
@@ -367,8 +389,13 @@ def test_a_run_that_was_killed_goes_on_to_the_file_of_one_that_was_not(models, g
     with pytest.raises(InputError, match="--resume: .*: the files of --model_name_or_path are others"):
         generate(*flags, "--resume", family="mistral")
     monkeypatch.setattr("align.generation.answers.TOLD_EVERY", 0)
+    lines, finish = [], KeptAnswers.finish
+    monkeypatch.setattr(
+        KeptAnswers, "finish", lambda self: lines.extend(unfinished.read_text().splitlines()) or finish(self)
+    )
     answers = generate(*flags, "--resume")
 
+    assert len(list(map(json.loads, lines))) == len(answers), "a second kill would have left a damaged row"
     assert Path("out/generations.jsonl").read_bytes() == Path("whole/generations.jsonl").read_bytes()
     assert kept[0]["text"] == answers[kept[0]["number"] - 1]["text"]
     assert not unfinished.exists()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -200,7 +201,6 @@ def test_a_run_resumed_within_an_epoch_takes_all_its_steps(sft, questions):
     [
         "--use_peft False",
         "--packing False --num_buckets 3",
-        "--packing False --pad_max True",
         "--gradient_checkpointing",
         "--use_hpu_graphs_for_inference --use_hpu_graphs_for_training",
         "--streaming True --size_valid_set 20",
@@ -214,6 +214,13 @@ def test_every_way_to_train_lowers_the_loss(sft, flags):
     results = sft("--do_train", "--do_eval", "--bf16", *FLAGS, *flags.split())
     assert losses()[-1] < losses()[0]
     assert results["eval_loss"] > 0
+
+
+def test_samples_are_padded_to_the_limit_where_that_is_asked_for(run, model, questions):
+    flags = ["--model_name_or_path", model, "--dataset_name", questions, "--output_dir", "out", "--do_train", *FLAGS]
+    said = run("sft.py", *flags, "--packing", False, "--pad_max", True).err
+    assert re.search(r"train: .* useful; shapes: 1 \(\[8, 128\]\)", said)
+    assert losses()[-1] < losses()[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

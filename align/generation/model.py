@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OF_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+SAVED = ".modules_to_save."  # in the name of a weight that an adapter replaces
 SWITCH = {"nargs": "?", "const": True}  # of a flag that has no value, or True or False
 
 
@@ -249,7 +250,11 @@ def _fold_adapter(model: "PreTrainedModel", adapter: Path, flag: str) -> "PreTra
     dtype = model.dtype
     try:
         adapted = get_peft_model(model, PeftConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
-        loaded = set_peft_model_state_dict(adapted, load_peft_weights(adapter, device="cpu"))
+        weights = load_peft_weights(adapter, device="cpu")
+        twice = [name for name in weights if SAVED in name and name.replace(SAVED, ".") in weights]
+        for name in twice:  # PEFT 0.17 saves a resized embedding that is trained whole under both names
+            del weights[name]
+        loaded = set_peft_model_state_dict(adapted, weights)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{flag}: {adapter} does not fit the model: {one_line(error)}") from error
     if loaded.unexpected_keys:

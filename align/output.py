@@ -44,7 +44,7 @@ def check_writable(folder: Path, what: str) -> None:
         raise InputError(f"{what}: {folder} cannot be written: {error.strerror}; name another folder") from error
 
 
-def lock(output: Path) -> None:
+def lock(output: Path, flag: str = "--output_dir") -> None:
     """Keeps other runs out of the folder while this process lives. A process that dies loses its lock."""
     path = output.resolve() / LOCK
     while path not in _locks:
@@ -52,7 +52,7 @@ def lock(output: Path) -> None:
             held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             reason = f"{output} cannot be written: {error.strerror}"
-            raise InputError(f"--output_dir: {reason}; name another folder") from error
+            raise InputError(f"{flag}: {reason}; name another folder") from error
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -62,7 +62,7 @@ def lock(output: Path) -> None:
                 logger.warning(f"the file system of {output} has no locks: a second run in it would not be noticed")
                 return
             raise InputError(
-                f"--output_dir: another run writes into {output} ({who}); wait for its end, or name another folder"
+                f"{flag}: another run writes into {output} ({who}); wait for its end, or name another folder"
             ) from error
         if not path.exists() or not os.path.samestat(os.fstat(held), path.stat()):
             os.close(held)  # a run that has just ended has removed it, so the next run would lock another file

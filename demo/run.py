@@ -8,11 +8,8 @@ became of the answers, what of the knowledge, and the perplexity on unrelated te
 
 import json
 import math
-import os
-import resource
 import shlex
 import shutil
-import subprocess
 import sys
 import textwrap
 import time
@@ -24,9 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from align.cli import Parser, run_script
 from align.errors import InputError
+from align.ranges import COUNT, COUNT_OR_NONE, SEED, limit
+from align.whole import replace_file, write_file
 from demo import model, questions
 from demo.judge import find_faults, is_brief, is_right, is_sane
 from demo.pairs import make_data, read_rows, write_rows
+from quickstart.stages import Progress, Stage, claim_folder, peak_gb
 
 # In float32: in bfloat16 this model has near-ties, so that a text may turn on the rounding
 HPU = "--use_habana --use_lazy_mode --bf16 False --report_to none --save_strategy no --logging_steps 1"
@@ -35,44 +35,39 @@ LORA = "--lora_r 16 --lora_alpha 32 --lora_dropout 0 --lora_target_modules all-l
 ASK = "--use_chat_template --use_hpu_graphs --use_kv_cache --batch_size 32 --max_new_tokens 64"
 SFT = "--learning_rate 1.7e-4 --lr_scheduler_type cosine"
 DPO = "--beta 0.1 --rpo_alpha 1.0 --learning_rate 1e-4 --lr_scheduler_type cosine --warmup_steps 0"
+FLAGS = {"seeds": SEED, "sft_steps": COUNT, "dpo_steps": COUNT, "questions": COUNT_OR_NONE}
 SHOWN = 3  # answers side by side
+MODEL_GB, SEED_GB = 0.7, 1.2  # on the disk: the model, with the packages that it comes from, and the run of a seed
 
 
-def ask(folder: Path, name: str, path: Path, prompts: list[str], flags: str = "") -> list[str]:
-    """The command that asks the model in `path`, and leaves its answers in `folder`/`name`."""
-    write_rows(folder / name / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    return shlex.split(
-        f"run_generation.py --model_name_or_path {path} --prompt_file {folder}/{name}/prompts.jsonl "
-        f"--output_dir {folder}/{name} {ASK} {flags}"
+def ask(name: str, path: Path, prompts: Path, answers: Path, flags: str = "") -> Stage:
+    """Asks the model in `path` what stands in `prompts`, and leaves its answers in `answers`."""
+    command = (
+        f"run_generation.py --model_name_or_path {path} --prompt_file {prompts} --output_dir {answers} {ASK} {flags}"
     )
+    return Stage(name, shlex.split(command), answers, prompts, resumes=True)
 
 
-def training_commands(folder: Path, data: Path, base: Path, steps: tuple[int, int], seed: int) -> dict[str, list[str]]:
+def training_stages(folder: Path, data: Path, base: Path, steps: tuple[int, int], seed: int) -> list[Stage]:
     """From `base` to `folder`/aligned; `steps` are those of SFT and of DPO."""
-    lines = {
-        "fine-tune": f"sft.py --model_name_or_path {base} --dataset_name {data}/sft --output_dir {folder}/sft "
+    fine_tune = (
+        f"sft.py --model_name_or_path {base} --dataset_name {data}/sft --output_dir {folder}/sft "
         f"--do_train --max_steps {steps[0]} --max_seq_length 256 --per_device_train_batch_size 2 "
-        f"--gradient_accumulation_steps 2 {SFT} {LORA} {HPU}",
-        "merge": f"merge_peft_adapter.py --adapter_model_name {folder}/sft --output_name {folder}/sft/merged",
-        "prefer": f"dpo.py --model_name_or_path {folder}/sft/merged --dataset_name {data}/dpo "
+        f"--gradient_accumulation_steps 2 {SFT} {LORA} {HPU} --seed {seed}"
+    )
+    prefer = (
+        f"dpo.py --model_name_or_path {folder}/sft/merged --dataset_name {data}/dpo "
         f"--output_dir {folder}/dpo --max_steps {steps[1]} --eval_strategy no --per_device_train_batch_size 2 "
-        f"--gradient_accumulation_steps 4 --max_prompt_length 64 --max_length 128 {DPO} {LORA} {HPU}",
-        "merge again": f"merge_peft_adapter.py --adapter_model_name {folder}/dpo --output_name {folder}/aligned",
-    }
-    seeded = {"fine-tune", "prefer"}
-    return {
-        stage: shlex.split(line) + (["--seed", str(seed)] if stage in seeded else []) for stage, line in lines.items()
-    }
-
-
-def run_stage(stage: str, command: list[str]) -> None:
-    """Runs one command; the terminal sees it, its progress and its errors."""
-    print(f"\n\033[1m[{stage}] python {shlex.join(command)}\033[0m", flush=True)
-    # The emulator then does not tell the card's tensors from the host's, which takes as long as a small model's step
-    environment = {"HABANA_EMULATOR_STRICT": "0", **os.environ}
-    ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], env=environment, check=False)
-    if ended.returncode:
-        sys.exit(f"demo: {stage} failed with exit code {ended.returncode}; its last lines above say why")
+        f"--gradient_accumulation_steps 4 --max_prompt_length 64 --max_length 128 {DPO} {LORA} {HPU} --seed {seed}"
+    )
+    merge = f"merge_peft_adapter.py --adapter_model_name {folder}/sft --output_name {folder}/sft/merged"
+    merge_again = f"merge_peft_adapter.py --adapter_model_name {folder}/dpo --output_name {folder}/aligned"
+    return [
+        Stage("fine-tune", shlex.split(fine_tune), folder / "sft", data / "sft" / "train.jsonl"),
+        Stage("merge", shlex.split(merge), folder / "sft" / "merged"),
+        Stage("prefer", shlex.split(prefer), folder / "dpo", data / "dpo" / "train.jsonl"),
+        Stage("merge again", shlex.split(merge_again), folder / "aligned"),
+    ]
 
 
 def measure_perplexity(folders: list[Path]) -> list[float]:
@@ -147,7 +142,8 @@ def draw(summary: dict, history: list[dict], path: Path) -> None:
     for axes in (shares, lengths, rewards):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
@@ -192,10 +188,15 @@ def show(summary: dict, after: list[list[dict]], folder: Path) -> None:
         print("Gaudi was emulated on this CPU: the seconds say nothing about a card.")
 
 
-def peak_gb() -> float:
-    """The most memory that one process had, of this one and those that it started, in GB (10^9 bytes)."""
-    whom = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(who).ru_maxrss for who in whom) * 1024 / 1e9
+def check_space(folder: Path, base: Path, runs: list[Path]) -> None:
+    """Refuses a disk that has too little room for the model and the runs, before anything is installed."""
+    sizes = {base: MODEL_GB} | dict.fromkeys(runs, SEED_GB)
+    held = sum(file.stat().st_size for path in sizes for file in path.rglob("*") if file.is_file()) / 1e9
+    free, needed = shutil.disk_usage(folder).free / 1e9, sum(sizes.values()) - held
+    if free < needed:
+        raise InputError(
+            f"--folder: the disk of {folder} has {free:.1f} GB left, {needed:.1f} GB are needed; make room"
+        )
 
 
 def main() -> None:
@@ -207,51 +208,52 @@ def main() -> None:
     parser.add_argument("--sft_steps", type=int, default=10, help="steps of fine-tuning, 4 rows of 256 tokens each")
     parser.add_argument("--dpo_steps", type=int, default=8, help="steps of preference tuning, 8 pairs each")
     parser.add_argument("--questions", type=int, default=0, help="only so many questions of each set, to try the demo")
+    limit(parser, FLAGS)
     args = parser.parse()
-    if args.questions < 0:
-        raise InputError(f"--questions: got {args.questions}; give a number of questions, or 0 for all")
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError("--seeds: one of them stands twice; each names a run of its own")
 
     start = time.perf_counter()
-    folder, base = args.folder, args.folder / "model"
-    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if held - {"packages", "model", ".model.partial"} and not (folder / "packages" / model.REQUIREMENTS).exists():
-        raise InputError(f"--folder: {folder} holds something else; name a new folder")
+    folder, base, data = args.folder, args.folder / "model", args.folder / "data"
+    runs = [folder / f"seed-{seed}" for seed in args.seeds]
+    claim_folder(folder)
+    check_space(folder, base, runs)
     model.prepare(base, folder / "packages")
-    for path in (folder / "before", folder / "sampled", folder / "data", *folder.glob("seed-*")):
-        shutil.rmtree(path, ignore_errors=True)
+    progress = Progress(folder)
 
     # The model as it is: what it answers, and from that what it shall learn
-    limit = args.questions or None
+    size = args.questions or None
     written = questions.written_answers()
-    taught = [*questions.own_questions()[:limit], *list(written)[:limit]]
-    untouched, facts = questions.read_lines(questions.UNTOUCHED)[:limit], list(questions.facts())[:limit]
-    run_stage("ask", ask(folder, "before", base, [*taught, *untouched, *facts]))
-    run_stage("sample", ask(folder, "sampled", base, taught, "--do_sample --temperature 0.8 --seed 0"))
-    answers = read_rows(folder / "before" / "generations.jsonl")
-    learnt, before = answers[: len(taught)], answers[len(taught) :]
-    samples, pairs = make_data(learnt, read_rows(folder / "sampled" / "generations.jsonl"), written)
-    write_rows(folder / "data" / "sft" / "train.jsonl", samples)
-    write_rows(folder / "data" / "dpo" / "train.jsonl", pairs)
-    print(f"\n{len(samples)} answers to learn, {len(pairs)} pairs to prefer by: {folder}/data")
+    taught = [*questions.own_questions()[:size], *list(written)[:size]]
+    unseen = [*questions.read_lines(questions.UNTOUCHED)[:size], *list(questions.facts())[:size]]
+    prompts = {name: data / "prompts" / f"{name}.jsonl" for name in ("all", "taught", "unseen")}
+    for path, asked in zip(prompts.values(), ([*taught, *unseen], taught, unseen), strict=True):
+        write_rows(path, [{"prompt": prompt} for prompt in asked])
+    answers, sampled = folder / "before", folder / "sampled"
+    progress.run([ask("ask", base, prompts["all"], answers)])
+    progress.run([ask("sample", base, prompts["taught"], sampled, "--do_sample --temperature 0.8 --seed 0")])
+    said = read_rows(answers / "generations.jsonl")
+    learnt, before = said[: len(taught)], said[len(taught) :]
+    samples, pairs = make_data(learnt, read_rows(sampled / "generations.jsonl"), written)
+    write_rows(data / "sft" / "train.jsonl", samples)
+    write_rows(data / "dpo" / "train.jsonl", pairs)
+    print(f"\n{len(samples)} answers to learn, {len(pairs)} pairs to prefer by: {data}")
 
     after = []
-    for seed in args.seeds:
-        run = folder / f"seed-{seed}"
+    for seed, run in zip(args.seeds, runs, strict=True):
         steps = args.sft_steps, args.dpo_steps
-        for stage, command in training_commands(run, folder / "data", base, steps, seed).items():
-            run_stage(stage, command)
-        run_stage("ask again", ask(run, "answers", run / "aligned", [*untouched, *facts]))
+        asked_again = ask("ask again", run / "aligned", prompts["unseen"], run / "answers")
+        progress.run([*training_stages(run, data, base, steps, seed), asked_again])
         after.append(read_rows(run / "answers" / "generations.jsonl"))
 
-    runs = [folder / f"seed-{seed}" for seed in args.seeds]
     perplexities = measure_perplexity([base, *(run / "aligned" for run in runs)])
     summary = summarise(before, after, perplexities, args.seeds)
     history = json.loads((runs[0] / "dpo" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     draw(summary, history, folder / "demo.png")
-    summary |= {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(peak_gb(), 2)}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    seconds = time.perf_counter() - start + sum(stage["seconds"] for stage in progress.kept)
+    peak = max([peak_gb(), *(stage["peak_gb"] for stage in progress.kept)])
+    summary |= {"seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
+    write_file(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     show(summary, after, folder)
 
 

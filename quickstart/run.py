@@ -7,10 +7,8 @@ questions.
 
 import json
 import logging
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -20,8 +18,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from align.cli import Parser, run_script
-from align.errors import InputError
+from align.ranges import limit
 from quickstart.data import COURTESY, Question, make_model, read_rows, write_data
+from quickstart.stages import claim_folder, run_command
 
 STAGES = ("pretrain", "sft", "merge_sft", "ask_sft", "dpo", "merge_dpo", "ask_dpo")
 HPU = "--use_habana --use_lazy_mode --bf16 --report_to none --save_strategy no --logging_steps 20"
@@ -59,11 +58,7 @@ def run_stage(stage: str, command: list[str], number: int) -> float:
     """Runs one stage and returns its seconds; the terminal sees the command, its progress and its errors."""
     print(f"\n\033[1m[{number}/{len(STAGES)}] python {shlex.join(command)}\033[0m", flush=True)
     start = time.perf_counter()
-    # The emulator then does not tell the card's tensors from the host's, which takes as long as a tiny model's step
-    environment = {"HABANA_EMULATOR_STRICT": "0", **os.environ}
-    ended = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], env=environment, check=False)
-    if ended.returncode:
-        sys.exit(f"quickstart: {stage} failed with exit code {ended.returncode}; its last lines above say why")
+    run_command(f"quickstart: {stage}", command)
     return round(time.perf_counter() - start, 1)
 
 
@@ -172,13 +167,15 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of the village and of the model")
+    limit(parser)
     args = parser.parse()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     folder = args.folder
-    if folder.exists() and any(folder.iterdir()) and not (folder / "data" / "held_out.jsonl").exists():
-        raise InputError(f"--folder: {folder} holds something else; name a new folder")
-    shutil.rmtree(folder, ignore_errors=True)
+    claim_folder(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
     questions = write_data(folder / "data", args.seed)
     make_model(folder / "model", folder / "data", args.seed)
     seconds = {

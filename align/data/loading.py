@@ -30,9 +30,7 @@ class DataArguments:
 
     dataset_name: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Data set: a hub name, a folder or a file (.jsonl, .json, .csv, .tsv, .parquet, .gz …); or several."
-        },
+        metadata={"help": "Hub name, folder or file (.jsonl, .csv, .parquet …); or several."},
     )
     dataset_mix: list[float] | None = field(
         default=None,
@@ -41,8 +39,7 @@ class DataArguments:
     subset: str | None = field(
         default=None,
         metadata={
-            "help": "Folder inside the data set to train on; `None`: all of it (default: data/finetune, with dpo.py "
-            "data/rl, where there is one)."
+            "help": "Folder in it to train on; `None`: all (default: data/finetune, dpo.py: data/rl, if it is there)."
         },
     )
     eval_subset: str | None = field(

@@ -265,11 +265,13 @@ def _load_tensors(_, path: str, map_location: Any = None, mmap: bool = False) ->
 
 
 def check_deepspeed_steps(accelerator: Any, may_step: Callable[[bool], bool]) -> None:
-    """Lets `may_step(gradients are finite)` decide over each of DeepSpeed's steps.
+    """Lets `may_step(the gradients' norm is finite)` decide over each of DeepSpeed's steps.
 
     accelerate 1.10.1 takes the step inside its `backward` (utils/deepspeed.py:278), and DeepSpeed 0.16.9 looks for
-    values that are not finite under fp16 alone (zero/stage3.py:2043, stage_1_and_2.py:1844). Both of its ZeRO
-    optimizers leave a step out whose `overflow` is set.
+    values that are not finite under fp16 alone (zero/stage3.py:2043, stage_1_and_2.py:1844). A norm that is not finite,
+    as large gradients have it too, is -1 there (runtime/utils.py:826) and clips nothing: Adam's moments would be
+    infinite from then on, and its weights stay as they are. Both ZeRO optimizers leave a step out whose `overflow` is
+    set.
     """
     from accelerate.utils import DeepSpeedEngineWrapper
 
@@ -279,9 +281,20 @@ def check_deepspeed_steps(accelerator: Any, may_step: Callable[[bool], bool]) ->
             self.engine.backward(loss, **kwargs)
             if sync_gradients:
                 optimizer = self.engine.optimizer
-                optimizer.overflow = not may_step(not optimizer.has_overflow())
+                optimizer.overflow = not may_step(all(float(norm) >= 0 for norm in find_norms(optimizer)))
                 self.engine.step()
                 optimizer.overflow = False  # so that the schedule goes on
+
+    def find_norms(optimizer: Any) -> list:
+        """By group of weights, of all ranks."""
+        if hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3
+            return optimizer._get_norm_groups()
+        if optimizer.cpu_offload:
+            return [
+                optimizer.complete_grad_norm_calculation_for_cpu_offload(part) for part in optimizer.params_in_partition
+            ]
+        groups = enumerate(optimizer.params_in_partition)
+        return [optimizer.get_grad_norm_direct(optimizer.averaged_gradients[i], part) for i, part in groups]
 
     if not isinstance(accelerator.deepspeed_engine_wrapped, CheckedEngine):
         accelerator.deepspeed_engine_wrapped = CheckedEngine(accelerator.deepspeed_engine_wrapped.engine)

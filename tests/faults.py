@@ -67,6 +67,30 @@ def poison_rank_1_in_step_2() -> None:
     GaudiTrainer.training_step = poisoned
 
 
+def stretch_gradients_of_rank_1_in_step_2() -> None:
+    """Loss and gradients are finite, the gradients' norm is not."""
+    from optimum.habana import GaudiTrainer
+
+    training_step = GaudiTrainer.training_step
+    begun = []
+    _call_in_step(2, lambda: begun.append(True))
+
+    def stretched(self, *args, **kwargs):
+        hook = None
+        if begun and self.state.global_step == 1:
+
+            def stretch(module, inputs, output):
+                output.register_hook(lambda gradient: gradient * 1e30)
+
+            hook = self.model.get_output_embeddings().register_forward_hook(stretch)
+        loss = training_step(self, *args, **kwargs)
+        if hook is not None:
+            hook.remove()
+        return loss
+
+    GaudiTrainer.training_step = stretched
+
+
 def fill_the_disk_in_the_second_checkpoint() -> None:
     """While it is written no file may grow beyond 100 bytes, for any rank: they share the disk."""
     from align.training.supervised import SupervisedTrainer

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_rows
@@ -584,7 +585,7 @@ def poisoned(model, tmp_path, monkeypatch):
 def test_a_row_that_is_not_finite_is_left_out_named_and_kept(train, poisoned, script):
     steps = ["--max_steps", 20, "--skip_probe", True] + (["--packing", False] if script == "sft.py" else [])
 
-    said = train(script, *poisoned, *steps, "--save_strategy", "no").err
+    said = train(script, *poisoned, *steps, "--save_strategy", "no", "--logging_steps", 1).err
 
     assert re.search(
         r"step \d+: a loss is not finite; the step is not taken. Its rows \(.*7.*\) are in out/bad_batch", said
@@ -593,6 +594,10 @@ def test_a_row_that_is_not_finite_is_left_out_named_and_kept(train, poisoned, sc
     assert any("~" in str(row) for row in kept)
     assert 7 in [row["row"] for row in kept]
     assert all(tensor.isfinite().all() for tensor in weights().values())
+    assert "NaN" not in Path("out/trainer_state.json").read_text()
+    assert len(losses("out")) == 20 - len({row["step"] for row in kept}), "a step that was left out has no loss"
+    results = json.loads(Path("out/train_results.json").read_text())
+    assert results["train_loss"] == pytest.approx(np.mean(losses("out")), abs=1e-5)
 
 
 def test_a_run_whose_steps_stay_not_finite_ends(train, poisoned):
@@ -602,6 +607,13 @@ def test_a_run_whose_steps_stay_not_finite_ends(train, poisoned):
         train("sft.py", *poisoned, "--dataset_name", rows, "--skip_probe", True, "--max_nonfinite_steps", 2)
 
     assert not list(Path("out").glob("*checkpoint*"))
+
+
+def test_a_run_that_takes_no_step_is_no_result(train, poisoned):
+    rows = write_rows(Path("all.jsonl"), [{**row, "question": "~"} for row in make_rows(20)])
+
+    with pytest.raises(ResultError, match="no step was taken: the loss or gradient of each was not finite"):
+        train("sft.py", *poisoned, "--dataset_name", rows, "--skip_probe", True, "--max_nonfinite_steps", 9)
 
 
 def test_an_evaluation_that_is_not_finite_is_exit_code_3(train, poisoned):

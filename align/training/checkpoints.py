@@ -171,7 +171,7 @@ def read_manifest(folder: Path) -> Any:
 def _is_complete(manifest: Mapping[str, Any]) -> bool:
     kinds = NEEDED | {name: kind for name, kind in LATER.items() if name in manifest}
     progress = manifest["progress"]
-    sums = [progress[name] for name in SUMS]
+    sums = [progress[name] for name in SUMS] + [progress.get("left_out", 0)]
     return (
         all(isinstance(manifest[name], kind) for name, kind in kinds.items())
         and all(isinstance(each, int | float) for each in sums)

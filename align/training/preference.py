@@ -199,6 +199,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         self.is_peft_model = isinstance(model, PeftModel)
         self.pairs_per_row = layout.pairs_per_row
         self.totals: dict[str, torch.Tensor] = {}
+        self.totals_before: dict[str, torch.Tensor] = {}  # the step
         GaudiTrainer.__init__(
             self,
             model=model,
@@ -434,9 +435,16 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs and "train" in self.totals:
             logs = {**self.average("train"), **logs}
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.totals_before = dict(self.totals)
+
+    def forget_step(self) -> None:
+        self.totals = dict(self.totals_before)
 
     def complete(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """With the training metrics that were logged last, as `train_rewards/margins` and so on."""
@@ -464,6 +472,7 @@ class PreferenceTrainer(RowsMixin, GaudiDPOTrainer):
             name: torch.tensor(total * share, device=self.args.device) for name, total in progress["totals"].items()
         }
         self.totals = {"train": totals} if totals else {}
+        self.totals_before = dict(self.totals)
 
     def _save(self, *args, **kwargs) -> None:
         with saying_their_dropout(self.dropout):

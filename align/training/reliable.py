@@ -56,6 +56,8 @@ class ReliableMixin(UploadingMixin):
     stopped_by = 0  # the one that all ranks agree on
     looks = 0  # between batches without a step
     nonfinite_steps = 0
+    is_left_out = False  # the step that ends
+    left_out = 0  # steps since the last log
     problem: str | None = None  # for which this rank cannot take the step, and no other may
     resumed: Any = None  # the manifest, a dict
 
@@ -107,6 +109,8 @@ class ReliableMixin(UploadingMixin):
                 saved = f"{last} is saved, and the same command with --resume auto goes on from there"
             name = signal.Signals(self.stopped_by).name
             raise Stopped(f"{name}: stopped after step {self.state.global_step}; {saved}", self.stopped_by)
+        if self.nonfinite_steps and self.nonfinite_steps == self.state.global_step:
+            raise ResultError("no step was taken: the loss or gradient of each was not finite, so nothing was learnt")
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             logger.warning(
                 "--load_best_model_at_end: no checkpoint had a best --metric_for_best_model; the last weights stay"
@@ -233,6 +237,7 @@ class ReliableMixin(UploadingMixin):
 
     def _skip_step(self, losses: list[float]) -> None:
         self.nonfinite_steps += 1
+        self.is_left_out = True
         step, limit = self.state.global_step + 1, self.run_args.max_nonfinite_steps
         suspects = [not np.isfinite(loss) for loss in losses]
         rows = [
@@ -553,6 +558,7 @@ class ReliableMixin(UploadingMixin):
             "unlogged_loss": unlogged,
             "last_logged_step": self._globalstep_last_logged,
             "nonfinite_steps": self.nonfinite_steps,
+            "left_out": self.left_out,
             "answers": self.samples.answers,
         }
 
@@ -576,6 +582,7 @@ class ReliableMixin(UploadingMixin):
         self._total_loss_scalar = progress["total_loss"]
         self._globalstep_last_logged = progress["last_logged_step"]
         self.nonfinite_steps = progress["nonfinite_steps"]
+        self.left_out = progress.get("left_out", 0)  # the release before had none
         self.samples.answers = dict(progress.get("answers", {}))
         if self.resumed["step"] >= self.state.max_steps:
             self._total_loss_scalar += progress["unlogged_loss"]
@@ -583,6 +590,10 @@ class ReliableMixin(UploadingMixin):
             self.carried_loss = progress["unlogged_loss"]
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
+        if self.is_left_out:  # its loss would be that of all later steps too
+            tr_loss.copy_(self.unlogged) if self.unlogged is not None else tr_loss.zero_()
+            self.forget_step()
+            self.left_out, self.is_left_out = self.left_out + 1, False
         tr_loss += self.carried_loss
         self.carried_loss, self.unlogged = 0.0, tr_loss
         self.logged = self._globalstep_last_logged, self._total_loss_scalar
@@ -597,11 +608,23 @@ class ReliableMixin(UploadingMixin):
             tr_loss.copy_(self._nested_gather(tr_loss).mean())  # (transformers/trainer.py:1184)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the whole loss; optimum-habana 1.21.2 leaves four digits (transformers/trainer.py:1350)."""
+        """Logs the whole loss, a mean over the steps that were taken.
+
+        optimum-habana 1.21.2 leaves four digits, and divides by all steps (transformers/trainer.py:1350, :1186).
+        """
         if "loss" in logs:
             step, total = self.logged
-            logs["loss"] = (self._total_loss_scalar - total) / (self.state.global_step - step)
+            taken, self.left_out = self.state.global_step - step - self.left_out, 0
+            logs["loss"] = (self._total_loss_scalar - total) / max(1, taken)
+            if taken == 0:
+                del logs["loss"]
+        if "train_loss" in logs:
+            steps = self.state.global_step
+            logs["train_loss"] *= steps / max(1, steps - self.nonfinite_steps)
         GaudiTrainer.log(self, logs, start_time)
+
+    def forget_step(self) -> None:
+        """Takes a step that was left out from what the trainer adds up beside its loss."""
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         is_new = self.optimizer is None

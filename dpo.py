@@ -22,7 +22,7 @@ with quiet_imports():
     from align.data.preparing import prepare_data
     from align.data.tokenization import SampleTokenizer, tokenize_pairs
     from align.models import loading as modeling
-    from align.models.attention import may_skip_probe, probe_rows
+    from align.models.attention import check_context, may_skip_probe, probe_rows
     from align.training import checkpoints, folders, pairs, preference, reference
     from align.training.flags import FLAGS
     from align.training.ranks import agree, first_of_node_first
@@ -162,6 +162,7 @@ def lay_out(rows, model, ref_model, args: GaudiDPOConfig, preference_args: Prefe
         budget = preference.token_budget(args, args.per_device_train_batch_size)
         layout = pairs.share_rows(lengths, count_pairs(args), budget, num_buckets, cost, args.seed)
     for flag, each in models.items():
+        check_context(each.config, max(map(pairs.find_longest, lengths.values())), flag)
         if may_skip_probe(each, preference_args.skip_probe):
             continue
         options = {"device": args.device, "autocast": computes_in_autocast(args), "flag": flag}

@@ -21,11 +21,11 @@ with quiet_imports():
     from align.data.preparing import prepare_data
     from align.data.tokenization import SampleTokenizer, tokenize_samples
     from align.models import loading as modeling
-    from align.models.attention import may_skip_probe, probe_rows
+    from align.models.attention import check_context, may_skip_probe, probe_rows
     from align.training import checkpoints, folders
     from align.training.flags import FLAGS
     from align.training.ranks import agree, first_of_node_first
-    from align.training.supervised import SupervisedTrainer, make_all_batches
+    from align.training.supervised import SupervisedTrainer, find_longest, make_all_batches
     from align.training.unused import tell_unused
     from align.upstream_fixes import attention_inputs, computes_in_autocast, gaudi_config
 
@@ -102,6 +102,7 @@ def main() -> None:
     models = {"--model_name_or_path": checkpoints.identify_model(model_args.model_name_or_path, config._commit_hash)}
     this_run = checkpoints.Run.of("sft.py", parsed, prepared, FOLDER, models, samples)
     this_run.check(checkpoint)
+    check_context(config, find_longest(prepared, args.max_seq_length))
 
     # Model
     folders.prepare_output(args)

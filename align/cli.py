@@ -17,7 +17,7 @@ from align import __version__
 from align.errors import DISK_FULL, InputError, ResultError, Stopped
 from align.quiet import end_interrupted, quiet_imports, quiet_libraries
 from align.ranges import limit, shorten
-from align.upstream_flags import FALSE, TRUE, split_flags, translate
+from align.upstream_flags import FALSE, TRUE, name_as_given, split_flags, translate
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser as _Parser
@@ -394,7 +394,8 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         _leave_ranks()
     except (InputError, ResultError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        script = os.path.basename(sys.argv[0])
+        print(f"{script}: error: {name_as_given(script, sys.argv[1:], str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 3)
     except Stopped as stopped:
         ranks = _find_ranks()

@@ -9,6 +9,7 @@ upstream's.
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -299,6 +300,16 @@ def translate(script: str, arguments: list[str]) -> list[str]:
             is_spelt = any(value in spelt for value in values)
             translated += [f"--{name}", *(spelt.get(value, value) for value in values)] if is_spelt else as_given
     return translated
+
+
+def name_as_given(script: str, arguments: list[str], message: str) -> str:
+    """An error about one of this project's flags, with the name of upstream's that the command line has instead."""
+    given = {name.replace("-", "_") for name, _, _ in split_flags(arguments)}
+    for name, flag in FLAGS.get(script, {}).items():
+        own = flag.by.split(" ")[0] if isinstance(flag, Instead) else ""
+        if own and name.replace("-", "_") in given and own[2:] not in given:
+            message = re.sub(rf"{own}\b", f"--{name} ({own} here)", message, count=1)
+    return message
 
 
 def split_flags(arguments: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:

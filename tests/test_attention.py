@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from align.data.packing import IGNORED, PackedCollator, RowDataset
 from align.errors import InputError
 from align.models import attention
-from align.models.attention import find_visible, may_skip_probe, probe, probe_rows, segment_mask
+from align.models.attention import check_context, find_visible, may_skip_probe, probe, probe_rows, segment_mask
 from align.models.families import EXACT_IN_FUSED_KERNEL, FAMILIES, Family, choose_class
 from align.upstream_fixes import keep_out_of_autocast, mend_transformers
 
@@ -174,14 +174,26 @@ def test_the_probe_accepts_rows_that_are_right(model_type, precision):
     assert all(probe_rows(model, row, HPU, autocast=precision == "autocast") for row in ROWS.values())
 
 
-def test_a_text_beyond_the_positions_of_its_model_is_told_or_refused(caplog):
-    models = [make_model(model_type, max_position_embeddings=8) for model_type in ("llama", "gpt2")]
+def test_a_model_whose_numbers_overflow_is_one_line_that_does_not_blame_its_attention():
+    model = make_model("llama")
+    with torch.no_grad():
+        for projection in model.model.layers[0].mlp.children():
+            getattr(projection, "weight", torch.zeros(())).fill_(1e30)
 
-    assert probe_rows(models[0], ROWS["packed"], HPU)
-    with pytest.raises(InputError, match="--model_name_or_path: a text of the data has .* gpt2 model knows 8"):
-        probe_rows(models[1], ROWS["packed"], HPU)
+    with pytest.raises(InputError, match="^--ref_model: this llama model gives values that are not finite for a row"):
+        probe_rows(model, ROWS["packed"], HPU, flag="--ref_model")
 
-    assert "this llama model knows 8 (its config.json): it was made for no longer ones" in caplog.text
+
+def test_texts_beyond_the_positions_of_their_model_are_told_or_refused(caplog):
+    llama, gpt2 = (AutoConfig.for_model(model_type, max_position_embeddings=8) for model_type in ("llama", "gpt2"))
+
+    check_context(llama, 9)
+    check_context(gpt2, 8)
+    with pytest.raises(InputError, match="--ref_model: texts of the data have up to 9 tokens, and this gpt2 model"):
+        check_context(gpt2, 9, "--ref_model")
+
+    assert "this llama model knows 8 (config.json): it was made for no longer ones" in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -382,6 +382,11 @@ def test_another_learning_rate_and_schedule_hold_from_the_resume_on(train, stopp
     assert [entry["learning_rate"] for entry in history if entry["step"] > 4 and "loss" in entry] == [2e-3, 2e-3]
 
 
+def test_a_learning_rate_that_the_run_is_too_short_for_is_told(train):
+    said = train("sft.py", "--max_steps", 2, "--warmup_steps", 2, "--save_strategy", "no").err
+    assert "the learning rate rises for 2 steps (--warmup_steps) and the run has 2: it never comes to" in said
+
+
 def test_resume_auto_leaves_a_finished_model_without_checkpoints_alone(train):
     train("sft.py", "--save_strategy", "no")
     before = Path("out/adapter_model.safetensors").read_bytes()

@@ -13,7 +13,7 @@ from tiny import save_model
 import run_generation
 from align.cli import parse_arguments
 from align.errors import InputError
-from align.upstream_flags import FLAGS, Instead, Refused, Same, describe, translate
+from align.upstream_flags import FLAGS, Instead, Refused, Same, describe, name_as_given, translate
 
 NAMES = dict(line.split(": ") for line in (ROOT / "tests" / "upstream_flags.txt").read_text().splitlines()[1:])
 
@@ -74,6 +74,17 @@ def test_a_refused_flag_says_why_and_what_works_and_its_neutral_value_passes(nam
             translate("run_generation.py", ["--prompt", "Hi", *given, "--bf16"])
     for value in flag.neutral:
         assert translate("run_generation.py", [f"--{name}", value, "--bf16"]) == ["--bf16"]
+
+
+def test_an_error_about_a_flag_of_ours_names_the_one_that_was_given():
+    for words, said in (
+        (["--optimizer_type", "wibble"], "--optimizer_type (--optim here): got 'wibble'"),
+        (["--optimizer-type=wibble"], "--optimizer_type (--optim here): got 'wibble'"),
+        (["--optim", "wibble"], "--optim: got 'wibble'"),
+        (["--optimizer_type", "sgd", "--optim", "wibble"], "--optim: got 'wibble'"),
+    ):
+        assert name_as_given("dpo.py", words, "--optim: got 'wibble'") == said
+    assert name_as_given("dpo.py", ["--optimizer_type", "sgd"], "--optim_args: none") == "--optim_args: none"
 
 
 def test_flags_are_replaced_by_ours_and_all_other_words_stay_as_they_are(caplog):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from align.errors import InputError, one_line
 from align.models.families import FAMILIES, STATEFUL, WITH_A_LAST_POSITION, Family, find_context, find_window
@@ -159,6 +159,16 @@ def _row_inputs(model: PreTrainedModel, row: Mapping[str, torch.Tensor], device:
     return {"attention_mask": segment_mask(model, **ids), "position_ids": ids["position_ids"]}
 
 
+def check_context(config: PretrainedConfig, longest: int, flag: str = "--model_name_or_path") -> None:
+    """Refuses texts of `longest` tokens that the model, which `flag` has named, has no positions for, or tells them."""
+    name, context = config.model_type, find_context(config)
+    if context is not None and longest > context:
+        beyond = f"texts of the data have up to {longest} tokens, and this {name} model knows {context} (config.json)"
+        if name in WITH_A_LAST_POSITION:
+            raise InputError(f"{flag}: {beyond}; give a smaller limit of length, or another model")
+        logger.warning(f"{beyond}: it was made for no longer ones")
+
+
 def probe_rows(
     model: PreTrainedModel,
     row: Mapping[str, torch.Tensor],
@@ -174,12 +184,6 @@ def probe_rows(
     """
     place(model, device)
     name, config = model.config.model_type, model.config
-    longest, context = max(map(len, find_samples(row))), find_context(config)
-    if context is not None and longest > context:
-        beyond = f"a text of the data has {longest} tokens, and this {name} model knows {context} (its config.json)"
-        if name in WITH_A_LAST_POSITION:
-            raise InputError(f"{flag}: {beyond}; give a smaller limit of length, or another model")
-        logger.warning(f"{beyond}: it was made for no longer ones")
     try:
         result = probe(model, row, device, autocast, **inputs)
     except REFUSALS as error:
@@ -187,7 +191,12 @@ def probe_rows(
         reason = one_line(error)
         raise InputError(f"{flag}: this {name} model stops as it would be trained ({reason}); try it {way}") from error
     tolerance = TOLERANCE[torch.bfloat16 if autocast else model.dtype]
-    if not result.earlier_moved <= tolerance:  # NaN is not right either
+    if math.isnan(result.earlier_moved):
+        raise InputError(
+            f"{flag}: this {name} model gives values that are not finite for a row of the data; its weights are "
+            "damaged, or its numbers too large for this type (try without, or with, --bf16)"
+        )
+    if result.earlier_moved > tolerance:
         raise InputError(
             f"--attn_implementation {config._attn_implementation}: tokens of this {name} model see later ones (their "
             f"logits moved by {result.earlier_moved:.2g}); try --attn_implementation eager"

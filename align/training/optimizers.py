@@ -17,6 +17,7 @@ SAME_AS_FUSED_ADAMW = {
 }
 OF_TORCH = {"adafactor", "adagrad", "rmsprop", "sgd"}
 WITHOUT_SETTINGS = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules: upstream drops what they are given
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
 TRANSFORMER_ENGINE = "habana_frameworks.torch.hpex.experimental.transformer_engine"
 
 

@@ -98,6 +98,11 @@ def measure(pairs: Dataset) -> np.ndarray:
     return np.concatenate(lengths)
 
 
+def find_longest(lengths: np.ndarray) -> int:
+    """Columns of the longest prompt with its answer, of lengths `[pairs, 3]`: nothing is asked behind a last token."""
+    return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(initial=1)) - 1
+
+
 def column_cost(config: PretrainedConfig) -> Callable[[int, int], float]:
     """About what a row costs in multiply-adds: layers and attention for all columns, the head for `scored` ones."""
     config = config.get_text_config()

@@ -28,6 +28,7 @@ from align.errors import InputError, ResultError, Stopped
 from align.training import checkpoints, report
 from align.training.checkpoints import STATE, UNFINISHED, Run, RunArguments, noting_disk_errors
 from align.training.gate import MOVED, Gate, Movement
+from align.training.optimizers import WITHOUT_WARMUP
 from align.training.ranks import all_ranks, first_of_all_ranks
 from align.training.results import show_steps
 from align.training.samples import Samples, find_prompts
@@ -659,6 +660,12 @@ class _AfterEachStep(TrainerCallback):
         trainer = self.trainer
         trainer.movement = Movement(trainer.model)
         trainer.saved_at = time.monotonic()
+        rises = args.get_warmup_steps(state.max_steps) if args.lr_scheduler_type.value not in WITHOUT_WARMUP else 0
+        if rises >= state.max_steps:
+            logger.warning(
+                f"the learning rate rises for {rises} steps (--warmup_steps) and the run has {state.max_steps}: it "
+                "never comes to --learning_rate"
+            )
         if trainer.resumed:
             state.compute_steps(args, state.max_steps)  # else the checkpoint's intervals would count, not the flags'
             trainer.find_best_again()

@@ -52,6 +52,14 @@ class Batches:
         return {name: ids[-1] for name, ids in batch.items()}
 
 
+def find_longest(prepared: Mapping[str, Prepared], limit: int) -> int:
+    """Tokens of the longest sample; those of a stream, which nobody has read, may have as many as `limit`."""
+    rows = [part.rows for part in prepared.values()]
+    return max(
+        int(read_numbers(each, "length").max(initial=0)) if isinstance(each, Dataset) else limit for each in rows
+    )
+
+
 def make_all_batches(
     prepared: Mapping[str, Prepared], args, num_buckets: int, pad_token_id: int, packing: bool
 ) -> dict[str, Batches]:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from align.errors import InputError
+from align.training.optimizers import WITHOUT_WARMUP
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,10 @@ BESIDE_OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lora_dropout": ADAPTER,
     "lora_target_modules": ADAPTER,
     "num_train_epochs": (lambda flags: flags.max_steps <= 0, "--max_steps says how long the run is"),
+    "warmup_steps": (
+        lambda flags: flags.lr_scheduler_type.value not in WITHOUT_WARMUP,
+        "the schedule that --lr_scheduler_type names has none",
+    ),
     "warmup_ratio": (lambda flags: not flags.warmup_steps, "--warmup_steps comes before it; add --warmup_steps 0"),
     "num_buckets": (lambda flags: not getattr(flags, "packing", False), "packed rows have one length"),
     "pad_max": (lambda flags: not flags.packing, "packed rows have one length"),

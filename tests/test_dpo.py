@@ -173,14 +173,16 @@ def test_the_guides_targets_warn_about_dead_names_and_change_the_live_ones(dpo, 
 
 
 def test_stored_log_probs_are_used_again_and_never_for_another_input(dpo, model, tmp_path):
-    stored = ["--precompute_ref_log_probs", "--ref_log_probs_dir", "stored"]
+    stored = ["--precompute_ref_log_probs", "--ref_log_probs_dir", "stored", "--max_train_samples", 8]
     first = dpo(*stored)
     again = dpo(*stored, output="again")
-    other = dpo(*stored, "--max_length", 64, output="other")
+    changed = {"length": ["--max_length", 64], "type": ["--bf16", False]}
+    changed["reference"] = ["--ref_model", save_model(tmp_path / "other", seed=1)]
+    others = [dpo(*stored, "--max_steps", 1, *flags, output=name) for name, flags in changed.items()]
 
     assert "Reference log-probs" in first.err
     assert "Reference log-probs" not in again.err
-    assert "Reference log-probs" in other.err
+    assert all("Reference log-probs" in other.err for other in others)
     assert [entry["loss"] for entry in logged("again")] == [entry["loss"] for entry in logged()]
 
 

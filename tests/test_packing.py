@@ -74,7 +74,7 @@ def count_rows_one_sample_at_a_time(lengths: list[int]) -> int:
 @quickly
 def test_packed_rows_hold_every_sample_once_and_whole(lengths, seed):
     samples = make_samples(lengths)
-    packed = RowDataset(samples, ROW_LENGTH, seed)
+    packed = RowDataset(samples.select(np.random.default_rng(seed).permutation(len(samples))), ROW_LENGTH, seed)
     assert_rows_hold_the_samples(packed.__getitems__(list(range(len(packed)))), samples)
 
 

@@ -16,6 +16,7 @@ from tiny import save_model
 
 from align.errors import InputError, ResultError
 from align.training.report import POINTS, Axis, chart, find_curves, make_card, render
+from align.training.samples import find_prompts
 
 COMMON = "--bf16 False --disable_tqdm True --do_eval --eval_strategy steps --logging_steps 1 --max_steps 4".split()
 COMMON += "--eval_steps 2 --sample_prompts 2 --learning_rate 1e-2 --save_strategy no --token hf_SECRET".split()
@@ -130,6 +131,12 @@ def test_a_card_names_what_is_on_the_hub_and_a_page_shows_text_as_text():
     assert "</pre><script>x</script>" in "".join(Outline(page).text)
     assert "8 cards under ZeRO-3" in page
     assert "1 steps were not finite" in make_card(FACTS)
+
+
+def test_prompts_without_room_for_an_answer_are_not_asked(caplog):
+    rows = [{"prompt_input_ids": [1] * length} for length in (33, 32, 2)]
+    assert list(map(len, find_prompts(rows, 3, longest=64))) == [32, 2]
+    assert "--sample_prompts 3: 2 held-out prompts have at most 32 tokens" in caplog.text
 
 
 def test_curves_of_any_length_and_height_are_drawn_within_their_plane():

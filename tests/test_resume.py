@@ -119,7 +119,7 @@ WAYS = {
     "sft packed": ("sft.py", []),
     "sft buckets": ("sft.py", ["--packing", "False", "--num_buckets", 3]),
     "sft stream": ("sft.py", ["--streaming", True, "--size_valid_set", 5]),
-    "sft full": ("sft.py", ["--use_peft", False, "--learning_rate", "1e-3"]),
+    "sft full": ("sft.py", ["--use_peft", False, "--learning_rate", "1e-3", "--do_eval", "--sample_prompts", 1]),
     "dpo": ("dpo.py", []),
     "dpo synced": (
         "dpo.py",
@@ -129,17 +129,24 @@ WAYS = {
 
 
 @pytest.mark.parametrize(("script", "flags"), WAYS.values(), ids=WAYS)
-def test_a_killed_run_resumes_to_the_weights_of_one_that_was_not(train, at_step, script, flags):
+def test_a_killed_run_resumes_to_the_weights_of_one_that_was_not(train, at_step, script, flags, capsys):
     train(script, *flags, output="whole")
     at_step(5, die)
     with pytest.raises(Killed):
         train(script, *flags, "--resume", "auto")
     at_step(0, die)
+    capsys.readouterr()
 
-    train(script, *flags, "--resume", "auto")
+    said = train(script, *flags, "--resume", "auto").out
 
     assert_same_run("out", "whole")
     assert losses("out") == losses("whole")
+    assert "[before]" not in said, "the model has been trained for some steps"
+    answers = [
+        re.findall(r'class="said">([^<]*)<', Path(output, "report.html").read_text()) for output in ("out", "whole")
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == (2 if "--sample_prompts" in flags else 0)
 
 
 def test_a_finished_run_that_is_resumed_trains_nothing(train):
@@ -842,9 +849,11 @@ def test_where_the_only_checkpoint_is_torn_a_run_begins_anew(train, stopped):
     Path("out").mkdir()
     shutil.copytree(stopped / "sft.py/checkpoint-4", "out/checkpoint-4")
     Path("out/checkpoint-4/optimizer.pt").unlink()
+    shutil.copytree("out/checkpoint-4", "out/checkpoint-mine")
 
     said = train("sft.py", "--max_steps", 4, "--resume", "auto").err
 
+    assert Path("out/checkpoint-mine/adapter_model.safetensors").exists(), "a copy of somebody's own"
     assert "out/checkpoint-4 cannot be resumed (optimizer.pt is missing), and there is none before it" in said
     assert_same_run("out", stopped / "sft.py")
 

@@ -12,6 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from align.data.formats import Sample
 from align.data.tokenization import (
     IGNORED,
+    LOST_PROMPT_END,
+    LOST_START,
     SampleTokenizer,
     encode_prompt,
     set_chat_template,
@@ -47,6 +49,8 @@ def test_text_begins_with_the_bos_that_the_model_expects_and_ends_with_a_learnt_
     assert learnt[len(asked) :].all()
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == QUESTION.prompt + "It is Paris."
     assert ids[-1] == tokenizer.eos_token_id
+    short, _ = encode(tokenizer, Sample("Hello", ("you",)))
+    assert tokenizer.decode(short, skip_special_tokens=True).strip() == "Helloyou"
 
 
 def test_the_loss_is_on_the_answer_and_its_end_alone(tokenizer):
@@ -150,6 +154,7 @@ def test_a_prompt_that_is_cut_keeps_its_bos_and_the_end_that_was_asked_for():
     assert prompts["keep_start"] == whole[:4]
     assert prompts["keep_end"] == [whole[0], *whole[-3:]]
     assert [cut[way][1] for way in cut] == [[None], [None], ["prompt longer than --max_prompt_length"]]
+    assert [cut[way][2] for way in ("keep_start", "keep_end")] == [[(LOST_PROMPT_END,)], [(LOST_START,)]]
     long = Sample("Hi", (" thank you" * 20, " no"))
     assert tokenize_pairs([long], samples, 10, 16, "drop")[1] == ["pair longer than --max_length"]
 

@@ -15,7 +15,7 @@ from tiny import save_model
 from transformers import AutoTokenizer, GenerationConfig
 
 from align.errors import InputError
-from align.generation.config import DecodingArguments, GaudiArguments, check_fields, find_bad_words, make_generator
+from align.generation.config import DecodingArguments, GaudiArguments, check_fields, make_generator
 from align.generation.model import ModelArguments, load_model
 from align.generation.stepping import StaticShapes
 from align.upstream_fixes import adapt_transformers
@@ -248,13 +248,19 @@ def test_bad_words_are_not_said(length, model, plain, generate):
     tokenizer = AutoTokenizer.from_pretrained(model)
     said = [tokenizer(text, add_special_tokens=False).input_ids for text in plain["plain"]]
     spans = [ids[first : first + length] for ids in said for first in range(1, len(ids) - length + 1)]
-    words = ((ids, tokenizer.decode(ids).strip()) for ids in spans)
-    word = next(word for ids, word in words if word.isalnum() and ids in find_bad_words([word], tokenizer))
+    words = [(ids, tokenizer.decode(ids).strip()) for ids in spans]
+    forms = [(ids, word, form) for form in (" ", "") for ids, word in words if word.isalnum()]
+    word, said = next(
+        (w, ids) for ids, w, form in forms if tokenizer(form + w, add_special_tokens=False).input_ids == ids
+    )
+    folder = Path(shutil.copytree(model, "model"))
+    write_config(folder, bad_words_ids=[said])
 
     texts = generate(model, "--bad_words", word)
+    own_words = generate(folder, "--bad_words", "wibble", "--overwrite_output_dir")
 
     assert any(word in text for text in plain["plain"])
-    assert not any(word in text for text in texts)
+    assert not any(word in text for text in [*texts, *own_words])
 
 
 def test_answers_are_several(model, generate):

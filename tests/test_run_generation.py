@@ -388,6 +388,12 @@ def test_a_run_that_was_killed_goes_on_to_the_file_of_one_that_was_not(models, g
         generate(*flags, "--resume", prompts=[*PROMPTS[:-1], "Hi"])
     with pytest.raises(InputError, match="--resume: .*: the files of --model_name_or_path are others"):
         generate(*flags, "--resume", family="mistral")
+    weights = models / "llama" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(written, written + 1))
+    with pytest.raises(InputError, match="--resume: .*: the files of --model_name_or_path are others"):
+        generate(*flags, "--resume")
+    os.utime(weights, ns=(written, written))
     monkeypatch.setattr("align.generation.answers.TOLD_EVERY", 0)
     lines, finish = [], KeptAnswers.finish
     monkeypatch.setattr(
@@ -406,6 +412,10 @@ def test_a_run_that_was_killed_goes_on_to_the_file_of_one_that_was_not(models, g
     assert "All 16 answers are in out already." in caplog.text
     with pytest.raises(InputError, match="--output_dir: out holds another run; choose another"):
         generate(*flags)
+    monkeypatch.setattr(KeptAnswers, "add", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        generate(*flags, "--overwrite_output_dir")
+    assert not Path("out/generations.jsonl").exists(), "the answers of another run would look like this one's"
 
 
 BAD_INPUT = {

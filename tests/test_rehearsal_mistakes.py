@@ -116,7 +116,7 @@ WHOLE = {
     "stored references": f"{DPO} --precompute_ref_log_probs --do_eval --sample_prompts 2 --max_prompt_length 32 "
     "--max_length 64",
     "a mix": f"{SFT} chats.jsonl other.jsonl --dataset_mix 0.7 0.3",
-    "fused": f"{SFT} chats.jsonl",
+    "fused": f"{SFT} chats.jsonl --max_steps -1 --num_train_epochs 2 --save_strategy epoch",
     "kept softmax": f"{SFT} chats.jsonl --use_flash_attention",
     "upstream": f"{SFT} chats.jsonl --use_flash_attention False",
 }
@@ -225,6 +225,17 @@ def test_a_mix_of_data_sets_is_rehearsed_with_the_rows_of_each(reports):
     assert [report["data"][f"train of {name}.jsonl"]["samples"] for name in ("chats", "other")] == [600, 60]
     assert report["data"]["train"]["samples"] == 200  # all of the smaller one, and 7 to 3 of the other
     assert report["data"]["train"]["steps"] == 40
+
+
+def test_epochs_are_counted_in_steps_and_in_the_checkpoints_that_the_disk_must_hold(reports):
+    report = reports["fused"]
+    train = report["data"]["train"]
+
+    assert train["steps"] > 0
+    assert train["steps"] % 2 == 0
+    assert train["computed_tokens"] == pytest.approx(train["steps"] * train["computed_tokens_a_step"], rel=0.01)
+    assert train["computed_tokens"] > 1.9 * train["tokens"]  # both epochs, and what pads the last rows
+    assert report["disk_gb"]["checkpoints"] == 2
 
 
 def test_the_default_attention_takes_less_memory_than_a_softmax_that_is_kept(reports):

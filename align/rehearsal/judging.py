@@ -172,8 +172,6 @@ def data_of(seen: dict) -> dict:
         tokens = [batch["tokens"] for batch in seen["shapes"]]
         a_step = sum(tokens) / len(tokens) * run["accumulation"] * run["world_size"]
         total = run["max_steps"]
-        if total <= 0 and run.get("steps_an_epoch"):
-            total = math.ceil(run["steps_an_epoch"] * run["epochs"])
         data["train"] |= {
             "shapes": sorted({tuple(batch["shapes"]) for batch in seen["shapes"]}),
             "steps": total,
@@ -228,7 +226,7 @@ def disk_of(stage, seen: dict) -> tuple[dict, list[str]]:
             checkpoint += size
         else:
             final += size
-    number = math.ceil(run["max_steps"] / run["save_steps"]) if run["save_steps"] and run["max_steps"] > 0 else 1
+    number = math.ceil(run["max_steps"] / run["save_steps"]) if run["save_steps"] else 1
     if run["save_total_limit"]:
         number = min(number, run["save_total_limit"] + 1)  # the oldest goes when the newest is there
     needed = checkpoint * number + final

@@ -400,8 +400,7 @@ class Watcher:
             "world_size": args_.world_size,
             "accumulation": args_.gradient_accumulation_steps,
             "max_steps": args_.max_steps,
-            "epochs": args_.num_train_epochs,
-            "save_steps": args_.save_steps if str(args_.save_strategy.value) == "steps" else 0,
+            "save_steps": 0,  # until training begins
             "save_total_limit": args_.save_total_limit,
             "output_dir": args_.output_dir,
         }
@@ -497,6 +496,13 @@ def _callback(watcher: Watcher):
     from transformers import TrainerCallback
 
     class StepEnds(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # where epochs and shares have become steps
+            saves = {"steps": state.save_steps, "epoch": state.max_steps / state.num_train_epochs}
+            watcher.seen["run"] |= {
+                "max_steps": state.max_steps,
+                "save_steps": saves.get(str(args.save_strategy.value), 0),
+            }
+
         def on_step_end(self, args, state, control, **kwargs):
             watcher.step_ended(control)
 

@@ -191,7 +191,7 @@ def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
     )
     if missing := find_missing(plan, adapter):
         logger.warning(
-            "Warning: %s lacks %s, which its adapter_config.json names: there the merged model is the base.",
+            "Warning: %s lacks %s, which its adapter_config.json names: there the merged model equals the base.",
             *(adapter.file, ", ".join(missing)),
         )
     if untouched := find_untouched(plan, adapter.config):

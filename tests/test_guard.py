@@ -617,7 +617,7 @@ def test_a_loss_for_experts_that_a_configuration_asks_for_is_told_to_be_left_out
     folder = save_model(tmp_path / "mixtral", "mixtral", output_router_logits=True)
     said = run("sft.py", *command("sft.py", folder)).err
     assert said.count("config.json of") == 1
-    assert "sets output_router_logits, which adds to the loss how evenly tokens are shared among experts" in said
+    assert "sets output_router_logits; the loss of the experts' balance that it asks for is not added here" in said
 
 
 def test_a_width_of_heads_of_its_own_and_no_quantisation_are_read_as_they_are_written(copy):

@@ -28,7 +28,7 @@ def test_every_optimizer_is_its_own_update_or_refused(run, name):
 
 REFUSED = {
     "--optim_args rank=4": "--optim_args rank=4: --optim adamw_torch takes none",
-    "--optim_target_modules q_proj": "--optim_target_modules: is of GaLore",
+    "--optim_target_modules q_proj": "--optim_target_modules: belongs to GaLore",
     "--report_to wandb": "--report_to wandb: .*requires wandb.*pip install wandb",
     "--report_to papyrus": "--report_to papyrus: is none of",
     "--fp8": "--fp8: needs Gaudi's habana_frameworks",

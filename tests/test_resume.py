@@ -369,7 +369,9 @@ def test_results_that_are_damaged_are_set_aside_and_the_run_ends_well(train, sto
 
     said = train("sft.py", "--resume", "auto", "--max_steps", 4).err
 
-    assert said.count("out/all_results.json is damaged and begun anew; as it was it is kept as out/damaged-all") == 1
+    assert (
+        said.count("out/all_results.json is damaged: a new one is begun, the old one is kept as out/damaged-all") == 1
+    )
     assert json.loads(path.read_text())["train_loss"] > 0
     for damage in (b"", b"[1, 2]", b"\xff\x00", b"[" * 100_000):
         path.write_bytes(damage)

@@ -187,7 +187,7 @@ def fit_to_class(model: "PreTrainedModel", gaudi: GaudiArguments) -> GaudiArgume
 
     kind = f"{model.config.model_type} models"
     if gaudi.use_kv_cache and not takes_cache(model):
-        logger.warning(f"{kind} have no cache that can be used: each token reads all before it again")
+        logger.warning(f"{kind} have no usable cache: each token computes all tokens before it again")
         gaudi = replace(gaudi, use_kv_cache=False)
     if not has_static_shapes(model):
         gaudi = _leave_out(

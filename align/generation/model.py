@@ -274,7 +274,7 @@ def _split(model: "PreTrainedModel", dtype: "torch.dtype", world_size: int) -> "
 
     whole = model.num_parameters()
     if fault := find_split_fault(model.config):
-        logger.warning(f"Each card holds all of the {model.config.model_type} model: one that is split {fault}.")
+        logger.warning(f"Each card holds the whole {model.config.model_type} model: split over cards it {fault}.")
         deepspeed.init_distributed()
         return model.to(torch.device("hpu"))
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the layers it found

@@ -96,7 +96,9 @@ def load_prompts(arguments: PromptArguments, world_size: int, token: str | None 
         source = f"--dataset_name {arguments.dataset_name}"
         prompts = _read_prompt_column(arguments, token)
     else:
-        logger.warning("No prompt was given (--prompt, --prompt_file, --dataset_name): eight sentences of our own.")
+        logger.warning(
+            "No prompt was given (--prompt, --prompt_file, --dataset_name): using eight sentences of our own."
+        )
         return own_prompts(arguments.max_input_tokens)
     if not prompts:
         raise InputError(f"{source}: holds no prompt")

@@ -237,8 +237,8 @@ def merge_through_peft(
     lacking = sorted(name for name in set(placed) - set(weights) if ".lora_" in name)
     if lacking:
         logger.warning(
-            "Warning: %s lacks %d tensors that its adapter_config.json names, such as %s: there the merged model is "
-            "the base.",
+            "Warning: %s lacks %d tensors that its adapter_config.json names, such as %s: there the merged "
+            "model equals the base.",
             *(adapter, len(lacking), lacking[0]),
         )
     tuner = adapted.base_model

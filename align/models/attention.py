@@ -166,7 +166,7 @@ def check_context(config: PretrainedConfig, longest: int, flag: str = "--model_n
         beyond = f"texts of the data have up to {longest} tokens, and this {name} model knows {context} (config.json)"
         if name in WITH_A_LAST_POSITION:
             raise InputError(f"{flag}: {beyond}; give a smaller limit of length, or another model")
-        logger.warning(f"{beyond}: it was made for no longer ones")
+        logger.warning(f"{beyond}: it may fail on longer ones")
 
 
 def probe_rows(

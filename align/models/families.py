@@ -252,6 +252,6 @@ def log_class(config: PretrainedConfig, longest: int, is_split: bool = False) ->
     turn = find_turn(config)
     if turn is not None and longest > turn:
         logger.warning(
-            f"{config.model_type}: rope_scaling ({find_scaling(config)}) scales positions otherwise in a row or batch "
-            f"with a text of more than {turn} tokens, and after it; texts of up to {turn} do not depend on others"
+            f"{config.model_type}: rope_scaling ({find_scaling(config)}) changes the positions of all texts in and "
+            f"after a row or batch with a text of more than {turn} tokens; data of shorter texts only are not affected"
         )

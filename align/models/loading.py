@@ -124,19 +124,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
     template = ChatTemplate(tokenizer)
     if template.writes_date:
         logger.warning(
-            "the chat template writes the date of the day: that on which the rows were tokenised (rows from the cache "
-            "keep it), and another when the model is asked later"
+            "the chat template writes today's date: rows keep the date on which they were tokenised, also in the "
+            "cache; a model that is asked later sees another one"
         )
     turn = template.find_end() if tokenizer.chat_template else None
     if tokenizer.chat_template and turn is None:
         logger.info(
-            "the chat template ends a turn of the assistant without a special token: of several turns, the last alone "
+            "the chat template ends the assistant's turns without a special token: only the last turn of a chat "
             f"teaches the model to stop, with {tokenizer.eos_token!r}"
         )
     if turn and turn != tokenizer.eos_token:
         logger.info(
-            f"the chat template ends a turn with {turn!r}, which is learnt, and the tokenizer a text with "
-            f"{tokenizer.eos_token!r}, which is learnt behind it"
+            f"the chat template ends a turn with {turn!r}, the tokenizer a text with {tokenizer.eos_token!r}; answers "
+            "learn both, in this order"
         )
 
 
@@ -255,8 +255,8 @@ def load_model(
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
         logger.warning(
-            f"{flag}: config.json of {name} sets output_router_logits, which adds to the loss how evenly tokens are "
-            "shared among experts; the loss here is that of the tokens alone"
+            f"{flag}: config.json of {name} sets output_router_logits; the loss of the experts' balance that it "
+            "asks for is not added here, the loss is that of the tokens alone"
         )
     mend_transformers()
     try:

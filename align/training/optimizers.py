@@ -34,7 +34,7 @@ def check_optimizer(args) -> None:
     if args.optim_args:
         raise InputError(f"--optim_args {args.optim_args}: --optim {name} takes none")
     if args.optim_target_modules:
-        raise InputError("--optim_target_modules: is of GaLore and APOLLO, which do not run here; leave it out")
+        raise InputError("--optim_target_modules: belongs to GaLore and APOLLO, which do not run here; leave it out")
     if args.fp8 and importlib.util.find_spec("habana_frameworks.torch.hpex.experimental") is None:
         raise InputError(f"--fp8: needs Gaudi's {TRANSFORMER_ENGINE}, which this plugin does not have; use --bf16")
     if args.do_train:

@@ -114,7 +114,7 @@ class ReliableMixin(UploadingMixin):
             raise ResultError("no step was taken: the loss or gradient of each was not finite, so nothing was learnt")
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
             logger.warning(
-                "--load_best_model_at_end: no checkpoint had a best --metric_for_best_model; the last weights stay"
+                "--load_best_model_at_end: no checkpoint has a value of --metric_for_best_model; the last weights stay"
             )
         self._correct_speed(output.metrics)
         return output

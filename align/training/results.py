@@ -80,7 +80,7 @@ def read_results(path: Path) -> dict:
         pass
     aside = path.with_name(f"damaged-{path.name}")
     os.replace(path, aside)
-    logger.warning(f"{path} is damaged and begun anew; as it was it is kept as {aside}")
+    logger.warning(f"{path} is damaged: a new one is begun, the old one is kept as {aside}")
     return {}
 
 

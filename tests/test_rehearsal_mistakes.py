@@ -114,7 +114,7 @@ TOO_SMALL = {"it does not fit": 1e-4, "an evaluation does not fit": 1e-2}  # GB 
 # What is not broken, but uses what a rehearsal must find its way through
 WHOLE = {
     "stored references": f"{DPO} --precompute_ref_log_probs --do_eval --sample_prompts 2 --max_prompt_length 32 "
-    "--max_length 64",
+    "--max_length 64 --warmup_steps 0",
     "a mix": f"{SFT} chats.jsonl other.jsonl --dataset_mix 0.7 0.3",
     "fused": f"{SFT} chats.jsonl --max_steps -1 --num_train_epochs 2 --save_strategy epoch",
     "kept softmax": f"{SFT} chats.jsonl --use_flash_attention",

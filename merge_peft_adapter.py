@@ -186,9 +186,8 @@ def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
     """Warns of an adapter that changes less than it says."""
     zeros = find_zeros(adapter)
     others = adapter.tokens or adapter.values or adapter.base_values
-    tell_zeros(
-        adapter.file, zeros, len(adapter.parts), is_base=bool(zeros) and zeros == [*adapter.parts] and not others
-    )
+    is_base = 0 < len(zeros) == len(adapter.parts) and not others
+    tell_zeros(adapter.file, zeros, len(adapter.parts), is_base)
     if missing := find_missing(plan, adapter):
         logger.warning(
             "Warning: %s lacks %s, which its adapter_config.json names: there the merged model equals the base.",

@@ -219,7 +219,7 @@ def main() -> None:
     claim_folder(folder)
     check_space(folder, base, runs)
     model.prepare(base, folder / "packages")
-    progress = Progress(folder)
+    progress = Progress(folder, "demo")
 
     # The model as it is: what it answers, and from that what it shall learn
     size = args.questions or None

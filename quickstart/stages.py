@@ -83,8 +83,9 @@ class Stage:
 class Progress:
     """What is done in a folder: a stage that an earlier run has finished, with the same command and input, is kept."""
 
-    def __init__(self, folder: Path):
-        self.path = folder / "stages.json"
+    def __init__(self, folder: Path, what: str):
+        """`what` begins the line of an error, as in "demo"."""
+        self.path, self.what = folder / "stages.json", what
         self.done: dict[str, dict[str, Any]] = {}  # by the folder that a stage makes; one that was begun has no seconds
         self.kept: list[dict[str, Any]] = []
         if self.path.exists():
@@ -114,7 +115,7 @@ class Progress:
                 shutil.rmtree(stage.writes, ignore_errors=True)
             print(f"\n\033[1m[{stage.name}] python {shlex.join(command)}\033[0m", flush=True)
             start = time.perf_counter()
-            run_command(f"demo: {stage.name}", command)
+            run_command(f"{self.what}: {stage.name}", command)
             seconds = round(time.perf_counter() - start, 1)
             self._note(stage, begun | {"seconds": seconds, "peak_gb": round(peak_gb(), 2)})
 

@@ -302,7 +302,7 @@ def run_stages(tmp_path):
             for name, *more in (("a",), ("b", tmp_path / "read"), ("c", None, True))
         ]
         with suppress(SystemExit):
-            Progress(tmp_path).run(stages)
+            Progress(tmp_path, "demo").run(stages)
         return log.read_text().split("\n")[:-1]
 
     return run

@@ -461,8 +461,10 @@ def test_print_command_shows_what_would_run_and_no_secret(run, monkeypatch, tmp_
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("PT_REGISTRY_PASSWORD", "hf_secret")
     monkeypatch.setenv("PT_HPU_LAZY_MODE", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "script.py").write_text("raise SystemExit('ran')")
     shown = run("gaudi_spawn.py", "--world_size", 2, "--use_mpi", "--print_command", "script.py", "a b").out
+    assert f"OMP_NUM_THREADS={nodes.count_threads(2)}\n" in shown
     assert "PT_HPU_LAZY_MODE=1" in shown
     assert "HF_TOKEN=..." in shown
     assert "PT_REGISTRY_PASSWORD=..." in shown

@@ -214,9 +214,10 @@ def describe(run: Run) -> str:
     if run.is_direct:
         return script
     how = " over ssh" if run.starts_over_ssh else ""
-    cores = count_cores() // max(run.nodes.values())
+    cores, threads = count_cores() // max(run.nodes.values()), count_threads(max(run.nodes.values()))
+    variables = {"OMP_NUM_THREADS": str(threads)} | run.exports
     lines = ["variables that reach every rank:"]
-    lines += [_show_variable(name, value) for name, value in run.exports.items()]
+    lines += [_show_variable(name, value) for name, value in variables.items()]
     for host, command in run.engine.commands(run, choose_port(run.master_port), cores).items():
         lines += [f"on {host}{how}:", f"  {shlex.join(command)}"]
     lines += [f"ranks ({', '.join(f'{slots} on {host}' for host, slots in run.nodes.items())}), each:", f"  {script}"]

@@ -252,7 +252,7 @@ class Supervisor:
             self.end(1, signal.SIGTERM, FAILURE_GRACE)
 
     def look_at_the_output(self) -> None:
-        """Open MPI stops to read from its ranks when nobody reads from it, and does not tell: they would wait for ever.
+        """Open MPI stops reading from its ranks when nobody reads from it, and does not say so: they would wait on.
 
         Ranks of other engines write to the same pipe themselves, and fail.
         """

@@ -592,7 +592,10 @@ class ReliableMixin(UploadingMixin):
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
         if self.is_left_out:  # its loss would be that of all later steps too
-            tr_loss.copy_(self.unlogged) if self.unlogged is not None else tr_loss.zero_()
+            if self.unlogged is None:
+                tr_loss.zero_()
+            else:
+                tr_loss.copy_(self.unlogged)
             self.forget_step()
             self.left_out, self.is_left_out = self.left_out + 1, False
         tr_loss += self.carried_loss

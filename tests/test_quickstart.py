@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import write_rows
+from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.data.formats import recognise
@@ -153,9 +154,12 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_a_stage_that_fails_ends_the_run_and_is_named(capfd):
+def test_a_stage_that_fails_ends_the_run_and_is_named(capfd, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    make_tokenizer()(["as the run has done", "before it starts a stage"])
     with pytest.raises(SystemExit, match="quickstart: merge_dpo failed with exit code 2"):
         quickstart.run_stage("merge_dpo", ["merge_peft_adapter.py", "--adapter_model_name", "nowhere"], 6)
     shown = capfd.readouterr()
     assert "merge_peft_adapter.py --adapter_model_name nowhere" in shown.out
-    assert "merge_peft_adapter.py: error:" in shown.err
+    assert shown.err.startswith("merge_peft_adapter.py: error:")
+    assert shown.err.count("\n") == 1

@@ -287,10 +287,15 @@ def test_the_reference_has_neither_the_dropout_nor_the_noise_of_the_policy_that_
     for module in trainer.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    reference, policy = trainer._score_reference(inputs), trainer._score(trainer.model.eval(), inputs)[0]
-    trainer._activate_neftune(trainer.model.train())
+    said = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(trainer.train_dataset).items()}
+    trainer._activate_neftune(trainer.model)
+    compute_step(trainer)
+    said_in_training = trainer.average("train")
 
-    torch.testing.assert_close(trainer._score_reference(inputs), reference)
+    def reference(figures, answer):
+        return figures[f"logps/{answer}"] - figures[f"rewards/{answer}"] / trainer.beta
+
+    for answer in ("chosen", "rejected"):
+        assert reference(said_in_training, answer) == pytest.approx(reference(said, answer), abs=1e-3)
+        assert abs(said_in_training[f"logps/{answer}"] - said[f"logps/{answer}"]) > 0.01
     assert trainer.model.training
-    assert (trainer._score(trainer.model, inputs)[0] - policy).abs().max() > 0.01

@@ -1,16 +1,17 @@
 """What a preference pair costs: dpo.py's trainer against optimum-habana's dpo example and plain trl, on the same pairs.
 
-python benchmarks/dpo.py                       about an hour and a half on two quiet cores
-python benchmarks/dpo.py --batches 4 --steps 2 --rounds 1
+python benchmarks/dpo.py                       about three quarters of an hour on two quiet cores
+python benchmarks/dpo.py --batches 4 --timed_pairs 4 --rounds 1
 
 Pairs are synthetic, with log-normal lengths like stack exchange's that stop at 256 tokens for the prompt and 512 in
 all, the model is a Llama with Llama-2's vocabulary, in float32, and LoRA on q and v. Each measurement has a process of
-its own, so that its peak memory is its own; the first step is not timed. All variants run once a round, one after the
-other, and are compared within it, as a host's speed changes from one minute to the next: the table has medians of these
-ratios, their spread (highest less lowest, of the median), and a ! where that is more than 15 %. "stored" takes the
-reference's log-probs from a pass of its own, timed beside. Speed and memory are this host's, not a card's; graphs are
-those that the emulator counts. Learning curves are those of a tiny model on pairs that can be learnt: the same adapter
-at the start and, since plain trl is given the pairs in our order, the same pairs at each step.
+its own, so that its peak memory is its own. Its first step is not timed; then as many pairs are, whatever the batch.
+All variants run once a round, one after the other, and are compared within it, as a host's speed changes from one
+minute to the next: the table has medians of these ratios, their spread (highest less lowest, of the median), and a !
+where that is more than 15 %. "stored" takes the reference's log-probs from a pass of its own, timed beside. Speed and
+memory are this host's, not a card's; graphs are those that the emulator counts. Learning curves are those of a tiny
+model on pairs that can be learnt: the same adapter at the start and, since plain trl is given the pairs in our order,
+the same pairs at each step.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 from _figures import add_json_flag, keep
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -316,7 +318,7 @@ def print_table(batch: int, rounds: list[dict[str, dict]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="pairs a device and step")
-    parser.add_argument("--steps", type=int, default=5, help="training steps of each run; the first is not timed")
+    parser.add_argument("--timed_pairs", type=int, default=16, help="pairs of each run after its first step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all variants run")
     parser.add_argument("--pairs", type=int, default=128, help="synthetic pairs")
     parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")
@@ -324,9 +326,12 @@ def main() -> None:
     parser.add_argument("--measure", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--what", default="speed", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds: got {args.rounds}; give 1 or more")
+    if any(args.timed_pairs % batch or batch < 1 for batch in args.batches) or args.timed_pairs < 1:
+        parser.error(f"--timed_pairs: got {args.timed_pairs}; give a multiple of each of --batches")
     if args.measure:
         print(json.dumps(measure(args.measure, args.folder, args.batches[0], args.steps, args.pairs, args.what)))
         return
@@ -334,17 +339,23 @@ def main() -> None:
         for name, sizes in {"llama": LLAMA, "tiny": TINY}.items():
             make_model(Path(folder, name), sizes)
         measured, names = {}, [name for name in TRAINERS if args.peer or name != "trl, newest"]
+        progress = tqdm(total=len(args.batches) * args.rounds * len(names), unit=" runs", leave=False)
         for batch in args.batches:
-            model = Path(folder, "llama")
-            rounds = measured[batch] = [
-                {name: run(name, model, batch, args.steps, args.pairs, "speed", args.peer) for name in names}
-                for _ in range(args.rounds)
-            ]
+            model, steps = Path(folder, "llama"), 1 + args.timed_pairs // batch
+            rounds = measured[batch] = []
+            for _ in range(args.rounds):
+                rounds.append({})
+                for name in names:
+                    progress.set_description(f"batch {batch}, {name}")
+                    rounds[-1][name] = run(name, model, batch, steps, args.pairs, "speed", args.peer)
+                    progress.update()
             for name in names:
                 if not name.startswith("trl"):
                     counted = run(name, Path(folder, "tiny"), batch, args.pairs // batch, args.pairs, "graphs")
                     rounds[0][name].update(graphs=counted["graphs"], shapes=counted["shapes"])
+            progress.clear()
             print_table(batch, rounds)
+        progress.close()
         curves = {name: run(name, Path(folder, "tiny"), 8, 60, 480, "curve") for name in ("ours", "trl")}
     print("\nShare of pairs whose chosen answer has the higher reward, in tenths of 60 steps at batch 8")
     for name, curve in curves.items():

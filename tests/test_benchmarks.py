@@ -11,7 +11,7 @@ from conftest import ROOT
 
 SMALLEST = {
     "data.py": "--samples 100 --rounds 1",
-    "dpo.py": "--batches 4 --steps 2 --rounds 1 --pairs 16",
+    "dpo.py": "--batches 4 --timed_pairs 4 --rounds 1 --pairs 16",
     "generate.py": "--rounds 1 --prompts 1 8",
     "checkpoint.py": "--width 64 --rounds 2",
     "merge.py": "--gigabytes 0.01 --rounds 1 --skip_upstream",

@@ -564,6 +564,29 @@ def test_the_best_model_is_also_saved_where_only_the_best_ones_are_kept(train):
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights().items())
 
 
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [(["--greater_is_better", True], "greater_is_better"), (["--max_eval_samples", 2], "dataset_name held-out rows")],
+)
+def test_the_best_checkpoint_so_far_counts_no_more_where_it_was_chosen_by_something_else(train, flags, what):
+    train("sft.py", *BEST, "--max_steps", 4)
+
+    said = train("sft.py", *BEST, *flags, "--max_steps", 8, "--resume", "auto").err
+
+    line = f"out/checkpoint-4, the best checkpoint so far, was chosen by another --{what}: the best of those to come"
+    assert line in said
+    best = json.loads(Path("out/trainer_state.json").read_text())["best_global_step"]
+    assert best == (6 if "--greater_is_better" in flags else 8), "the loss falls"
+
+
+def test_a_checkpoint_that_is_further_than_the_run_is_told(train, stopped):
+    shutil.copytree(stopped / "sft.py", "out")
+
+    said = train("sft.py", "--max_steps", 3, "--resume", "auto").err
+
+    assert "out/checkpoint-4 has taken 4 steps, more than the 3 that were asked for" in said
+
+
 def test_checkpoints_by_the_clock(train):
     train("sft.py", "--save_strategy", "no", "--save_seconds", "1e-9", "--max_steps", 3)
 

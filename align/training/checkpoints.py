@@ -304,6 +304,9 @@ SAME_IF_RESTORED = {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type",
     "lr_scheduler_kwargs",
 }  # fmt: skip
+# Settings beside flags: what the best checkpoint so far was chosen by
+HELD_OUT = "dataset_name held-out rows"
+CHOSEN_BY = ("metric_for_best_model", "greater_is_better", HELD_OUT)
 OF_OPTIMIZER = "deepspeed optimizer."  # settings; those of a scheduler in the same file are taken as they are now
 # Flags that change with every command, or do not change what is learnt; of --deepspeed the settings are told
 UNTOLD = {
@@ -364,6 +367,8 @@ class Run:
         settings = {f"gaudi_config_name {key}": value for key, value in vars(gaudi_config(args)).items()}
         if args.deepspeed is not None:
             settings |= {f"deepspeed {key}": value for key, value in _flatten(args.hf_deepspeed_config.config)}
+        if "validation" in prepared:
+            settings[HELD_OUT] = on_rank_0(lambda: identify_rows(prepared["validation"].rows, sources))
         return cls(flags | {"world_size": args.world_size}, facts, _plain(settings), tokenizer.template.writes_date)
 
     def check(self, checkpoint: str | None) -> None:
@@ -411,6 +416,11 @@ class Run:
                 f"{folder} holds the shards of {manifest['world_size']} ranks, these are "
                 f"{self.flags['world_size']}; start as many as before, as DeepSpeed wants"
             )
+
+    def find_other_choice(self, manifest: Mapping[str, Any]) -> str | None:
+        """Says by what the best checkpoint so far was chosen, where that has changed since."""
+        changed = self._find_changes(manifest)
+        return next((f"was chosen by another --{name}" for name in CHOSEN_BY if name in changed), None)
 
     def _find_changes(self, manifest: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """What flags and settings were, and are now."""

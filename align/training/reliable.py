@@ -151,7 +151,12 @@ class ReliableMixin(UploadingMixin):
         """Leaves no epoch where the checkpoint has all steps: the loop would take one more."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         finished = self.resumed is not None and self.resumed["step"] >= max_steps
-        if finished:
+        if finished and self.resumed["step"] > max_steps:
+            logger.warning(
+                f"{self.resumed_from} has taken {self.resumed['step']} steps, more than the {max_steps} that were asked "
+                "for: its weights are saved as they are"
+            )
+        elif finished:
             logger.info(f"all {max_steps} steps were taken before; nothing is left to train")
         return (0 if finished else epochs, *others, max_steps)
 
@@ -573,8 +578,9 @@ class ReliableMixin(UploadingMixin):
         if self.state.best_model_checkpoint is None:
             return
         best = self.resumed_from.with_name(Path(self.state.best_model_checkpoint).name)
-        if first_of_all_ranks(not best.is_dir()):
-            logger.warning(f"{best}, the best checkpoint so far, is gone: the best of those to come counts")
+        lost = "is gone" if first_of_all_ranks(not best.is_dir()) else self.run.find_other_choice(self.resumed)
+        if lost:
+            logger.warning(f"{best}, the best checkpoint so far, {lost}: the best of those to come counts")
             self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
         else:
             self.state.best_model_checkpoint = str(best)

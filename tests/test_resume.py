@@ -584,7 +584,7 @@ def test_a_checkpoint_that_is_further_than_the_run_is_told(train, stopped):
 
     said = train("sft.py", "--max_steps", 3, "--resume", "auto").err
 
-    assert "out/checkpoint-4 has taken 4 steps, more than the 3 that were asked for" in said
+    assert "out/checkpoint-4 has taken 4 steps, more than the 3 asked for" in said
 
 
 def test_checkpoints_by_the_clock(train):

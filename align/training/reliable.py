@@ -153,8 +153,8 @@ class ReliableMixin(UploadingMixin):
         finished = self.resumed is not None and self.resumed["step"] >= max_steps
         if finished and self.resumed["step"] > max_steps:
             logger.warning(
-                f"{self.resumed_from} has taken {self.resumed['step']} steps, more than the {max_steps} that were asked "
-                "for: its weights are saved as they are"
+                f"{self.resumed_from} has taken {self.resumed['step']} steps, more than the {max_steps} asked for: "
+                "its weights are saved as they are"
             )
         elif finished:
             logger.info(f"all {max_steps} steps were taken before; nothing is left to train")

@@ -40,7 +40,15 @@ from align.merge.plan import (
     plan_merge,
 )
 from align.merge.writing import check_finite, merge_through_peft, tell_zeros, verify_files, write_files
-from align.models.guard import check_adapter, check_folder, check_head, check_layers, check_weights, load_config
+from align.models.guard import (
+    QUANTIZATION_KEYS,
+    check_adapter,
+    check_folder,
+    check_head,
+    check_layers,
+    check_weights,
+    load_config,
+)
 from align.ranges import limit
 from align.whole import replace_folder, restore_folder
 
@@ -116,8 +124,10 @@ def check_disk(output: Path, needed: int) -> None:
 
 
 def read_record(path: Path) -> list[dict]:
-    merges, needed = read_json(path).get("merges"), {"base_model", "adapter", "adapter_sha256"}
-    if not isinstance(merges, list) or not all(isinstance(each, dict) and needed <= each.keys() for each in merges):
+    merges, needed = read_json(path).get("merges"), ("base_model", "adapter", "adapter_sha256")
+    if not isinstance(merges, list) or not all(
+        isinstance(each, dict) and all(isinstance(each.get(key), str) for key in needed) for each in merges
+    ):
         raise InputError(f"{path} is damaged: it lists what is merged in already; copy it again, or remove it")
     return merges
 
@@ -193,7 +203,7 @@ def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
             "Warning: %s lacks %s, which its adapter_config.json names: there the merged model equals the base.",
             *(adapter.file, ", ".join(missing)),
         )
-    if untouched := find_untouched(plan, adapter.config):
+    if untouched := find_untouched(plan, adapter):
         logger.warning(
             "Warning: %s changes %d modules and not %d others that its target_modules name, such as %s.",
             *(adapter.file, len(adapter.parts), len(untouched), untouched[0]),
@@ -233,10 +243,14 @@ def main(argv: list[str] | None = None) -> None:
     adapter = find_folder(args.adapter_model_name, "--adapter_model_name", "adapter_*", *TOKENIZER_FILES)
     adapter_config = check_adapter(adapter, "--adapter_model_name")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
-    output = Path(os.path.realpath(args.output_name))
-    if output.is_symlink():  # what is left of a link once all are followed
-        raise InputError(f"--output_name: {output} is a link that leads back to itself; remove it")
-    restore_folder(output)
+    output = Path(os.path.realpath(os.path.expanduser(args.output_name)))
+    try:
+        if output.is_symlink():  # what is left of a link once all are followed
+            raise InputError(f"--output_name: {output} is a link that leads back to itself; remove it")
+        restore_folder(output)
+    except (OSError, ValueError) as error:  # a name that is too long, or the root, which has none
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"--output_name: {output} cannot be written ({reason}); name another folder") from None
     check_output(output, args.overwrite, {"--base_model_name": base, "--adapter_model_name": adapter})
     if args.push_to_hub:
         from align.hub import check_login
@@ -245,7 +259,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # Plan
     check_folder(base, "--base_model_name", trust_remote_code=True)  # copied, and not run
-    base_config = read_json(base / "config.json")
+    content = read_json(base / "config.json")
+    base_config = {key: value for key, value in content.items() if value or key not in QUANTIZATION_KEYS}
+    if not base_config.get("model_type"):
+        raise InputError(f"--base_model_name: {base}/config.json has no model_type; copy or download it again")
     dtype = DTYPES.get(args.dtype)
     try:
         opened, checkpoint = open_adapter(adapter, adapter_config), open_checkpoint(base)

@@ -251,6 +251,39 @@ def test_through_peft_too_updates_that_are_zero_are_told(config, caplog):
         assert ("zero" in caplog.text) == bool(told)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda weights: {"state_dict": weights}, "base holds no weights for lm_head.weight"),
+        (lambda weights: {**weights, "model.norm.weight": print}, "base cannot be loaded: "),
+    ],
+)
+def test_through_peft_too_a_base_that_is_not_whole_or_runs_code_is_one_line(content, told):
+    save_base("base")
+    save_adapter("adapter", load_base("base"), target_modules=["q_proj"])
+    weights = load_file("base/model.safetensors")
+    Path("base/model.safetensors").unlink()
+    torch.save(content(weights), "base/pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+    with pytest.raises(InputError, match=told):
+        merge()
+
+    assert not Path("merged").exists()
+
+
+def test_weights_may_have_any_name_that_an_index_gives():
+    save_base("base", saving={"safe_serialization": False})
+    save_adapter("adapter", load_base("base"), target_modules=["q_proj"])
+    reference = PeftModel.from_pretrained(load_base("base"), "adapter").merge_and_unload()
+    names = torch.load("base/pytorch_model.bin")
+    Path("base/pytorch_model.bin").rename("base/weights.pth")
+    Path("base/pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "weights.pth")})
+    )
+
+    assert_same_bits(merge(), reference.state_dict())
+
+
 def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_peft():
     """Gemma 3: `language_model.model.layers…` in its files, `model.language_model.layers…` in an adapter's."""
     torch.manual_seed(0)
@@ -309,6 +342,20 @@ def test_checkpoint_of_a_bare_model_gets_the_names_that_a_causal_model_has():
     assert "transformer.h.0.attn.c_attn.weight" in merged
     _, report = AutoModelForCausalLM.from_pretrained("merged", output_loading_info=True)
     assert not report["missing_keys"]
+
+
+def test_a_bare_tied_checkpoint_gets_a_head_of_its_own_where_the_embedding_is_trained():
+    """Neither `architectures` (LlamaModel) nor `task_type` (none) names a causal model; the adapter's names do."""
+    save_base("whole", dtype=torch.float32, tie_word_embeddings=True)
+    load_base("whole", torch.float32).model.save_pretrained("base")
+    save_adapter("adapter", load_base("base", torch.float32), target_modules=["embed_tokens"])
+    adapted = PeftModel.from_pretrained(load_base("base", torch.float32), "adapter").eval()
+
+    merge()
+
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+        assert torch.allclose(merged(IDS).logits, adapted(IDS).logits, atol=1e-5)
 
 
 def test_merged_folder_has_tokenizer_template_configuration_and_lineage():

@@ -113,7 +113,9 @@ BAD_INPUTS = {
     ),
     "half a JSON": (lambda: Path("base/config.json").write_text('{"a'), "base/config.json is not valid JSON"),
     "record of merges is damaged": (
-        lambda: write_json("base/merge_info.json", {"merges": ["?"]}),
+        lambda: write_json(
+            "base/merge_info.json", {"merges": [dict.fromkeys(("base_model", "adapter", "adapter_sha256"))]}
+        ),
         "base/merge_info.json is damaged: it lists what is merged in already",
     ),
     "no config": (lambda: os.remove("base/config.json"), "base/config.json cannot be read: No such file"),
@@ -133,9 +135,25 @@ BAD_INPUTS = {
         lambda: change_tensors(FIRST_SHARD, lm_head__weight=torch.zeros(32, 8).bfloat16()),
         f"{FIRST_SHARD} holds lm_head.weight as well, with other values than model-00002.safetensors",
     ),
+    "torch file that holds no tensors by name": (
+        lambda: [os.remove("base/model.safetensors.index.json"), torch.save([1], "base/pytorch_model.bin")],
+        "base/pytorch_model.bin holds a list where tensors by name are expected",
+    ),
+    "base of no type": (
+        lambda: change_json("base/config.json", model_type=None),
+        "--base_model_name: base/config.json has no model_type",
+    ),
+    "base of bytes": (
+        lambda: change_tensors("base/model-00002.safetensors", lm_head__weight=torch.ones(32, 8).to(torch.float8_e5m2)),
+        "base/model-00002.safetensors: lm_head.weight is F8_E5M2: give the unquantised model",
+    ),
     "quantised base": (
         lambda: change_json("base/config.json", quantization_config={"quant_method": "gptq"}),
         "base is quantised (gptq)",
+    ),
+    "configuration of another adapter": (
+        lambda: change_json("adapter/adapter_config.json", target_modules=["v_proj", "proj"]),
+        f"changes {Q_PROJ}, which target_modules of its adapter_config.json do not name",
     ),
     "adapter is truncated": (lambda: truncate(ADAPTER_WEIGHTS), f"{ADAPTER_WEIGHTS} is truncated"),
     "adapter of another architecture": (
@@ -260,6 +278,8 @@ def test_wrong_input_is_one_clear_line_and_writes_nothing(case, inputs):
         (["--output_name", "base"], "base is or holds --base_model_name base"),
         (["--output_name", "adapter"], "adapter is or holds --adapter_model_name adapter"),
         (["--output_name", ""], "--output_name: is empty"),
+        (["--output_name", "/"], "--output_name: / cannot be written"),
+        (["--output_name", "m" * 250], "cannot be written (File name too long); name another folder"),
         (["--output_name", ".", "--overwrite"], " is or holds --base_model_name"),
         (["--output_name", "photos", "--overwrite"], "photos holds no model, so it stays"),
         (["--output_name", "base/config.json/merged"], "base/config.json/merged (Not a directory)"),
@@ -377,6 +397,7 @@ def test_verify_finds_the_same_bytes_under_another_type(inputs):
     [
         ("base_model.model.", "base_model.model._orig_mod."),
         ("base_model.model.", "module.base_model.model."),
+        ("base_model.model.", "_orig_mod.module.base_model.model."),
         ("layers.0.", "layers.0._fsdp_wrapped_module."),
     ],
 )
@@ -390,9 +411,9 @@ def test_wrappers_of_a_training_loop_are_no_part_of_a_name(before, after, inputs
         assert Path("again", file).read_bytes() == Path("merged", file).read_bytes()
 
 
-@pytest.mark.parametrize("flags", [[], ["--dtype", "float32"]])
-def test_an_adapter_that_changes_nothing_or_half_of_its_modules_is_told(flags, inputs, caplog):
-    change_json("adapter/adapter_config.json", target_modules=["q_proj", "v_proj"])
+@pytest.mark.parametrize(("flags", "targets"), [([], ["q_proj", "v_proj"]), (["--dtype", "float32"], r".*\.[qv]_proj")])
+def test_an_adapter_that_changes_nothing_or_half_of_its_modules_is_told(flags, targets, inputs, caplog):
+    change_json("adapter/adapter_config.json", target_modules=targets)
     change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_B__weight": torch.zeros(8, 2)})
 
     merge_peft_adapter.main([*COMMAND, *flags])
@@ -463,6 +484,17 @@ def test_a_pattern_of_ranks_is_for_whole_names_alone(inputs):
 
     file = "model-00001.safetensors"
     assert Path("again", file).read_bytes() == Path("merged", file).read_bytes()
+
+
+def test_a_home_folder_is_the_users_and_an_empty_quantization_is_none(inputs, monkeypatch):
+    """`--output_name=~/merged` is no path that a shell expands; transformers stops at a quantization of {}."""
+    monkeypatch.setenv("HOME", str(inputs / "home"))
+    change_json("base/config.json", quantization_config={})
+
+    merge_peft_adapter.main([*COMMAND, "--output_name=~/merged"])
+
+    assert json.loads((inputs / "home/merged/config.json").read_text()) == CONFIG
+    assert not list(inputs.glob("~"))
 
 
 def test_a_link_is_written_through_and_stays(inputs):

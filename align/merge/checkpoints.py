@@ -154,6 +154,8 @@ def _read_torch_file(path: Path) -> list[StoredTensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error class of its own
         raise InputError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__} where tensors by name are expected: convert it first")
     tensors = []
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or not value.is_contiguous():

@@ -27,7 +27,8 @@ ADAPTER_PART = re.compile(
 )
 TOKENS = ".token_adapter.trainable_tokens_delta"
 # Prefixes that torch.compile, DDP, FSDP and checkpointing leave in the names of a saved adapter
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
+INNER_WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+WRAPPERS = re.compile(rf"^(?:module\.|{INNER_WRAPPERS})+|(?<=\.){INNER_WRAPPERS}")
 # Prefixes that a checkpoint of the bare model lacks (`base_model_prefix` in transformers), as gpt2 on the hub does
 BASE_PREFIXES = ("transformer", "model", "gpt_neox", "backbone")
 # All settings that PEFT 0.17 writes for LoRA; the code below reads those that matter for a merge
@@ -244,6 +245,9 @@ def plan_merge(base: Checkpoint, config: dict, adapter: Adapter, dtype: str | No
 
     `dtype` (safetensors' name) casts the base first, as loading it in that format would.
     """
+    for tensor in base.tensors.values():
+        if tensor.name.endswith("weight") and tensor.dtype not in FLOATS:
+            raise InputError(f"{tensor.path}: {tensor.name} is {tensor.dtype}: give the unquantised model")
     return _Planner(base, dict(config), adapter, dtype).plan()
 
 
@@ -251,13 +255,13 @@ class _Planner:
     def __init__(self, base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None):
         self.base, self.config, self.adapter, self.dtype = base, config, adapter, dtype
         stored = base.tensors
-        prefix = self._missing_prefix(stored)
-        self.tensors = {prefix + name: self._as_is(prefix + name, tensor) for name, tensor in stored.items()}
-        self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}
-        self.embedding: Any = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
         self.head = {"gpt_neox": "embed_out.weight", "rwkv": "head.weight"}.get(
             str(config.get("model_type")), "lm_head.weight"
         )
+        self.prefix = prefix = self._missing_prefix(stored)
+        self.tensors = {prefix + name: self._as_is(prefix + name, tensor) for name, tensor in stored.items()}
+        self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}
+        self.embedding: Any = min(filter(EMBEDDING.search, self.tensors), key=len, default=None)
         self.float_dtype = self.tensors[self.embedding].dtype if self.embedding else dtype or "F32"
 
     def plan(self) -> MergePlan:
@@ -294,7 +298,7 @@ class _Planner:
 
     def _missing_prefix(self, stored: dict[str, StoredTensor]) -> str:
         """`transformer.` where the checkpoint was saved from the bare GPT2Model, as gpt2 on the hub was."""
-        for module in self.adapter.parts:
+        for module in self.adapter.parts if self.head not in stored else ():
             prefix, _, rest = module.partition(".")
             if f"{module}.weight" not in stored and f"{rest}.weight" in stored and prefix in BASE_PREFIXES:
                 return f"{prefix}."
@@ -366,9 +370,9 @@ class _Planner:
         both = (self.embedding, self.head)
         values: list[Any] = [self.adapter.values.get(name) for name in both]
         updated = any(str(name).removesuffix(".weight") in self.adapter.parts for name in both)
-        causal = self.adapter.config.get("task_type") == "CAUSAL_LM" or re.search(
-            "ForCausalLM|LMHeadModel", str(self.config.get("architectures"))
-        )
+        task, architectures = self.adapter.config.get("task_type"), self.config.get("architectures")
+        causal = task == "CAUSAL_LM" or re.search("ForCausalLM|LMHeadModel", str(architectures))
+        causal = causal or (not task and (self.prefix or not architectures))  # a prefix: more than the bare model
         if not (self.embedding and causal and (updated or any(values))):
             return
         tied = self.config.get("tie_word_embeddings") is True or self.head not in self.tensors
@@ -386,6 +390,11 @@ class _Planner:
         needed = ["lora_embedding_A", "lora_embedding_B"] if embedding else ["lora_A.weight", "lora_B.weight"]
         needed += ["lora_magnitude_vector"] if self.adapter.config.get("use_dora") else []
         needed += ["lora_B.bias"] if self.adapter.config.get("lora_bias") else []
+        if self.adapter.config.get("target_modules") and not is_target(module, self.adapter.config):
+            raise InputError(
+                f"{self.adapter.file}: changes {module}, which target_modules of its adapter_config.json do not name: "
+                "these files are not of one adapter"
+            )
         if more := set(parts) - set(needed):
             raise InputError(
                 f"{self.adapter.file}: {parts[min(more)].name} is not what its adapter_config.json says (use_dora, "
@@ -412,10 +421,6 @@ class _Planner:
         transposed = embedding or conv1d
         if weight.shape != (shape[::-1] if transposed else shape):
             raise self._misfit(b if weight.shape[-1:] == a.shape[1:] else a, weight)
-        if weight.source.dtype not in FLOATS:
-            raise InputError(
-                f"{weight.source.path}: {weight.name} is {weight.source.dtype}: give the unquantised model"
-            )
         if magnitude is not None and math.prod(magnitude.shape) != shape[0]:
             raise self._misfit(magnitude, weight)
         update = LoraUpdate(b, scaling, a, magnitude, transposed, rounded=embedding and magnitude is None)
@@ -457,16 +462,27 @@ class _Planner:
         )
 
 
-def find_untouched(plan: MergePlan, config: dict) -> list[str]:
+def is_target(module: str, config: dict) -> bool:
+    """Whether `target_modules`, names or a pattern, name that module, as in PEFT."""
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return targets == "all-linear" or bool(re.fullmatch(targets, module))
+    return any(f".{module}".endswith(f".{name}") for name in targets)
+
+
+def find_untouched(plan: MergePlan, adapter: Adapter) -> list[str]:
     """Modules that `target_modules` names and no tensor of the adapter changes; a whole adapter leaves none."""
-    targets = config.get("target_modules")
+    config = adapter.config
     limited = any(config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if not isinstance(targets, list) or limited:
+    if config.get("target_modules") == "all-linear" or limited:
         return []
-    named = [
-        tensor for tensor in plan.tensors if any(f".{tensor.name}".endswith(f".{name}.weight") for name in targets)
+    untouched = [
+        tensor.name.removesuffix(".weight")
+        for tensor in plan.tensors
+        if tensor.name.endswith(".weight") and len(tensor.shape) == 2
+        if not tensor.update and tensor.source.path != adapter.file
     ]
-    return [tensor.name.removesuffix(".weight") for tensor in named if not tensor.update and len(tensor.shape) == 2]
+    return [module for module in untouched if is_target(module, config)]
 
 
 def find_missing(plan: MergePlan, adapter: Adapter) -> list[str]:
@@ -510,4 +526,4 @@ def _is_zero(tensor: StoredTensor) -> bool:
 
 
 def _safetensors_name(file: str) -> str:
-    return file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+    return f"{Path(file).stem.replace('pytorch_model', 'model')}.safetensors"

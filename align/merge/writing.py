@@ -211,7 +211,16 @@ def merge_through_peft(
     if config["peft_type"] not in list(PeftType):
         known = ", ".join(sorted(PeftType))
         raise InputError(f"{adapter}/adapter_config.json: peft_type is {config['peft_type']!r}, none of {known}")
-    weights = load_peft_weights(str(adapter), device="cpu")
+    try:
+        weights = load_peft_weights(str(adapter), device="cpu")
+    except Exception as error:  # torch.load has no error class of its own
+        raise InputError(f"{find_adapter_file(adapter)} cannot be read ({one_line(error)}): copy it again") from None
+    if "niter" in str(config.get("init_lora_weights")):  # PEFT finds the base's part anew, with random numbers
+        logger.warning(
+            "Warning: init_lora_weights of %s is %s, whose change of the base is not found twice alike: the merged "
+            "model is close to the trained one, and not equal.",
+            *(adapter, config["init_lora_weights"]),
+        )
     loading = {"torch_dtype": TORCH_DTYPES.get(dtype or "", "auto")}
     model_class = AutoModelForCausalLM
     if config.get("task_type") == "SEQ_CLS":
@@ -219,7 +228,13 @@ def merge_through_peft(
         heads = [value for name, value in weights.items() if name.endswith(("score.weight", "classifier.weight"))]
         if heads:
             base_config.num_labels = heads[0].shape[0]
-    model = model_class.from_pretrained(base, config=base_config, **loading)
+    try:
+        model, loaded = model_class.from_pretrained(base, config=base_config, output_loading_info=True, **loading)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{base} cannot be loaded: {one_line(error)}") from None
+    held = {name.removeprefix("base_model.model.").replace(".modules_to_save.", ".") for name in weights}
+    if lacking := sorted(set(loaded["missing_keys"]) - held):  # of a format whose names were not read before
+        raise InputError(f"{base} holds no weights for {lacking[0]}: copy or download it again")
     rows = [value.shape[0] for name, value in weights.items() if EMBEDDING.search(BASE_WRAPPER.sub("", name))]
     if rows and max(rows) != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(max(rows))

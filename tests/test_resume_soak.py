@@ -204,13 +204,16 @@ def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none_and_its_rows_are
 
 @pytest.mark.parametrize("way", ["sft zero2", "sft full zero3"])
 def test_gradients_whose_norm_is_not_finite_are_no_step_of_deepspeeds_either(bench, way):
-    run = bench.start(way, f"stretch {way}", "--max_steps", 4, before="stretch_gradients_of_rank_1_in_step_2")
+    flags = ["--max_steps", 4, "--logging_steps", 1]
+    run = bench.start(way, f"stretch {way}", *flags, before="stretch_gradients_of_rank_1_in_step_2")
 
     assert run.wait() == [0, 0], run.said()
     assert "step 2: the gradient is not finite; the step is not taken" in run.said()
     folder = bench.folder / f"stretch {way}"
     rows = [json.loads(line) for line in (folder / "bad_batch.jsonl").read_text().splitlines()]
     assert {row["rank"] for row in rows} == {0, 1}, "no loss tells whose rows it were"
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "grad_norm" in entry] == [1, 3, 4], "that of another step"
 
 
 def test_a_shard_that_is_damaged_sends_the_run_back_to_the_checkpoint_before(bench):

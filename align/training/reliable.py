@@ -603,7 +603,7 @@ class ReliableMixin(UploadingMixin):
             else:
                 tr_loss.copy_(self.unlogged)
             self.forget_step()
-            self.left_out, self.is_left_out = self.left_out + 1, False
+            self.left_out += 1
         tr_loss += self.carried_loss
         self.carried_loss, self.unlogged = 0.0, tr_loss
         self.logged = self._globalstep_last_logged, self._total_loss_scalar
@@ -614,6 +614,7 @@ class ReliableMixin(UploadingMixin):
             logger.warning(f"{name}: the evaluation after step {step} was not finished, and is not in the log")
             self._save_checkpoint(self.model)
             self.control.should_training_stop, self.control.should_evaluate = True, False
+        self.is_left_out = False
         if self.control.should_training_stop:  # optimum-habana 1.21.2 adds what is left on the first rank alone
             tr_loss.copy_(self._nested_gather(tr_loss).mean())  # (transformers/trainer.py:1184)
 
@@ -628,6 +629,8 @@ class ReliableMixin(UploadingMixin):
             logs["loss"] = (self._total_loss_scalar - total) / max(1, taken)
             if taken == 0:
                 del logs["loss"]
+            if self.is_left_out:  # DeepSpeed's norm would be that of the step before
+                logs.pop("grad_norm", None)
         if "train_loss" in logs:
             steps = self.state.global_step
             logs["train_loss"] *= steps / max(1, steps - self.nonfinite_steps)

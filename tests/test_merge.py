@@ -318,9 +318,17 @@ def test_adapter_that_changes_no_weights_cannot_be_merged():
 
 
 @pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}], ids=["streamed", "through PEFT"])
-def test_merged_model_gives_the_logits_of_base_and_adapter_where_the_head_was_tied(settings):
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"target_modules": ["c_attn", "lm_head"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+    ],
+)
+def test_merged_model_gives_the_logits_of_base_and_adapter_where_the_head_was_tied(trained, settings):
     save_base("base", "gpt2", torch.float32)
-    save_adapter("adapter", load_base("base", torch.float32), target_modules=["c_attn", "lm_head"], **settings)
+    save_adapter("adapter", load_base("base", torch.float32), **trained, **settings)
     adapted = PeftModel.from_pretrained(load_base("base", torch.float32), "adapter").eval()
 
     merge()

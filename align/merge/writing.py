@@ -292,7 +292,7 @@ def tell_zeros(adapter: Path, zeros: Sequence[str], updates: int, is_base: bool)
 
 
 def merge_as_trained(adapted: "PeftModel") -> "PreTrainedModel":
-    """PEFT's merge; where head and embedding are one tensor and one of them has an adapter, only that one changes."""
+    """PEFT's merge; where head and embedding are one tensor and one of them was trained, only that one changes."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -302,5 +302,8 @@ def merge_as_trained(adapted: "PeftModel") -> "PreTrainedModel":
     adapts = any(isinstance(end, BaseTunerLayer) for end in ends)
     if adapts and head is not None and head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-    return adapted.merge_and_unload()
+    merged = adapted.merge_and_unload()
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if head is not None and not torch.equal(head.weight, embedding.weight):
+        merged.config.tie_word_embeddings = False
+    return merged

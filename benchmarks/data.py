@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from _figures import add_json_flag, keep
+from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -119,7 +120,7 @@ def measure_preparation(
 ) -> dict[str, float]:
     """Samples per second of our preparation and of `datasets.map` with the same tokenizer alone."""
     speeds = {"ours": [], "tokenizer alone": []}
-    for turn in range(rounds):
+    for turn in trange(rounds, desc="preparing", unit=" rounds", leave=False):
         for name, work, made_from in (("ours", prepare, rows), ("tokenizer alone", tokenize_alone, texts)):
             start = time.perf_counter()
             work(made_from, tokenizer, f"round{turn}")
@@ -275,7 +276,7 @@ def compare(make: Callable[..., Metered], rounds: int, peer: Peer | None) -> dic
     trainers = {name: make(name, steps=STEPS) for name in OURS | UPSTREAM}
     results = {name: trainer.count_batches() for name, trainer in trainers.items()}
     speeds = {name: [] for name in trainers}
-    for _ in range(rounds):
+    for _ in trange(rounds, desc="training", unit=" rounds", leave=False):
         for name, trainer in trainers.items():
             speeds[name].append(trainer.measure_speed())
         if peer:

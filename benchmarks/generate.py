@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from _figures import add_json_flag, keep
+from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -165,7 +166,7 @@ def compare_first_words(folder: str, rounds: int) -> dict[str, float]:
         OURS: ([sys.executable, str(ROOT / "run_generation.py"), *flags, "--use_hpu_graphs"], prompt, {}),
     }
     times = {way: [] for way in ways}
-    for _ in range(rounds):
+    for _ in trange(rounds, desc="first word", unit=" rounds", leave=False):
         for way, arguments in ways.items():
             times[way].append(time_first_word(*arguments))
     return {way: statistics.median(seconds) for way, seconds in times.items()}
@@ -202,7 +203,7 @@ def compare_speeds(folder: str, prompts: list[str], rounds: int) -> dict[str, di
     with count_graphs() as graphs:
         generate(prompts)
     upstream, ours = [], []
-    for _ in range(rounds):
+    for _ in trange(rounds, desc=f"{len(prompts)} prompts", unit=" rounds", leave=False):
         upstream.append(measure_speed(generate, prompts))
         ours.append(measure_ours(folder, prompts))
     return {

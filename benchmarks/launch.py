@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from _figures import add_json_flag, keep
+from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,7 +82,7 @@ def main() -> None:
             "upstream": lambda flag: ["-c", UPSTREAM, str(args.ranks), flag],
         }
         results = {(engine, launcher): [] for engine in ENGINES for launcher in launchers}
-        for _ in range(args.rounds):
+        for _ in trange(args.rounds, desc="launches", unit=" rounds", leave=False):
             for engine, launcher in results:
                 command = [sys.executable, *launchers[launcher](ENGINES[engine]), *script]
                 results[engine, launcher].append(measure(command, args.ranks, folder))

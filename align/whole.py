@@ -49,9 +49,9 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a small file, which appears whole or not at all."""
+    """Writes a small file, which appears whole or not at all. Names that are not UTF-8 are written with backslashes."""
     with replace_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 # ---------------------------------------------------------------- folders
@@ -100,7 +100,12 @@ def _make_and_lock(partial: Path, output: Path, flag: str) -> int:
 
 def _clear(folder: Path) -> None:
     for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        remove(entry)
+
+
+def remove(path: Path) -> None:
+    """Of a link to a folder elsewhere, the link alone."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 class HeldSignals:
@@ -158,7 +163,8 @@ def put_in_place(folder: Path, final: Path) -> None:
         replaced = final.rename(previous)
         folder.rename(final)
     flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        remove(replaced)
 
 
 def restore_folder(output: Path) -> None:

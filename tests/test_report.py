@@ -109,11 +109,11 @@ FACTS = {
     "sharing": "ZeRO-3",
     "results": {"evaluation loss": "0.5"},
     "peak_gb": 1.5,
-    "data": {"train": {"left out": "3 bad | row"}},
+    "data": {"train": {"left out": "3 bad | row", "<s> within the text": "2"}},
     "gate": "3 tensors",
     "left_out": 1,
     "resumed": None,
-    "command": "dpo.py",
+    "command": "dpo.py --columns 'a=```\nb'",
     "flags": {"loss_type": "sigmoid"},
     "versions": {"torch": "2"},
     "prompts": ["<b>?\n---\n# no"],
@@ -130,7 +130,10 @@ def test_a_card_names_what_is_on_the_hub_and_a_page_shows_text_as_text():
     assert "script" not in Outline(page).tags
     assert "</pre><script>x</script>" in "".join(Outline(page).text)
     assert "8 cards under ZeRO-3" in page
-    assert "1 steps were not finite" in make_card(FACTS)
+    card = make_card(FACTS)
+    assert "1 steps were not finite" in card
+    assert "| &lt;s&gt; within the text | 2 |" in card
+    assert "    dpo.py --columns 'a=```\n    b'\n" in card, "indented, so that no text ends the block"
 
 
 def test_prompts_without_room_for_an_answer_are_not_asked(caplog):

@@ -892,6 +892,23 @@ def test_a_checkpoint_of_the_release_before_is_resumed(train, stopped):
     assert_same_run("out", stopped / "sft.py")
 
 
+def test_a_checkpoint_that_is_a_link_to_elsewhere_is_gone_on_from_and_replaced_without_a_look_behind_it(train, stopped):
+    shutil.copytree(stopped / "sft.py", "out")
+    for step in (2, 4):
+        shutil.move(f"out/checkpoint-{step}", f"far-{step}")
+        Path(f"out/checkpoint-{step}").symlink_to(Path(f"far-{step}").absolute())
+
+    train("sft.py", "--max_steps", 4, "--resume_from_checkpoint", "out/checkpoint-2")
+    assert_same_run("out", stopped / "sft.py")
+    assert not list(Path("out").glob("unfinished-*"))
+    with pytest.raises(InputError, match="out holds checkpoints; name one, such as out/checkpoint-4"):
+        train("sft.py", "--resume_from_checkpoint", "out")
+    train("sft.py", "--overwrite_output_dir", "--save_steps", 6)
+
+    assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [find_damage(Path(f"far-{step}")) for step in (2, 4)] == [None, None]
+
+
 def test_a_limit_keeps_what_was_just_saved_and_not_the_torn_one_before_which_the_run_goes_on(train, at_step):
     train("sft.py", "--max_steps", 4)
     shutil.copytree("out/checkpoint-2", "out/checkpoint-2-mine")

@@ -1,7 +1,6 @@
 """What may be written into --output_dir, and from which checkpoint a run goes on."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from align.training.deepspeed_file import check_deepspeed
 from align.training.optimizers import check_optimizer
 from align.training.unused import check_unused
 from align.upstream_fixes import gaudi_config
+from align.whole import remove
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ def find_checkpoint(args, run_args: RunArguments, *models: str | None) -> str | 
     if wanted:
         if not Path(wanted).is_dir():
             raise InputError(f"--resume_from_checkpoint: no checkpoint at {wanted}")
+        if held_there := checkpoints.list_checkpoints(Path(wanted)):
+            raise InputError(f"--resume_from_checkpoint: {wanted} holds checkpoints; name one, such as {held_there[0]}")
         if damage := checkpoints.shared_damage(Path(wanted), *ranks):
             raise InputError(f"--resume_from_checkpoint: {wanted} cannot be resumed: {damage}")
         manifest = checkpoints.read_manifest(Path(wanted))
@@ -233,4 +235,4 @@ def clear_output(args, run_args: RunArguments, checkpoint: str | None) -> None:
         if not args.overwrite_output_dir:
             names.remove(CHECKPOINTS)  # one of a name that no run gives may be somebody's copy
         for path in [path for name in names for path in Path(args.output_dir).glob(name)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)

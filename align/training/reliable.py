@@ -34,7 +34,7 @@ from align.training.results import show_steps
 from align.training.samples import Samples, find_prompts
 from align.training.uploading import UploadingMixin
 from align.upstream_fixes import check_deepspeed_steps, inspect_deepspeed_files, load_deepspeed_safely
-from align.whole import flush
+from align.whole import flush, remove
 
 logger = logging.getLogger(__name__)
 
@@ -404,8 +404,9 @@ class ReliableMixin(UploadingMixin):
             folder.mkdir(parents=True)
 
     def _clear(self, folder: Path) -> None:
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.args.should_save and folder.is_dir():
+            with contextlib.suppress(OSError):
+                remove(folder)
 
     def _write_optimizer(self, folder: Path, errors: list[str]) -> None:
         before = len(errors)

@@ -298,7 +298,7 @@ def make_card(facts: Mapping[str, Any]) -> str:
         "## Data\n",
         *(f"{split}:\n\n{_rows(rows)}" for split, rows in facts["data"].items()),
         "## How it was trained\n",
-        f"```\n{facts['command']}\n```\n",
+        _quote(facts["command"]),
         _rows(facts["versions"]),
     ]
     for number, prompt in enumerate(facts["prompts"], 1):
@@ -327,7 +327,8 @@ def _rows(rows: Mapping[str, Any]) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    """As text: a `<s>` in a note would strike out what follows."""
+    return escape(" ".join(str(value).split())).replace("|", "\\|")
 
 
 def _quote(text: str) -> str:

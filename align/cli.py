@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -31,11 +32,13 @@ OF_LAZY_MODE = ("use_lazy_mode", "use_hpu_graphs", "use_hpu_graphs_for_training"
 COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 OBJECTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 OBJECTS_OR_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "optimizer.params", "scheduler.params")  # of DeepSpeed's
 MEANT = {  # by words in errors that name neither a flag nor what it was given
     "DeepSpeed config": "deepspeed",
     "load the configuration of": "gaudi_config_name",
     "couldn't connect to": "gaudi_config_name",
     "not a local folder": "gaudi_config_name",
+    "GaudiConfig() argument after **": "gaudi_config_name",
     "Token is required": "push_to_hub_model_id",
     "TPUs are not supported": "tpu_num_cores",
 }
@@ -294,13 +297,28 @@ def check_objects(flags: argparse.Namespace) -> None:
             continue
         try:
             is_file = file and not text.startswith("{")
-            is_object = isinstance(json.loads(Path(text).read_text(encoding="utf-8") if is_file else text), dict)
+            read = Path(text).read_text(encoding="utf-8") if is_file else text
+            found = json.loads(read, parse_float=_read_number, parse_constant=_read_number)
         except OSError as error:
             raise InputError(f"--{name}: got {shorten(text)}; {error.strerror}") from None
+        except OverflowError as error:
+            raise InputError(f"--{name}: got {shorten(text)}; {error}") from None
         except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
+            found = None
+        for section in SECTIONS if name == "deepspeed" and isinstance(found, dict) else ():
+            inner = found
+            for key in section.split("."):
+                inner = inner.get(key, {})
+                if not isinstance(inner, dict):
+                    raise InputError(f"--{name}: got {shorten(text)}; {section} there is no object of JSON")
+        if not isinstance(found, dict):
             raise InputError(f"--{name}: got {shorten(text)}; give an object of JSON, as '{{\"name\": 1}}'{file}")
+
+
+def _read_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise OverflowError(f"{text} is no number that can be computed with")
+    return number
 
 
 def blame(error: Exception, arguments: Sequence[str], dataclasses: Sequence[type]) -> str | None:

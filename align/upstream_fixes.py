@@ -92,6 +92,12 @@ def gaudi_config(args) -> "GaudiConfig":
         except (OSError, ValueError) as error:
             reason = one_line(error)
             raise InputError(f"--gaudi_config_name: no gaudi_config.json at {name}: {reason}") from error
+        settings = {key for key in GaudiConfig.get_config_dict(name)[0] if not key.endswith("_version")}
+        if unknown := sorted(settings - vars(GaudiConfig()).keys()):
+            raise InputError(f"--gaudi_config_name: {name} sets {unknown[0]}, which has no effect; remove it there")
+        for key, value in vars(config).items():
+            if key.startswith("use_") and not isinstance(value, bool):
+                raise InputError(f"--gaudi_config_name: {name} sets {key} to {value!r}; write true or false there")
         if config.use_torch_autocast and not args.bf16:
             raise InputError(
                 f"--gaudi_config_name: {name} sets use_torch_autocast, which is --bf16 here; add that flag"

@@ -1,5 +1,6 @@
 """Optimizers, schedules, loggers: they do as they say, or stop first. Run: pytest tests/test_optimizers.py"""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -37,10 +38,20 @@ REFUSED = {
     "--lr_scheduler_type cosine_with_min_lr": "cosine_with_min_lr: --lr_scheduler_kwargs {}: .*min_lr",
     "--lr_scheduler_type warmup_stable_decay": "warmup_stable_decay: --lr_scheduler_kwargs {}: .*num_decay_steps",
     '--lr_scheduler_type cosine --lr_scheduler_kwargs {"wide":1}': "cosine: --lr_scheduler_kwargs {'wide': 1}: .*wide",
-    '--lr_scheduler_type cosine --lr_scheduler_kwargs {"num_cycles":NaN}': "'num_cycles': nan}: its numbers",
+    '--lr_scheduler_type cosine --lr_scheduler_kwargs {"num_cycles":NaN}': "got .*; NaN is no number",
     '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr":-1}': "'min_lr': -1}: its numb",
     '--lr_scheduler_type inverse_sqrt --lr_scheduler_kwargs {"timescale":9}': "{'timescale': 9}: it takes none",
     '--lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":-1}': "polynomial: .*{'power': -1}: ",
+    '--lr_scheduler_type cosine --lr_scheduler_kwargs {"last_epoch":3}': "cosine: .*last_epoch follows from",
+    '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr_rate":7}': "rates below 0 or above",
+    '--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {"num_decay_steps":9} --max_steps 8': "than the 8",
+    '--lr_scheduler_kwargs {"num_cycles":1e400}': "--lr_scheduler_kwargs: got .*; 1e400 is no number",
+    '--gradient_checkpointing_kwargs {"wide":1}': "--gradient_checkpointing_kwargs: wide 1 cannot be given here",
+    '--gradient_checkpointing_kwargs {"use_reentrant":"no"}': "--gradient_checkpointing_kwargs: use_reentrant 'no' can",
+    '--accelerator_config {"non_blocking":"maybe"}': "--accelerator_config: non_blocking is true or false",
+    "--gaudi_config_name array": "--gaudi_config_name: got array; .*must be a mapping",
+    "--gaudi_config_name word": "--gaudi_config_name: word sets use_fused_adam to 'false'; write true or false",
+    "--gaudi_config_name slip": "--gaudi_config_name: slip sets use_fusd_adam, which has no effect",
     "--lr_scheduler_type reduce_lr_on_plateau": "reduce_lr_on_plateau requires an eval strategy",
     "--gaudi_config_name nothing": "--gaudi_config_name: got nothing; ",
     "--optim adamw_torc": "--optim: got adamw_torc; choose from adamw_torch,",
@@ -89,6 +100,10 @@ REFUSED = {
 def test_what_cannot_run_is_one_line_before_anything_is_loaded(run, flags):
     write_gaudi_config("plain")
     write_gaudi_config("cast", use_torch_autocast=True)
+    write_gaudi_config("word", use_fused_adam="false")
+    write_gaudi_config("slip", use_fusd_adam=True)
+    write_gaudi_config("array")
+    Path("array/gaudi_config.json").write_text("[1]")
     write_gaudi_config("lists", autocast_bf16_ops=["mul"], autocast_fp32_ops=["add"])
     Path("list.json").write_text("[1]")
     fails(run, REFUSED[flags], *flags.split())
@@ -146,6 +161,30 @@ AGAINST_THE_FLAGS = {
 }
 
 
+AUTO = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+MALFORMED = {
+    "section": ({"zero_optimization": [2]}, "--deepspeed: got ds.json; zero_optimization there is no object"),
+    "inner section": ({"optimizer": {"params": []}}, "--deepspeed: got ds.json; optimizer.params there is no object"),
+    "nan": ({"gradient_clipping": float("nan")}, "--deepspeed: got ds.json; NaN is no number"),
+    "too large": ({"gradient_clipping": float("inf")}, "--deepspeed: got ds.json; Infinity is no number"),
+    "stage": ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is 2 there, which shares nothing"),
+    "word": ({"bf16": {"enabled": "yes"}}, "--bf16 is on, but bf16.enabled is yes there"),
+    "no word": ({"bf16": {}}, "--bf16 is on, but bf16.enabled is missing there"),
+    "key": ({"zero_optimization": {"stage": 2, "stag": 1}}, "DeepSpeed cannot read it: stag: Extra inputs are not"),
+    "device": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "x"}}}, "offload_optimizer.device: "),
+    "no rate": ({"optimizer": {"type": "AdamW"}}, "optimizer.params lacks lr, betas, eps, weight_decay, so no flag"),
+    "setting": (
+        {"optimizer": {"type": "AdamW", "params": {**AUTO, "x": 1}}},
+        "optimizer.params.x is nothing that AdamW",
+    ),
+    "schedule": ({"scheduler": {"type": "Slow"}}, "DeepSpeed has no scheduler Slow"),
+    "no peak": ({"scheduler": {"type": "WarmupLR"}}, "scheduler.params lacks warmup_max_lr, warmup_num_steps, so no"),
+    "its settings": ({"scheduler": {"type": "OneCycle", "params": {"x": 1}}}, "scheduler.params {'x': 1}: .*x"),
+    "log": ({"wandb": {"enabled": True}}, "wandb.enabled is true there; give --report_to"),
+    "curriculum": ({"curriculum_learning": {"enabled": True}}, "curriculum_learning.enabled is true there"),
+}
+
+
 @pytest.mark.parametrize("name", AGAINST_THE_FLAGS)
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
 def test_a_deepspeed_file_that_contradicts_the_flags_is_one_line_before_anything_is_loaded(run, script, name):
@@ -157,12 +196,29 @@ def test_a_deepspeed_file_that_contradicts_the_flags_is_one_line_before_anything
     assert str(error.value).startswith(f"--deepspeed ds.json: {message}")
 
 
-def test_what_a_deepspeed_file_decides_in_place_of_the_flags_is_told(run, capsys):
-    config = BATCHES | {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_deepspeed_could_not_read_or_would_take_its_own_value_for_is_one_line_before_anything_is_loaded(run, name):
+    config, message = MALFORMED[name]
+    Path("ds.json").write_text(json.dumps(BATCHES | {"bf16": {"enabled": True}} | config))
+    fails(run, message, "--deepspeed", "ds.json", "--bf16")
+
+
+def test_a_deepspeed_file_without_the_launcher_is_one_line(run, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mpi4py" else find(name))
+    Path("ds.json").write_text(json.dumps(BATCHES))
+    fails(run, "--deepspeed ds.json: start the script with gaudi_spawn.py --use_deepspeed", "--deepspeed", "ds.json")
+
+
+def test_what_a_deepspeed_file_decides_in_place_of_the_flags_is_told(run, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    config = BATCHES | {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": AUTO}}
+    config |= {"gradient_cliping": 1.0}
     Path("ds.json").write_text(json.dumps(config))
     fails(run, "nowhere is n", "--deepspeed", "ds.json")
     said = capsys.readouterr().err
     assert "--deepspeed ds.json: its optimizer AdamW takes the place of --optim adamw_torch" in said
+    assert "ds.json: gradient_cliping has no effect" in said
     assert "ds.json: bf16.enabled is true there, so the run computes in bfloat16 without --bf16" in said
 
     Path("ds.json").write_text(json.dumps(BATCHES | {"bf16": {"enabled": "auto"}}))

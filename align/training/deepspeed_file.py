@@ -1,14 +1,27 @@
 """Finds what a DeepSpeed file says against the flags, or in their place, before a model is loaded."""
 
+import importlib.util
 import logging
+import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
-from align.errors import InputError
+from align.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
 WITH_ZERO = {"adam", "adamw", "adagrad"}  # of those that a file can name (deepspeed/runtime/zero/utils.py)
 NOT_ON_GAUDI = {"lion", "lamb"}  # kernels that DeepSpeed has for other cards (deepspeed/ops/op_builder/hpu)
+OF_OPTIMIZER = ("lr", "betas", "eps", "weight_decay")  # set by flags where the file says "auto"
+SETTINGS = {*OF_OPTIMIZER, "bias_correction", "adam_w_mode", "torch_adam", "lr_decay", "initial_accumulator_value"}
+OF_SCHEDULE = {
+    "WarmupLR": ("warmup_max_lr", "warmup_num_steps"),
+    "WarmupDecayLR": ("warmup_max_lr", "warmup_num_steps"),
+}
+LOGS = ("tensorboard", "wandb", "csv_monitor", "comet")
+OTHERS = ("curriculum_learning", "progressive_layer_drop", "data_efficiency", "amp", "elasticity", "hybrid_engine")
+OF_BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 CALCULATED = "cards x --per_device_train_batch_size x --gradient_accumulation_steps"
 
 
@@ -27,7 +40,7 @@ def check_deepspeed(args) -> None:
     for mismatch in parsed.mismatches:
         raise InputError(f"{file}: {describe(mismatch)}")
     stage = parsed.get_value("zero_optimization.stage", 0)
-    if stage not in (1, 2, 3):
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise InputError(
             f"{file}: zero_optimization.stage is {stage} there, which shares nothing among cards; give 1, 2 or 3, or "
             "leave --deepspeed out"
@@ -37,8 +50,10 @@ def check_deepspeed(args) -> None:
             f"{file}: data_types.grad_accum_dtype goes with zero_optimization.stage 2 or 3 here; give one of them, or "
             "leave it out"
         )
-    if args.bf16 and parsed.is_false("bf16.enabled"):
-        raise InputError(f'{file}: --bf16 is on, but bf16.enabled is false there; set it to "auto" there')
+    computes = parsed.get_value("bf16.enabled", "missing")
+    if args.bf16 and "bf16" in parsed.config and computes is not True:
+        says = str(computes).lower() if isinstance(computes, bool) else computes
+        raise InputError(f'{file}: --bf16 is on, but bf16.enabled is {says} there; set it to "auto" there')
     if parsed.is_true("fp16.enabled"):
         raise InputError(f"{file}: fp16.enabled is true there, but Gaudi computes in bfloat16; use bf16 there")
     if parsed.get_value("bf16.enabled") is True and not args.bf16:  # to `is_true` "auto" is true as well
@@ -53,6 +68,91 @@ def check_deepspeed(args) -> None:
         raise InputError(f"{file}: DeepSpeed has no {optimizer} for Gaudi; {known}")
     if optimizer and optimizer.lower() not in WITH_ZERO and parsed.get_value("zero_optimization.stage") and not allowed:
         raise InputError(f"{file}: ZeRO refuses the optimizer {optimizer}; {known}")
+    for name in LOGS + OTHERS:
+        if parsed.is_true(f"{name}.enabled"):
+            instead = "give --report_to" if name in LOGS else "nothing here trains with it"
+            raise InputError(f"{file}: {name}.enabled is true there; {instead}, and remove it there")
+    _check_optimizer_and_schedule(file, parsed.config)
+    _check_keys(file, parsed.config)
+    if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+        raise InputError(f"{file}: start the script with gaudi_spawn.py --use_deepspeed, on one card too")
+
+
+def _check_optimizer_and_schedule(file: str, config: Mapping[str, Any]) -> None:
+    """What the file leaves out would be DeepSpeed's own choice, whatever the flags say."""
+    optimizer, schedule = config.get("optimizer", {}), config.get("scheduler", {})
+    kind = schedule.get("type")
+    wanted: dict[str, tuple[str, ...]] = {"optimizer": (), "scheduler": OF_SCHEDULE.get(kind, ())}
+    if optimizer:
+        has_betas = str(optimizer.get("type")).lower() != "adagrad"
+        wanted["optimizer"] = tuple(name for name in OF_OPTIMIZER if name != "betas" or has_betas)
+    for section, names in wanted.items():
+        given = config.get(section, {}).get("params", {})
+        if missing := [name for name in names if name not in given]:
+            raise InputError(
+                f'{file}: {section}.params lacks {", ".join(missing)}, so no flag would set it; add "auto" for it there'
+            )
+    if unknown := [name for name in optimizer.get("params", {}) if name not in SETTINGS]:
+        raise InputError(f"{file}: optimizer.params.{unknown[0]} is nothing that {optimizer.get('type')} takes")
+    if kind is not None:
+        _try_schedule(file, kind, schedule.get("params", {}))
+
+
+def _try_schedule(file: str, kind: str, params: Mapping[str, Any]) -> None:
+    import torch
+    from deepspeed.runtime import lr_schedules
+
+    made = getattr(lr_schedules, str(kind), None) or getattr(torch.optim.lr_scheduler, str(kind), None)
+    if made is None:
+        raise InputError(f"{file}: DeepSpeed has no scheduler {kind}; name another there, or none")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    counts = {"warmup_num_steps": 1, "total_num_steps": 2}  # known later
+    values = {name: counts.get(name, value) if value == "auto" else value for name, value in params.items()}
+    try:
+        made(optimizer, **values)
+    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
+        raise InputError(f"{file}: scheduler.params {dict(params)}: {one_line(error)}") from error
+
+
+class _Read(dict):
+    """Keeps which keys DeepSpeed has asked for, in the set `asked`."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        return self  # `"amp" in config.keys()` asks as well
+
+
+def _check_keys(file: str, config: Mapping[str, Any]) -> None:
+    """Lets DeepSpeed read the file before a model is loaded, and tells of what it does not look at."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    known = {name: value for name, value in _without_auto(config).items() if name not in OF_BATCHES}
+    read = _Read({**known, "train_micro_batch_size_per_gpu": 1})
+    try:
+        DeepSpeedConfig(read)
+    except Exception as error:  # one of pydantic's, of its own, or Python's where a type is another
+        found = error.errors()[0] if hasattr(error, "errors") else None
+        reason = f"{'.'.join(map(str, found['loc']))}: {found['msg']}" if found else one_line(error)
+        raise InputError(f"{file}: DeepSpeed cannot read it: {reason}") from error
+    if unknown := sorted(known.keys() - read.asked):
+        logger.warning(f"{file}: {', '.join(unknown)} has no effect: DeepSpeed knows no such setting")
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The file without what transformers fills in once the model is there."""
+    kept = {name: value for name, value in config.items() if value != "auto"}
+    return {name: _without_auto(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def describe(mismatch: str) -> str:

@@ -57,11 +57,15 @@ def _check_schedule(args) -> None:
             raise ValueError("it takes none")
         if any(isinstance(value, int | float) and not 0 <= value < math.inf for value in kwargs.values()):
             raise ValueError("its numbers are 0 or more")
+        if "last_epoch" in kwargs:
+            raise ValueError("last_epoch follows from the checkpoint alone")
         warmup = args.get_warmup_steps(steps)
+        if args.max_steps > 0 and warmup + float(kwargs.get("num_decay_steps", -warmup)) > steps:
+            raise ValueError(f"warm-up and num_decay_steps are more than the {steps} steps of the run")
         made = get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=dict(kwargs))
         factors = [factor(step) for factor in getattr(made, "lr_lambdas", ()) for step in looked_at]
-        if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or (factors and not any(factors)):
-            raise ValueError("it gives learning rates below 0, none above 0, or some that are no numbers")
+        if not all(0 <= factor < 1.001 for factor in factors) or (factors and not any(factors)):
+            raise ValueError("it gives learning rates below 0 or above --learning_rate, or none above 0")
     except (ValueError, TypeError, ArithmeticError) as error:
         raise InputError(f"--lr_scheduler_type {name}: --lr_scheduler_kwargs {kwargs}: {error}") from error
 

@@ -203,6 +203,12 @@ def check_unused(args) -> None:
     for name, instead in OF_ACCELERATOR.items():
         if getattr(args.accelerator_config, name) != getattr(AcceleratorConfig, name):
             raise InputError(f"--accelerator_config: {name} cannot be changed here: {instead}")
+    for name, value in (args.gradient_checkpointing_kwargs or {}).items():
+        if name != "use_reentrant" or not isinstance(value, bool):
+            known = '{"use_reentrant": false}'
+            raise InputError(f"--gradient_checkpointing_kwargs: {name} {value!r} cannot be given here; give {known}")
+    if not isinstance(args.accelerator_config.non_blocking, bool):
+        raise InputError("--accelerator_config: non_blocking is true or false")
 
 
 def get_default(each) -> object:

@@ -120,8 +120,8 @@ def test_a_flag_without_effect_stops_sft_before_anything_is_loaded(run, flags):
 IN_VAIN = {  # flags that change nothing beside the others
     "sft.py": "--use_peft False --lora_r 4 --max_steps 3 --num_train_epochs 2 --warmup_steps 1 --warmup_ratio 0.1 "
     "--eval_steps 5 --pad_max True --num_buckets 3 --optim sgd --adam_beta1 0.8 "
-    "--save_strategy no --save_steps 7 --run_name mine --max_eval_samples 4 --ddp_bucket_cap_mb 10 --ddp_timeout 60 "
-    "--distribution_strategy fast_ddp",
+    "--save_strategy no --save_steps 7 --save_total_limit 2 --run_name mine --max_eval_samples 4 "
+    "--ddp_bucket_cap_mb 10 --ddp_timeout 60 --distribution_strategy fast_ddp",
     "dpo.py": "--warmup_ratio 0.1 --f_alpha_divergence_coef 0.5 --ref_model_sync_steps 4 --ref_log_probs_dir stored "
     "--average_tokens_across_devices False",
 }

@@ -343,7 +343,7 @@ DAMAGES = {
     "an index without files": (lambda folder: write_index(folder, ["x"]), 'has no "weight_map" of files'),
     "an index that says nothing about itself": (forget_metadata, 'index.json has no object "metadata"; add it'),
     "weights for TensorFlow": (name_another_library, r"is of another library than torch \(format: tf\)"),
-    "a pickle that runs code": (write_pickle, "cannot be read"),
+    "a pickle that runs code": (write_pickle, "holds more than tensors, which may be code"),
 }
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,8 @@ def _read_torch_file(path: Path) -> list[StoredTensor]:
     try:
         with FakeTensorMode():
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own text says how to run what is planted there
+        raise InputError(f"{path} holds more than tensors, which may be code to run: not read") from None
     except Exception as error:  # torch.load has no error class of its own
         raise InputError(f"{path} cannot be read ({one_line(error)}): copy it again") from None
     if not isinstance(state, dict):

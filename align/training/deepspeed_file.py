@@ -50,12 +50,12 @@ def check_deepspeed(args) -> None:
             f"{file}: data_types.grad_accum_dtype goes with zero_optimization.stage 2 or 3 here; give one of them, or "
             "leave it out"
         )
-    computes = parsed.get_value("bf16.enabled", "missing")
-    if args.bf16 and "bf16" in parsed.config and computes is not True:
-        says = str(computes).lower() if isinstance(computes, bool) else computes
-        raise InputError(f'{file}: --bf16 is on, but bf16.enabled is {says} there; set it to "auto" there')
     if parsed.is_true("fp16.enabled"):
         raise InputError(f"{file}: fp16.enabled is true there, but Gaudi computes in bfloat16; use bf16 there")
+    computes = parsed.get_value("bf16.enabled", "missing")
+    if args.bf16 and "bf16" in parsed.config and computes not in (True, "auto"):
+        says = str(computes).lower() if isinstance(computes, bool) else computes
+        raise InputError(f'{file}: --bf16 is on, but bf16.enabled is {says} there; set it to "auto" there')
     if parsed.get_value("bf16.enabled") is True and not args.bf16:  # to `is_true` "auto" is true as well
         logger.warning(f"{file}: bf16.enabled is true there, so the run computes in bfloat16 without --bf16")
     for name, flag in (("optimizer", f"--optim {args.optim.value}"), ("scheduler", "--lr_scheduler_type")):

@@ -149,6 +149,10 @@ BESIDE_OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda flags: flags.logging_strategy.value == "steps" or _evaluates_as_logged(flags),
         "it is for --logging_strategy steps",
     ),
+    "save_total_limit": (
+        lambda flags: flags.save_strategy.value != "no" or flags.save_seconds,
+        "it is for --save_strategy steps or epoch, and --save_seconds",
+    ),
     "save_steps": (lambda flags: flags.save_strategy.value == "steps", "it is for --save_strategy steps"),
     "logging_dir": (lambda flags: flags.report_to, "it is for --report_to"),
     "run_name": (lambda flags: flags.report_to, "it is for --report_to"),

@@ -92,8 +92,8 @@ class ReliableMixin(UploadingMixin):
         self.resumed = checkpoints.read_manifest(folder) if folder else None
         if self.resumed and self.resumed["order"] != self.hashes_order:
             raise InputError(
-                f"{folder} was made with rows in another order (other data, --num_buckets, batch size, number of ranks, "
-                "or of pairs that are streamed another --max_steps); give what it was made with, or another --output_dir"
+                f"{folder} was made with rows in another order (other data, --num_buckets, batch size or number of "
+                "ranks; of pairs that are streamed --max_steps); give what it was made with, or another --output_dir"
             )
         if self.is_deepspeed_enabled:
             load_deepspeed_safely()

@@ -26,6 +26,7 @@ from align.merge.checkpoints import (
     TORCH_NAMES,
     NotStreamableError,
     find_folder,
+    identify_folder,
     open_checkpoint,
     read_json,
 )
@@ -69,6 +70,7 @@ MODEL_FILES = (
     *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 RECORD = "merge_info.json"
+MANIFEST = "manifest.json"  # that sft.py and dpo.py leave beside an adapter
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -99,6 +101,20 @@ def find_base(named: str | None, adapter: str, recorded: str | None) -> tuple[st
     if named and recorded and named != recorded and Path(named).resolve() != Path(recorded).resolve():
         logger.warning("Warning: the adapter was trained on %s, not on --base_model_name %s.", recorded, named)
     return name, folder
+
+
+def check_base(adapter: Path, name: str, base: Path, is_named: bool) -> None:
+    """Finds that a local base's files are others than those the adapter was trained on, if its run has noted them."""
+    facts = read_json(adapter / MANIFEST).get("facts") if (adapter / MANIFEST).is_file() else None
+    trained_on = facts.get("--model_name_or_path") if isinstance(facts, dict) else None
+    is_hash = isinstance(trained_on, str) and re.fullmatch("[0-9a-f]{32}", trained_on)  # of the hub: name and commit
+    if not (is_hash and Path(name).is_dir() and (base / "config.json").is_file()):
+        return
+    if identify_folder(base) != trained_on:
+        what = f"{base} is not what {adapter} was trained on: its weights or its config.json are others"
+        if not is_named:
+            raise InputError(f"--base_model_name: not given; {what}. Give --base_model_name to merge into it anyway")
+        logger.warning("Warning: %s.", what)
 
 
 def check_output(output: Path, overwrite: bool, inputs: dict[str, Path]) -> None:
@@ -243,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter = find_folder(args.adapter_model_name, "--adapter_model_name", "adapter_*", *TOKENIZER_FILES)
     adapter_config = check_adapter(adapter, "--adapter_model_name")
     base_name, base = find_base(args.base_model_name, str(adapter), adapter_config.get("base_model_name_or_path"))
+    check_base(adapter, base_name, base, is_named=args.base_model_name is not None)
     output = Path(os.path.realpath(os.path.expanduser(args.output_name)))
     try:
         if output.is_symlink():  # what is left of a link once all are followed

@@ -375,3 +375,31 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(run, tmp_path, questions):
     small = save_model(tmp_path / "small", vocab_size=300)
     with pytest.raises(InputError, match="its ids go up to .*, the model's embedding has 300 rows"):
         run("sft.py", "--model_name_or_path", small, "--dataset_name", questions, "--do_train", "--output_dir", "out")
+
+
+def test_an_adapter_is_merged_without_a_word_into_the_base_that_it_was_trained_on_alone(run, questions, caplog):
+    """A base of that name may have been written anew since, as `sft/merged` is by the next merge."""
+    save_model(Path("base"))
+    run(
+        "sft.py",
+        "--model_name_or_path",
+        "base",
+        "--dataset_name",
+        questions,
+        "--output_dir",
+        "out",
+        "--do_train",
+        *FLAGS,
+    )
+    merge = ["merge_peft_adapter.py", "--adapter_model_name", "out", "--output_name", "merged", "--overwrite"]
+    run(*merge)
+    assert "trained on" not in caplog.text
+    save_model(Path("base"), seed=1)
+
+    with pytest.raises(
+        InputError, match="--base_model_name: not given; base is not what out was trained on: its weights"
+    ):
+        run(*merge)
+    run(*merge, "--base_model_name", "base")
+
+    assert "Warning: base is not what out was trained on" in caplog.text

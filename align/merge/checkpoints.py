@@ -5,8 +5,11 @@ import json
 import math
 import pickle
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from align.errors import InputError, one_line
 
@@ -19,6 +22,7 @@ DTYPES = {  # safetensors' name: torch's, and the bytes of one element
 TORCH_NAMES = {name: torch_name for name, (torch_name, _) in DTYPES.items()}
 ITEM_SIZES = {name: size for name, (_, size) in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
+PIECE = 1 << 16  # bytes of a piece of a large file
 
 
 class NotStreamableError(Exception):
@@ -210,3 +214,30 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return checkpoint
     hint = "an adapter, merge that one first" if (folder / "adapter_config.json").exists() else "a model"
     raise InputError(f"{folder} has no model.safetensors or pytorch_model.bin, whole or with an index: is it {hint}?")
+
+
+def identify_files(paths: Collection[Path], pieces: int | None = None) -> str:
+    """A hash of names, sizes and content; of files beyond 64 MiB it reads 1024 pieces.
+
+    Another model's weights differ nearly everywhere, and those of a merge in every layer. With `pieces`, it reads
+    about so many of all files together.
+    """
+    digest = xxhash.xxh3_128()
+    every = math.ceil(len(paths) / pieces) if pieces and paths else 1  # which files are read at all
+    each = max(1, pieces // len(paths)) if pieces and paths else 1024
+    for number, path in enumerate(sorted(paths)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        if number % every:
+            continue
+        with open(path, "rb") as file:
+            for start in range(0, size, max(PIECE, size // each)):
+                file.seek(start)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()
+
+
+def identify_folder(folder: Path) -> str:
+    """A hash of a model's weights and configuration, as the manifest of a run on it has it."""
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    return identify_files([*weights, folder / "config.json"])

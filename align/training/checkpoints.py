@@ -7,9 +7,8 @@ every file with its size and hash, everything is flushed to the disk, and one re
 import contextlib
 import json
 import logging
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -28,6 +27,7 @@ from align.data.loading import find_source
 from align.data.packing import drop_pages
 from align.data.tokenization import SampleTokenizer
 from align.errors import InputError
+from align.merge.checkpoints import identify_files, identify_folder
 from align.training.ranks import all_ranks, first_of_all_ranks, on_rank_0
 from align.upstream_fixes import gaudi_config
 from align.whole import flush, put_in_place, write_file
@@ -61,7 +61,6 @@ LATER = {"settings": dict, "software": dict}  # the release before had none
 SUMS = ("total_loss", "unlogged_loss", "last_logged_step", "nonfinite_steps")
 UNFINISHED = "unfinished-"
 CHUNK = 1 << 22  # bytes read at once
-PIECE = 1 << 16  # bytes of a piece of a large file
 PACKAGES = ("optimum-habana", "transformers", "accelerate", "peft", "trl", "torch", "habana-torch-plugin")
 SECRETS = ("token", "hub_token", "push_to_hub_token")
 
@@ -507,31 +506,9 @@ def _identify_source(name: str, path: Path) -> str:
     return identify_files([path], pieces=64) if path.is_file() else name
 
 
-def identify_files(paths: Collection[Path], pieces: int | None = None) -> str:
-    """A hash of names, sizes and content; of files beyond 64 MiB it reads 1024 pieces.
-
-    Another model's weights differ nearly everywhere, and those of a merge in every layer. With `pieces`, it reads
-    about so many of all files together.
-    """
-    digest = xxhash.xxh3_128()
-    every = math.ceil(len(paths) / pieces) if pieces and paths else 1  # which files are read at all
-    each = max(1, pieces // len(paths)) if pieces and paths else 1024
-    for number, path in enumerate(sorted(paths)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        if number % every:
-            continue
-        with open(path, "rb") as file:
-            for start in range(0, size, max(PIECE, size // each)):
-                file.seek(start)
-                digest.update(file.read(PIECE))
-    return digest.hexdigest()
-
-
 def identify_model(name: str, commit: str | None) -> str:
     """Identifies a model: by a hash of its files in a local folder, by its commit on the hub. All ranks call it."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name} {commit}"
-    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    return on_rank_0(lambda: identify_files([*weights, folder / "config.json"]))
+    return on_rank_0(lambda: identify_folder(folder))

@@ -160,6 +160,8 @@ class Parser(ParserMixin, argparse.ArgumentParser):
         self.add_opposites()
         words = list(sys.argv[1:] if argv is None else argv)
         takes_script = any(not action.option_strings for action in self._actions)
+        if not takes_script:  # whose arguments are its own
+            check_text(words)
         values, unknown = self.parse_known_args(self._close_switches(words) if takes_script else words)
         self.refuse_unknown(unknown)
         return values
@@ -272,6 +274,7 @@ def parse_arguments(
     Flags of upstream's example of the same name as `script` are understood too.
     """
     parser = make_parser(dataclasses, description, defaults or {}, groups)
+    check_text(sys.argv[1:] if argv is None else argv)
     arguments = translate(script or os.path.basename(sys.argv[0]), list(sys.argv[1:] if argv is None else argv))
     flags, _ = parser.parse_known_args(arguments)  # shows --help, which is no chatter
     check_mode(flags)
@@ -287,6 +290,15 @@ def parse_arguments(
             raise InputError(blamed or reason) from error
     parser.refuse_unknown(unknown)
     return tuple(parsed)
+
+
+def check_text(words: Sequence[str]) -> None:
+    """Bytes that are no text would fail later: tokenizers, data sets and the pages of a run do not take them."""
+    for name, values, _ in split_flags(list(words)):
+        for value in (name, *values):
+            if any("\udc80" <= character <= "\udcff" for character in value):
+                shown = shorten(value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+                raise InputError(f"--{name}: got {shown}, which is not UTF-8; give it as text, or another name")
 
 
 def check_objects(flags: argparse.Namespace) -> None:

@@ -87,6 +87,15 @@ def test_a_name_or_token_without_a_letter_is_one_line_that_names_the_flag(script
                 start(script, *words)
 
 
+@pytest.mark.parametrize("script", SCRIPTS[:-1])
+def test_a_name_that_is_not_utf_8_is_one_line_that_names_the_flag(script, start):
+    """Else a tokenizer ends in a traceback when the first checkpoint is saved."""
+    flag = "--output_name" if script == "merge_peft_adapter.py" else "--output_dir"
+    message = f"^{flag}: got caf\ufffd, which is not UTF-8; give it as text, or another name$"
+    with pytest.raises(InputError, match=message):
+        start(script, f"{flag}=caf\udce9")
+
+
 def test_dashes_do_as_well_as_underscores(start):
     for script, words, message in (
         ("sft.py", ["--do-train", "--learning-rate", "-1"], "learning_rate: got -1"),

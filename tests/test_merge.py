@@ -4,6 +4,7 @@ Merged models equal PEFT's own merge to the last bit, and are complete for whoev
 """
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,35 @@ def test_through_peft_too_a_base_that_is_not_whole_or_runs_code_is_one_line(cont
         merge()
 
     assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"is_new": True}, "is_new is set, which PEFT 0.17 does not know"), ({"alpha": "8"}, "adapter: ")],
+)
+def test_through_peft_too_a_setting_that_is_unknown_or_no_number_is_one_line(changes, told):
+    save_base("base")
+    get_peft_model(load_base("base"), LoHaConfig(target_modules=["q_proj"])).save_pretrained("adapter")
+    path = Path("adapter/adapter_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    with pytest.raises(InputError, match=told):
+        merge()
+
+
+def test_through_peft_too_a_disk_that_fills_up_is_one_line():
+    save_base("base")
+    save_adapter("adapter", load_base("base"), target_modules=["q_proj"], init_lora_weights="olora")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+
+    try:
+        with pytest.raises(InputError, match="merged cannot be written .File too large.; nothing is left"):
+            merge()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert not list(Path().glob("*merged*"))
 
 
 def test_weights_may_have_any_name_that_an_index_gives():

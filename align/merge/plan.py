@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,8 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
     """Sorts the tensors of the adapter in `folder`; raises NotStreamableError for what is not LoRA on plain layers."""
     file = find_adapter_file(folder)
     tensors = read_tensors(file)
+    if not tensors:
+        raise InputError(f"{file}: holds no tensor: save the adapter again")
     if "peft_type" not in config:
         raise InputError(f"{folder}/adapter_config.json has no peft_type, so it is not one that PEFT wrote")
     if config.get("layer_replication"):
@@ -176,8 +178,6 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
     for reason, applies in reasons.items():
         if applies:
             raise NotStreamableError(reason)
-    if not tensors:
-        raise InputError(f"{file}: holds no tensor: save the adapter again")
     adapter = Adapter(folder, config, file)
     named: dict[str, StoredTensor] = {}
     for tensor in tensors:
@@ -202,21 +202,25 @@ def open_adapter(folder: Path, config: dict) -> Adapter:
 
 
 def check_keys(folder: Path, config: dict) -> None:
-    """Refuses settings of a newer PEFT that may change what the adapter means; settings that are off do not."""
-    active = [
-        name for name, value in config.items() if name not in KNOWN_KEYS and value not in (None, False, [], {}, "")
-    ]
-    if config.get("peft_type") == "LORA" and active:
-        raise InputError(
-            f"{folder}/adapter_config.json: {active[0]} is set, which PEFT 0.17 does not know, so the merged model "
-            "might not be the one that was trained; merge it with the PEFT that wrote it"
-        )
+    """Refuses settings of a LoRA adapter that are unknown, or have other values than they can have."""
+    if config.get("peft_type") == "LORA":
+        refuse_unknown(folder, config, KNOWN_KEYS)
     for name, (wanted, fits) in KINDS.items() if config.get("peft_type") == "LORA" else ():
         if name in config and not fits(config[name]):
             raise InputError(
                 f"{folder}/adapter_config.json: {name} is {json.dumps(config[name])[:60]}, not {wanted}; copy or "
                 "download it again"
             )
+
+
+def refuse_unknown(folder: Path, config: dict, known: Collection[str]) -> None:
+    """Refuses settings of a newer PEFT that may change what the adapter means; settings that are off do not."""
+    active = [name for name, value in config.items() if name not in known and value not in (None, False, [], {}, "")]
+    if active:
+        raise InputError(
+            f"{folder}/adapter_config.json: {active[0]} is set, which PEFT 0.17 does not know, so the merged model "
+            "might not be the one that was trained; merge it with the PEFT that wrote it"
+        )
 
 
 def _is_number(value: Any) -> bool:

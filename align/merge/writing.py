@@ -8,16 +8,18 @@ import errno
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.errors import InputError, one_line
 from align.merge.checkpoints import FLOATS, ITEM_SIZES, Checkpoint, StoredTensor
-from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan, find_adapter_file
+from align.merge.plan import BASE_WRAPPER, EMBEDDING, MergedTensor, MergePlan, find_adapter_file, refuse_unknown
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -202,8 +204,9 @@ def merge_through_peft(
     base: Path, base_config: "PretrainedConfig", adapter: Path, config: dict, folder: Path, dtype: str | None
 ) -> None:
     """What cannot be streamed: PEFT merges the whole model in memory and transformers saves it into `folder`."""
-    from peft import PeftModel, PeftType, get_peft_model_state_dict
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, get_peft_model_state_dict
     from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
     from align.merge.arithmetic import TORCH_DTYPES
@@ -211,6 +214,7 @@ def merge_through_peft(
     if config["peft_type"] not in list(PeftType):
         known = ", ".join(sorted(PeftType))
         raise InputError(f"{adapter}/adapter_config.json: peft_type is {config['peft_type']!r}, none of {known}")
+    refuse_unknown(adapter, config, {each.name for each in fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])})
     try:
         weights = load_peft_weights(str(adapter), device="cpu")
     except Exception as error:  # torch.load has no error class of its own
@@ -241,7 +245,7 @@ def merge_through_peft(
     before = hash_tensors(model)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError) as error:  # PEFT's words for an adapter that does not fit
+    except (RuntimeError, ValueError, TypeError) as error:  # PEFT's words for an adapter that does not fit
         raise InputError(f"{adapter}: {one_line(error)}") from None
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise InputError(f"{adapter}: {config['peft_type']} changes no weights, so cannot merge")
@@ -264,7 +268,12 @@ def merge_through_peft(
     zeros = [each for each in adapts if not any(f"{name}.".startswith(f"{each}.") for name in changed)]
     tell_zeros(find_adapter_file(adapter), zeros, len(adapts), is_base=not changed)
     merged.generation_config = GenerationConfig()  # an invalid one could not be saved; the base's own file is copied
-    merged.save_pretrained(folder)
+    try:
+        merged.save_pretrained(folder)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):  # the disk's
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
+        raise
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 

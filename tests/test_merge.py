@@ -314,7 +314,7 @@ def test_weights_may_have_any_name_that_an_index_gives():
     assert_same_bits(merge(), reference.state_dict())
 
 
-def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_peft():
+def save_model_that_sees_pictures(folder):
     """Gemma 3: `language_model.model.layers…` in its files, `model.language_model.layers…` in an adapter's."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
@@ -322,8 +322,12 @@ def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_pef
     ids = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7}
     pictures = {**heads, "image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4, **ids)
-    Gemma3ForConditionalGeneration(config).save_pretrained("base")
-    make_tokenizer().save_pretrained("base")
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_peft():
+    save_model_that_sees_pictures("base")
     save_adapter("adapter", load_base("base", torch.float32), target_modules=["q_proj"], task_type="CAUSAL_LM")
     PeftModel.from_pretrained(load_base("base", torch.float32), "adapter").merge_and_unload().save_pretrained("plain")
 
@@ -333,6 +337,25 @@ def test_a_model_that_sees_pictures_has_other_names_on_disk_and_goes_through_pef
     assert merged.keys() == plain.keys() == base.keys()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in plain.items())
     assert not all(torch.equal(tensor, merged[name]) for name, tensor in base.items())
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_a_tied_head_of_a_model_that_sees_pictures_is_as_trained(trained, is_streamed):
+    save_model_that_sees_pictures("base")
+    save_adapter("adapter", load_base("base", torch.float32), **{"target_modules": ["q_proj"], **trained})
+    adapted = PeftModel.from_pretrained(load_base("base", torch.float32), "adapter").eval()
+    if is_streamed:  # with the names of the modules on disk
+        tensors = AutoModelForCausalLM.from_pretrained("base").state_dict()
+        save_file(
+            {name: tensors[name].clone() for name in tensors if name != "lm_head.weight"}, "base/model.safetensors"
+        )
+
+    merge()
+
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+        assert torch.allclose(merged(IDS).logits, adapted(IDS).logits, atol=1e-5)
 
 
 def test_adapter_that_changes_no_weights_cannot_be_merged():

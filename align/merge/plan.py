@@ -284,7 +284,7 @@ class _Planner:
             self._update(module, parts)
         resized = self._rows(self.embedding)
         if resized != vocabulary:
-            self.config["vocab_size"] = resized
+            self._set("vocab_size", resized)
             if self._rows(self.head) == vocabulary:
                 raise InputError(
                     f"{self.adapter.file}: resizes {self.embedding} from {vocabulary} to {resized} rows, but not "
@@ -311,6 +311,12 @@ class _Planner:
     def _as_is(self, name: str, tensor: StoredTensor) -> MergedTensor:
         dtype = self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
         return MergedTensor(name, dtype, tensor)
+
+    def _set(self, name: str, value: Any) -> None:
+        """In the configuration, and in that of the text of a model that sees pictures."""
+        self.config[name] = value
+        if isinstance(text := self.config.get("text_config"), dict):
+            self.config["text_config"] = {**text, name: value}
 
     def _rows(self, name: str | None) -> int | None:
         return self.tensors[name].shape[0] if name in self.tensors else None
@@ -375,7 +381,9 @@ class _Planner:
         values: list[Any] = [self.adapter.values.get(name) for name in both]
         updated = any(str(name).removesuffix(".weight") in self.adapter.parts for name in both)
         task, architectures = self.adapter.config.get("task_type"), self.config.get("architectures")
-        causal = task == "CAUSAL_LM" or re.search("ForCausalLM|LMHeadModel", str(architectures))
+        causal = task == "CAUSAL_LM" or re.search(
+            "ForCausalLM|LMHeadModel|ForConditionalGeneration", str(architectures)
+        )
         causal = causal or (not task and (self.prefix or not architectures))  # a prefix: more than the bare model
         if not (self.embedding and causal and (updated or any(values))):
             return
@@ -384,7 +392,7 @@ class _Planner:
             del self.adapter.values[self.head]
             self.tensors.pop(self.head, None)
             return
-        self.config["tie_word_embeddings"] = False
+        self._set("tie_word_embeddings", False)
         if tied:
             self.file_of[self.head] = self.file_of[self.embedding]
             self.tensors[self.head] = replace(self.tensors[self.embedding], name=self.head)
@@ -408,10 +416,6 @@ class _Planner:
             raise InputError(f"{self.adapter.file}: {module} has no {min(missing)}: save the adapter again")
         a, b, magnitude = parts[needed[0]], parts[needed[1]], parts.get("lora_magnitude_vector")
         weight = self.tensors.get(f"{module}.weight")
-        if weight is None and {"text_config", "vision_config"} & self.config.keys():
-            raise NotStreamableError(f"the names in {self.base.folder} may not be those of the model's modules")
-        if weight is None and self.config.get("model_type") in SHARED:
-            raise NotStreamableError(f"layers of {self.config['model_type']} models share what is stored once")
         if weight is None:
             raise self._homeless(a)
         if len(a.shape) > 2 and len(b.shape) > 2:
@@ -453,7 +457,11 @@ class _Planner:
                 )
         return alpha / (math.sqrt(rank) if self.adapter.config.get("use_rslora") else rank)
 
-    def _homeless(self, tensor: StoredTensor) -> InputError:
+    def _homeless(self, tensor: StoredTensor) -> Exception:
+        if {"text_config", "vision_config"} & self.config.keys():
+            return NotStreamableError(f"the names in {self.base.folder} may not be those of the model's modules")
+        if self.config.get("model_type") in SHARED:
+            return NotStreamableError(f"layers of {self.config['model_type']} models share what is stored once")
         return InputError(
             f"{self.adapter.file}: {tensor.name} finds no place in {self.base.folder} "
             f"({self.config.get('model_type')}): the adapter is for another model or architecture"

@@ -314,5 +314,6 @@ def merge_as_trained(adapted: "PeftModel") -> "PreTrainedModel":
     merged = adapted.merge_and_unload()
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if head is not None and not torch.equal(head.weight, embedding.weight):
-        merged.config.tie_word_embeddings = False
+        for config in (merged.config, merged.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
     return merged

@@ -31,6 +31,7 @@ from align.merge.checkpoints import (
     read_json,
 )
 from align.merge.plan import (
+    SCALED,
     Adapter,
     MergePlan,
     find_adapter_file,
@@ -226,6 +227,17 @@ def report_gaps(plan: MergePlan, adapter: Adapter) -> None:
         )
 
 
+def report_scale(adapter: Adapter, model_type: str) -> None:
+    """Warns of an adapter that means another model before its merge than after it."""
+    adapts = adapter.tokens or any("lora_embedding_A" in parts for parts in adapter.parts.values())
+    if adapts and model_type in SCALED and not adapter.config.get("peft_version"):
+        logger.warning(
+            "Warning: %s adapts the embedding of a %s model, whose scale PEFT leaves out until the merge: the merged "
+            "model does not say what the adapter says; train the whole embedding (modules_to_save), or none of it.",
+            *(adapter.file, model_type),
+        )
+
+
 def write_weights(plan: MergePlan, folder: Path, workers: int, verify: bool) -> None:
     changed = sum(not tensor.is_copy for tensor in plan.tensors)
     logger.info("Merging: %d of %d tensors change; %d workers", changed, len(plan.tensors), workers)
@@ -283,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES.get(args.dtype)
     try:
         opened, checkpoint = open_adapter(adapter, adapter_config), open_checkpoint(base)
+        report_scale(opened, base_config["model_type"])
         check_layers(checkpoint, base_config, "--base_model_name")
         wants_head = adapter_config.get("task_type") == "CAUSAL_LM"
         check_head(checkpoint, base_config, "--base_model_name", wants_head)

@@ -419,6 +419,29 @@ def test_a_bare_tied_checkpoint_gets_a_head_of_its_own_where_the_embedding_is_tr
         assert torch.allclose(merged(IDS).logits, adapted(IDS).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [5]}])
+def test_an_embedding_that_peft_trains_without_its_scale_is_told(settings, caplog):
+    save_base("base", "gemma3_text", head_dim=16)
+    save_adapter("adapter", load_base("base"), **{"target_modules": ["q_proj"], **settings}, task_type="CAUSAL_LM")
+
+    merge()
+
+    assert "adapts the embedding of a gemma3_text model, whose scale PEFT leaves out until the merge" in caplog.text
+
+
+def test_a_head_of_another_name_is_untied_under_that_name():
+    save_base("base", "biogpt", torch.float32)
+    model = load_base("base", torch.float32)
+    save_adapter("adapter", model, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    adapted = PeftModel.from_pretrained(load_base("base", torch.float32), "adapter").eval()
+
+    merge()
+
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+        assert torch.allclose(merged(IDS).logits, adapted(IDS).logits, atol=1e-5)
+
+
 def test_merged_folder_has_tokenizer_template_configuration_and_lineage():
     save_base("base")
     save_adapter("adapter", load_base("base"), target_modules=["q_proj"])

@@ -403,3 +403,11 @@ def test_an_adapter_is_merged_without_a_word_into_the_base_that_it_was_trained_o
     run(*merge, "--base_model_name", "base")
 
     assert "Warning: base is not what out was trained on" in caplog.text
+
+
+def test_an_embedding_whose_scale_peft_leaves_out_is_no_target(run, questions):
+    save_model(Path("base"), "gemma3_text", head_dim=16)
+    command = ["--model_name_or_path", "base", "--dataset_name", questions, "--output_dir", "out", "--do_train", *FLAGS]
+
+    with pytest.raises(InputError, match="--lora_target_modules: model.embed_tokens of this gemma3_text model scales"):
+        run("sft.py", *command, "--lora_target_modules", "q_proj", "embed_tokens")

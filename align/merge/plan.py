@@ -70,7 +70,14 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 # Wrappers whose tensor is the base's own, shared by whatever is tied to it, as a resized embedding is.
 BASE_WRAPPER = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.\w+$)")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|(word_)?embeddings|embed_in|tokens_embed|tok_embeddings)\.weight$")
+NAMED_HEADS = {
+    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "embed_out.weight"),
+    "rwkv": "head.weight",
+    "biogpt": "output_projection.weight",
+}
 SHARED = ("zamba",)
+# Types whose embedding scales what it looks up; PEFT 0.17 adds its adapter's part after that, and merges it before
+SCALED = ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "xglm", "biogpt")
 CLASSIFIERS = ("score", "classifier")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
@@ -259,9 +266,7 @@ class _Planner:
     def __init__(self, base: Checkpoint, config: dict, adapter: Adapter, dtype: str | None):
         self.base, self.config, self.adapter, self.dtype = base, config, adapter, dtype
         stored = base.tensors
-        self.head = {"gpt_neox": "embed_out.weight", "rwkv": "head.weight"}.get(
-            str(config.get("model_type")), "lm_head.weight"
-        )
+        self.head = NAMED_HEADS.get(str(config.get("model_type")), "lm_head.weight")
         self.prefix = prefix = self._missing_prefix(stored)
         self.tensors = {prefix + name: self._as_is(prefix + name, tensor) for name, tensor in stored.items()}
         self.file_of = {prefix + tensor.name: file for file, tensors in base.files.items() for tensor in tensors}

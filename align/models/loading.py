@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -198,6 +199,12 @@ def lora_config(args: LoraArguments, config: PretrainedConfig, trust_remote_code
         inject_adapter_in_model(found, model, low_cpu_mem_usage=True)
     except ValueError as error:
         raise InputError(f"--lora_target_modules: {one_line(error)}; the linear modules are {leaves}") from error
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if scaled := [name for name, module in adapted.items() if hasattr(module.get_base_layer(), "embed_scale")]:
+        raise InputError(
+            f"--lora_target_modules: {scaled[0]} of this {config.model_type} model scales what it looks up, which PEFT "
+            "0.17 leaves out while it trains: the merged model would be another one; leave it out"
+        )
     return found
 
 

@@ -90,6 +90,9 @@ def test_the_conventional_folders_of_a_data_set_are_found(tmp_path):
 def test_a_data_set_saved_to_disk_is_read(tmp_path):
     datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "set")
     assert len(load(tmp_path / "set", do_eval=False).train) == 40
+    (tmp_path / "set/train/dataset_info.json").write_text("[]")
+    with pytest.raises(InputError, match="set cannot be read: its dataset_info.json or state.json is damaged: .*list"):
+        load(tmp_path / "set", do_eval=False)
 
 
 def test_a_stream_cuts_its_first_rows_off_for_validation(tmp_path):

@@ -992,7 +992,11 @@ def test_a_second_run_in_the_same_folder_is_refused_before_it_loads(script, run)
 
 def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_loads(train, monkeypatch):
     Path("file").write_text("")
+    Path("nowhere").symlink_to("gone")
+    Path("loop").symlink_to("loop")
     for folder, message in (
+        ("nowhere", "nowhere is a link to a folder that is not there"),
+        ("loop", "loop is a link to a folder that is not there"),
         ("file/out", "file/out cannot be made: Not a directory"),
         ("", "is empty; give a name"),
         ("x" * 300, "File name too long"),
@@ -1012,6 +1016,10 @@ def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_load
     Path("blocked/tokenizer.json").mkdir(parents=True)
     with pytest.raises(InputError, match="--output_dir: blocked/tokenizer.json is a folder where a file of that name"):
         train("sft.py", output="blocked")
+    Path("linked").mkdir()
+    Path("linked/trainer_state.json").symlink_to("gone")
+    with pytest.raises(InputError, match="--output_dir: linked/trainer_state.json is a link to nothing where a file"):
+        train("sft.py", output="linked")
     write_rows("rows/rows.jsonl", make_rows(5))
     with pytest.raises(InputError, match="--output_dir: rows/out lies in --dataset_name rows, all files of which"):
         train("sft.py", "--dataset_name", "rows", output="rows/out")

@@ -228,7 +228,10 @@ def load_rows(
             if optional and where == local:
                 return {}
             if (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
-                stored = datasets.load_from_disk(str(where))
+                try:
+                    stored = datasets.load_from_disk(str(where))
+                except (TypeError, AttributeError, KeyError) as error:  # of a description that is none
+                    raise ValueError(f"its dataset_info.json or state.json is damaged: {error!r}") from error
                 stored = stored if isinstance(stored, DatasetDict) else DatasetDict({"train": stored})
                 if streaming:
                     return {key: rows.to_iterable_dataset() for key, rows in stored.items()}

@@ -79,13 +79,16 @@ def check_training_arguments(
         )
     folder = Path(args.output_dir)
     try:
-        is_file = folder.exists() and not folder.is_dir()
+        is_file, leads_nowhere = folder.exists() and not folder.is_dir(), folder.is_symlink() and not folder.exists()
     except OSError as error:  # a name that is too long
         raise InputError(f"--output_dir: {error.strerror}; name another folder") from error
     if is_file:
         raise InputError(f"--output_dir: {folder} is a file; name a folder")
+    if leads_nowhere:
+        raise InputError(f"--output_dir: {folder} is a link to a folder that is not there; make that, or remove it")
     if folder.is_dir() and (blocked := sorted(path for path in folder.glob("*") if _is_blocked(path))):
-        raise InputError(f"--output_dir: {blocked[0]} is a folder where a file of that name is written; remove it")
+        what = "a folder" if blocked[0].is_dir() else "a link to nothing"
+        raise InputError(f"--output_dir: {blocked[0]} is {what} where a file of that name is written; remove it")
     if not args.save_safetensors:
         raise InputError(
             "--save_safetensors False: weights are saved as safetensors alone, which run no code when read"
@@ -109,7 +112,7 @@ def check_training_arguments(
 
 
 def _is_blocked(path: Path) -> bool:
-    return path.suffix in WRITTEN and path.is_dir()
+    return path.suffix in WRITTEN and (path.is_dir() or (path.is_symlink() and not path.exists()))
 
 
 def check_best(args, measured: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ MEANT = {  # by words in errors that name neither a flag nor what it was given
     "Token is required": "push_to_hub_model_id",
     "TPUs are not supported": "tpu_num_cores",
 }
+TOKEN = re.compile(r"\bhf_\w{10,}")  # as one stands behind a flag that was misspelt
 REST = "Others"  # the group of flags that --help leaves to --help_all
 
 
@@ -425,7 +426,8 @@ def run_script(main: Callable[[], None]) -> None:
         _leave_ranks()
     except (InputError, ResultError) as error:
         script = os.path.basename(sys.argv[0])
-        print(f"{script}: error: {name_as_given(script, sys.argv[1:], str(error))}", file=sys.stderr)
+        message = TOKEN.sub("hf_...", name_as_given(script, sys.argv[1:], str(error)))
+        print(f"{script}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 3)
     except Stopped as stopped:
         ranks = _find_ranks()

@@ -8,13 +8,15 @@ import os
 import shutil
 import socket
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from align.errors import InputError
+from align.errors import DISK_FULL, InputError
 
 logger = logging.getLogger(__name__)
 
+CACHES = "the variables HF_HOME and HF_DATASETS_CACHE"
 LOCK = ".lock"
 LEAST_FREE = 64 << 20  # bytes that a disk must have left for an adapter and what is written beside it
 _locks: dict[Path, int] = {}  # held until the process ends
@@ -42,6 +44,18 @@ def check_writable(folder: Path, what: str) -> None:
             pass
     except OSError as error:
         raise InputError(f"{what}: {folder} cannot be written: {error.strerror}; name another folder") from error
+
+
+@contextmanager
+def naming_a_full(folder: Path, what: str) -> Iterator[None]:
+    """Around writing into a folder; `what` begins the line of an error, which libraries raise without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        reason = os.strerror(error.errno or 0)
+        raise InputError(f"{what}: {folder} cannot be written: {reason}; make room, or name another folder") from error
 
 
 def lock(output: Path, flag: str = "--output_dir") -> None:

@@ -199,3 +199,13 @@ def test_a_disk_that_fails_is_one_line_and_exit_code_3(number, capsys):
 
     assert ended.value.code == 3
     assert capsys.readouterr().err.endswith("error: out/answers: why\n")
+
+
+def test_a_token_behind_a_flag_that_was_misspelt_is_in_no_line(capsys):
+    def fail():
+        raise InputError("unknown argument '--tokn=hf_abcdefghijKLMNOP'; did you mean --token?")
+
+    with pytest.raises(SystemExit):
+        run_script(fail)
+
+    assert "unknown argument '--tokn=hf_...'; did you mean --token?" in capsys.readouterr().err

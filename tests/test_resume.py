@@ -1,6 +1,7 @@
 """Runs that are interrupted and go on as if they were not. Run: pytest tests/test_resume.py"""
 
 import dataclasses
+import errno
 import fcntl
 import importlib
 import json
@@ -1079,6 +1080,38 @@ def test_a_checkpoint_whose_folder_cannot_be_made_costs_itself_alone(train, at_s
 
     assert "out/checkpoint-2 is not saved: File exists (out/unfinished-checkpoint-2)" in told
     assert [find_damage(Path("out", name)) for name in ("checkpoint-1", "checkpoint-3")] == [None, None]
+
+
+def has_no_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_with_the_log_of_tensorboard_ends_that_log_alone(train, monkeypatch):
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", has_no_room)
+
+    said = train("sft.py", "--max_steps", 4, "--logging_steps", 1, "--report_to", "tensorboard").err
+
+    assert said.count("--report_to tensorboard: its log ends here: No space left on device; trainer_state.json") == 1
+    assert "Traceback" not in said
+    assert weights()
+
+
+def test_a_report_that_the_disk_does_not_take_is_told_with_where_the_model_is(train, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", has_no_room)
+
+    with pytest.raises(ResultError, match="the model is in out, but not all of its report: No space left on device"):
+        train("sft.py", "--max_steps", 2)
+
+    assert weights()
+
+
+@pytest.mark.parametrize("room", ["files", "preparing"])
+def test_a_disk_of_caches_that_is_full_is_one_line_that_names_it(train, monkeypatch, room):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("cache").absolute())
+    monkeypatch.setattr(f"align.data.{room}.seal", has_no_room)
+
+    with pytest.raises(InputError, match="HF_DATASETS_CACHE: .*/cache/align cannot be written: No space"):
+        train("sft.py")
 
 
 def test_a_model_that_the_disk_does_not_take_is_exit_code_3_and_the_run_goes_on_from_its_checkpoint(train, full_disk):

@@ -28,6 +28,7 @@ from datasets.table import MemoryMappedTable
 
 from align.data.formats import RowError, without_nones
 from align.errors import InputError
+from align.output import CACHES, naming_a_full
 from align.whole import replace_file, write_file
 
 logger = logging.getLogger(__name__)
@@ -267,6 +268,7 @@ def load_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
     if not is_sound(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
+            naming_a_full(target.parent, CACHES),
             replace_file(target) as partial,
             pa.OSFile(str(partial), "wb") as sink,
             pa.ipc.new_stream(sink, SCHEMA) as writer,
@@ -278,7 +280,8 @@ def load_files(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
                     writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
                     rows = []
             writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-        seal(target, [target])
+        with naming_a_full(target.parent, CACHES):
+            seal(target, [target])
     rows = Dataset(MemoryMappedTable.from_file(str(target)), fingerprint=content.hexdigest())
     return rows.with_transform(show_rows)
 

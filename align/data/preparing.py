@@ -39,7 +39,7 @@ from align.data.formats import (
 from align.data.loading import DataArguments, check_data_arguments, check_output, load_splits, read_renames
 from align.data.packing import drop_pages, read_column, read_numbers
 from align.errors import InputError
-from align.output import check_writable
+from align.output import CACHES, check_writable, naming_a_full
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def prepare_data(
     check_data_arguments(args, has_template)
     cache_folder = Path(datasets.config.HF_DATASETS_CACHE)
     if not (cache_folder / "align").is_dir():  # else it may hold all that is needed
-        check_writable(cache_folder, "the variables HF_HOME and HF_DATASETS_CACHE")
+        check_writable(cache_folder, CACHES)
     names = [args.dataset_name] if isinstance(args.dataset_name, str) else args.dataset_name or []
     if not names:
         raise InputError("--dataset_name: missing; give a hub name, a folder or a file")
@@ -335,7 +335,7 @@ def prepare(
     target = Path(datasets.config.HF_DATASETS_CACHE) / "align" / f"tokens-{key.hexdigest()[:32]}.arrow"
     target.parent.mkdir(parents=True, exist_ok=True)
     was_sound = is_sound(target)
-    with EndingForks():
+    with EndingForks(), naming_a_full(target.parent, CACHES):
         tokenized = rows.map(
             reader,
             batched=True,
@@ -347,8 +347,8 @@ def prepare(
             cache_file_name=str(target),
             desc=f"Tokenizing {format.name}",
         )
-    if not was_sound:
-        seal(target, [Path(file["filename"]) for file in tokenized.cache_files])
+        if not was_sound:
+            seal(target, [Path(file["filename"]) for file in tokenized.cache_files])
     return replace(_sum_up(tokenized, rows, args), columns=tuple(found))
 
 

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from align import __version__
 from align.whole import write_file
@@ -46,12 +48,43 @@ class StepLines(TrainerCallback):
             tqdm.write(f"step {state.global_step}/{state.max_steps}: {', '.join(shown)}", file=self.trainer.stdout)
 
 
+class TensorBoardLog(TensorBoardCallback):
+    """Ends where the disk takes no more of it: a log is not worth the run."""
+
+    is_lost = False
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        show = threading.excepthook  # the writer is a thread, which raises what it has told as well
+        threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else show(told)
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self._try(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args, **kwargs) -> None:
+        self._try(super().on_log, *args, **kwargs)
+
+    def on_train_end(self, *args, **kwargs) -> None:
+        self._try(super().on_train_end, *args, **kwargs)
+
+    def _try(self, write: Callable[..., None], *args, **kwargs) -> None:
+        try:
+            if not self.is_lost:
+                write(*args, **kwargs)
+        except OSError as error:
+            self.is_lost = True
+            reason = os.strerror(error.errno) if error.errno else error
+            logger.warning(f"--report_to tensorboard: its log ends here: {reason}; trainer_state.json has all of it")
+
+
 def show_steps(trainer: Trainer) -> None:
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressBar)
     trainer.add_callback(StepLines(trainer))
+    if trainer.pop_callback(TensorBoardCallback) is not None:
+        trainer.add_callback(TensorBoardLog)
 
 
 def save_results(trainer: Trainer, name: str, metrics: dict[str, float]) -> None:

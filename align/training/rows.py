@@ -4,8 +4,10 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.errors import ResultError
 from align.models.attention import segment_mask
 from align.training import folders, report, results
+from align.training.checkpoints import noting_disk_errors
 from align.training.reliable import ReliableMixin
 from align.upstream_fixes import GraphedAccumulationMixin, StepsInPartsMixin, WholeStepsMixin, attention_inputs
 
@@ -30,8 +32,12 @@ class RowsMixin(ReliableMixin, WholeStepsMixin, StepsInPartsMixin, GraphedAccumu
             results.save_results(self, "eval", self.complete(self.evaluate()))
         self.samples.show("after")
         if self.args.do_train:
-            results.save_history(self, curves)
-            report.write_report(self, curves)
+            errors: list[str] = []
+            with noting_disk_errors(errors):
+                results.save_history(self, curves)
+                report.write_report(self, curves)
+            if errors:
+                raise ResultError(f"the model is in {self.args.output_dir}, but not all of its report: {errors[0]}")
             if self.args.push_to_hub:
                 self.push_to_hub()
 

@@ -271,6 +271,8 @@ in the table runs too, and is probed as all are.
   window, such as the 4,096 tokens of Mistral and Gemma 2, optimum-habana's class keeps running.
 - **merge**: of an adapter on all linear modules and the embedding. Every tensor has the bits of PEFT's
   `merge_and_unload`, shard by shard and also through PEFT, as `merge_peft_adapter.py` merges what it cannot stream.
+  The embedding of Gemma 3, XGLM and BioGPT scales what it looks up, which PEFT 0.17 leaves out until the merge: it is
+  no target of `--lora_target_modules`, and a merge warns of such an adapter.
 - **two cards**: the same texts with the model split by DeepSpeed. `not split` is right too, but each card holds the
   whole model, which is said; `refused` where the cards cannot share the key/value heads evenly. Bloom is split in
   optimum-habana's class.

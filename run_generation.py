@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     speaks = rank == 0 or output_args.verbose_workers
     start_logging(output_args.log_level if speaks else "error")
-    check_arguments(model_args, decoding_args, gaudi_args, output_args)
     check_chat(chat_args, prompt_args, decoding_args, gaudi_args, output_args, world_size)
+    check_arguments(model_args, decoding_args, gaudi_args, output_args)
     if chat_args.chat:
         chat(chat_args, model_args, decoding_args, gaudi_args)
         return

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -436,6 +437,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + stopped.number)
     except KeyboardInterrupt:
         end_interrupted()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes out the rest as it ends
+        print(f"{os.path.basename(sys.argv[0])}: nobody reads standard output any more: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in (*DISK_FULL, errno.EIO):
             raise

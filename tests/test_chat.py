@@ -4,6 +4,7 @@ Run: pytest tests/test_chat.py
 """
 
 import io
+import json
 import os
 import pty
 import re
@@ -15,9 +16,12 @@ import time
 
 import pytest
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
 from tiny import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align.data.formats import recognise
+from align.data.tokenization import SampleTokenizer
 from align.errors import InputError
 from align.generation import chat
 from align.generation.chat import ChatArguments, load_speakers
@@ -25,13 +29,14 @@ from align.generation.config import DecodingArguments, GaudiArguments
 from align.generation.model import ModelArguments
 
 
-def ask_plain_transformers(folder, messages, template=None):
+def ask_plain_transformers(folder, messages):
     """The greedy answer of 12 tokens to the conversation so far."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template(
-        messages, chat_template=template, add_generation_prompt=True, return_tensors="pt"
-    )
+    if tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    else:
+        ids = tokenizer(chat.word_questions(messages), return_tensors="pt").input_ids
     output = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -42,19 +47,51 @@ def speakers_of(folder, compare=None, **decoding):
     return load_speakers(ChatArguments(chat=True, compare=compare and str(compare)), model, decoding, GaudiArguments())
 
 
-@pytest.mark.parametrize("tokenizer", ["qwen", "gpt2"])
+@pytest.mark.parametrize("tokenizer", ["qwen", "gpt2", "llama-2"])
 def test_an_answer_is_that_of_plain_transformers_to_the_whole_conversation(tmp_path, capsys, tokenizer):
     folder = save_model(tmp_path / "model", tokenizer=tokenizer)
-    template = chat.QUESTIONS if tokenizer == "gpt2" else None
     (speaker,) = speakers_of(folder)
     messages = []
     for question in ("How are you?", "And the capital of France?"):
         messages.append({"role": "user", "content": question})
-        expected = ask_plain_transformers(folder, messages, template)
+        expected = ask_plain_transformers(folder, messages)
         speaker.answer(question)
         assert expected.strip() in capsys.readouterr().out
         messages.append({"role": "assistant", "content": expected.strip()})
     assert speaker.messages == messages
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-2"])
+def test_without_a_chat_template_a_question_is_asked_as_training_asked_it(tmp_path, kind):
+    folder = save_model(tmp_path / "model", tokenizer=kind)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    row, samples = {"question": "Why?", "answer": "So."}, SampleTokenizer(tokenizer)
+    sample = recognise(row, preference=False).read(row, False)
+    ids, learnt, _ = samples.encode([samples.render(sample)])[0]
+    (speaker,) = speakers_of(folder)
+    assert speaker.encode([{"role": "user", "content": "Why?"}]) == ids[~learnt].tolist()
+
+
+def test_a_text_that_a_stop_string_ends_is_not_called_cut(tmp_path, capsys):
+    folder = save_model(tmp_path / "model", tokenizer="qwen")
+    ends = {"stop_strings": list("abcdefghijklmnopqrstuvwxyz "), "eos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    (speaker,) = speakers_of(folder, max_new_tokens=60)
+    speaker.answer("How are you?")
+    assert "cut at" not in capsys.readouterr().out
+
+
+def test_an_adapter_talks_on_its_own_base_beside_it(tmp_path):
+    base = save_model(tmp_path / "base", tokenizer="qwen")
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    tuned, plain = speakers_of(tmp_path / "adapter", compare=base)
+    assert [speaker.name for speaker in (tuned, plain)] == [str(tmp_path / "adapter"), str(base)]
+    weights = [speaker.generator.model.model.layers[0].mlp.up_proj.weight for speaker in (tuned, plain)]
+    assert not weights[0].equal(weights[1])
 
 
 def test_the_oldest_turns_are_forgotten_where_the_context_is_full_and_that_is_said(tmp_path, capsys):
@@ -100,6 +137,7 @@ def test_a_pipe_gets_a_plain_transcript_and_is_told_which_line_is_no_text(tmp_pa
         (["--chat", "--prompt", "Hello"], "--prompt: has no effect in a conversation"),
         (["--chat", "--output_dir", "out"], "--output_dir: has no effect in a conversation"),
         (["--chat", "--show_graphs_count"], "--show_graphs_count: has no effect in a conversation"),
+        (["--chat", "--num_return_sequences", "2"], "--num_return_sequences: has no effect in a conversation"),
         (["--chat", "--num_beams", "2"], "--num_beams: has no effect in a conversation"),
         (["--chat", "--max_new_tokens", "512"], "--max_new_tokens: 512 leave no room"),
         (["--chat", "--compare", "nowhere"], "nowhere"),
@@ -109,6 +147,12 @@ def test_flags_that_do_not_go_with_a_conversation_are_refused(tmp_path, run, fla
     folder = save_model(tmp_path / "model", tokenizer="qwen")
     with pytest.raises(InputError, match=message):
         run("run_generation.py", "--model_name_or_path", folder, *flags)
+
+
+def test_a_tokenizer_of_another_model_is_told_before_the_model_is_tried(tmp_path):
+    folder = save_model(tmp_path / "model", tokenizer="qwen", vocab_size=300)
+    with pytest.raises(InputError, match="beyond the model's vocabulary of 300"):
+        speakers_of(folder)
 
 
 class Terminal:

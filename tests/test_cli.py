@@ -3,6 +3,7 @@
 import errno
 import importlib
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,15 @@ def test_a_token_behind_a_flag_that_was_misspelt_is_in_no_line(capsys):
         run_script(fail)
 
     assert "unknown argument '--tokn=hf_...'; did you mean --token?" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_one_line_and_the_exit_code_of_a_broken_pipe():
+    talks = "from align.cli import run_script; run_script(lambda: [print('word', flush=True) for _ in range(10**6)])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", talks], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "word\n"
+    process.stdout.close()
+
+    assert process.stderr.read() == "-c: nobody reads standard output any more: stopped\n"
+    assert process.wait() == 128 + signal.SIGPIPE

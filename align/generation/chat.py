@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from align.errors import InputError
 from align.generation.answers import OutputArguments, show_any_character
 from align.generation.config import DecodingArguments, GaudiArguments
-from align.generation.decoding import TerminalStreamer, TextGenerator, decode_new
+from align.generation.decoding import TerminalStreamer, TextGenerator
 from align.generation.model import Flags, ModelArguments, Source, find_source
 from align.generation.prompts import OWN_PROMPTS, Batch, PromptArguments
 
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# For tokenizers without a template: what sft.py and dpo.py make of the columns `question` and `answer`.
-QUESTIONS = (
-    "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ 'Question: ' + message['content'] + '\n\nAnswer:' }}{% else %}"
-    "{{ ' ' + message['content'] + '\n\n' }}{% endif %}{% endfor %}"
-)
 WIDTH = 64  # tokens: prompts are padded to a multiple, as every new shape is a graph that a Gaudi has to compile
 HELP = "/new forgets the conversation, /bye or Ctrl-D ends it, Ctrl-C stops an answer."
 BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
@@ -58,8 +52,6 @@ def check_chat(
         return
     if world_size > 1:
         raise InputError(f"--chat: the keyboard does not reach {world_size} ranks; talk to a model on one card")
-    if sys.stdin is None:
-        raise InputError("--chat: standard input is closed, so nobody can ask; open it, or give --prompt")
     without = {
         each.name: getattr(arguments, each.name) != each.default
         for arguments in (prompts, output)
@@ -110,6 +102,19 @@ def stopped_by_interrupt(streamer: ChatStreamer) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def word_questions(messages: list[dict[str, str]]) -> str:
+    """A conversation without a chat template: what sft.py and dpo.py make of the columns `question` and `answer`."""
+    return "".join(
+        f"Question: {each['content']}\n\nAnswer:" if each["role"] == "user" else f" {each['content']}\n\n"
+        for each in messages
+    )
+
+
+def check_ids(name: str, ids: list[int], vocabulary_size: int) -> None:
+    if max(ids) >= vocabulary_size:
+        raise InputError(f"{name}: token {max(ids)} is beyond the model's vocabulary of {vocabulary_size}")
+
+
 @dataclass
 class Speaker:
     """A model with its side of the conversation; `room` is the longest prompt in tokens that leaves space to answer."""
@@ -121,7 +126,6 @@ class Speaker:
 
     def __post_init__(self) -> None:
         if not self.generator.tokenizer.chat_template:
-            self.generator.tokenizer.chat_template = QUESTIONS
             print(f"{self.name} has no chat template; it is asked as `Question: ...`, as after training on questions.")
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
@@ -129,13 +133,12 @@ class Speaker:
 
         from align.data.tokenization import encode_prompt
 
+        tokenizer = self.generator.tokenizer
         try:
-            ids = encode_prompt(self.generator.tokenizer, messages)
+            ids = encode_prompt(tokenizer, messages if tokenizer.chat_template else word_questions(messages))
         except TemplateError as error:
             raise InputError(f"{self.name}: its chat template refuses the chat: {error}") from None
-        vocabulary_size = self.generator.model.config.vocab_size
-        if max(ids) >= vocabulary_size:
-            raise InputError(f"{self.name}: token {max(ids)} is beyond the model's vocabulary of {vocabulary_size}")
+        check_ids(self.name, ids, self.generator.model.config.vocab_size)
         return ids
 
     def answer(self, question: str) -> None:
@@ -153,14 +156,12 @@ class Speaker:
         with stopped_by_interrupt(streamer):
             try:
                 (new,), _ = self.generator.generate([ids], width, streamer)
+                text = self.generator.text_of(ids, new)
+                if not self.generator.is_stopped(ids, new):
+                    print(dim(f"(cut at --max_new_tokens {self.generator.config.max_new_tokens})"))
             except Stopped:
-                new = streamer.new_ids or []
+                text = streamer.shown
                 print(" " + dim("(stopped)"))
-        ended = bool(new) and new[-1] in self.generator.end_tokens
-        if not ended and not streamer.is_stopped:
-            print(dim(f"(cut at --max_new_tokens {self.generator.config.max_new_tokens})"))
-        said = [token for token in new if token not in self.generator.end_tokens]
-        text = decode_new(self.generator.tokenizer, ids, said)
         self.messages = [*messages, {"role": "assistant", "content": text.strip()}]
 
 
@@ -177,26 +178,30 @@ def load_speaker(source: Source, decoding: DecodingArguments, gaudi: GaudiArgume
     from align.generation.probing import load_generator  # torch with it
 
     ids = source.tokenizer(OWN_PROMPTS[0]).input_ids[:room]
+    check_ids(f"{source.flags.model}: {source.folder}", ids, source.vocabulary_size)
     generator = load_generator(source, decoding, gaudi, [ids], [Batch([0], min(WIDTH, room))], longest=room)
     return Speaker(str(source.adapter or source.folder), generator, room)
+
+
+def find_any(arguments: ModelArguments, name: str, flag: str) -> Source:
+    """A model folder, or an adapter on its own base."""
+    is_adapter = (Path(name) / "adapter_config.json").exists()
+    model, adapter = (None, name) if is_adapter else (name, None)
+    return find_source(replace(arguments, model_name_or_path=model, peft_model=adapter), flags=Flags(flag, flag))
 
 
 def load_speakers(
     chat: ChatArguments, model_args: ModelArguments, decoding: DecodingArguments, gaudi: GaudiArguments
 ) -> list[Speaker]:
-    """The model and, with --compare, the second one: a model folder, or an adapter on its own base."""
-    sources = [find_source(model_args)]
+    """The model and, with --compare, the second one."""
+    name = model_args.model_name_or_path
+    if name is None or model_args.peft_model is not None:
+        sources = [find_source(model_args)]
+    else:
+        sources = [find_any(model_args, name, "--model_name_or_path")]
     if chat.compare is not None:
-        is_adapter = (Path(chat.compare) / "adapter_config.json").exists()
-        name, adapter = (None, chat.compare) if is_adapter else (chat.compare, None)
-        compared = replace(
-            model_args,
-            model_name_or_path=name,
-            tokenizer_name_or_path=None,
-            peft_model=adapter,
-            model_revision=None,
-        )
-        sources.append(find_source(compared, flags=Flags("--compare", "--compare")))
+        compared = replace(model_args, tokenizer_name_or_path=None, model_revision=None)
+        sources.append(find_any(compared, chat.compare, "--compare"))
     return [load_speaker(source, decoding, gaudi) for source in sources]
 
 

@@ -166,6 +166,8 @@ def find_folders(arguments: ModelArguments, flags: Flags) -> tuple[Path, Path, P
     hub = {"revision": revision, "token": token}
     trust, trust_tokenizer = arguments.trust_remote_code, arguments.trust_remote_code_tokenizer
     folder = find_folder(name, flags.model, *patterns[:-1], **hub)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise InputError(f"{flags.model}: {folder} is an adapter; give it as --peft_model, or merge it first")
     guard.check_folder(folder, flags.model, trust, trust or trust_tokenizer)  # before it fetches weights
     folder = find_folder(name, flags.model, *patterns, **hub)
     if not any(folder.glob("*.safetensors")):

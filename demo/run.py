@@ -40,28 +40,31 @@ SHOWN = 3  # answers side by side
 MODEL_GB, SEED_GB = 0.7, 1.2  # on the disk: the model, with the packages that it comes from, and the run of a seed
 
 
+def quote(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
 def ask(name: str, path: Path, prompts: Path, answers: Path, flags: str = "") -> Stage:
     """Asks the model in `path` what stands in `prompts`, and leaves its answers in `answers`."""
-    command = (
-        f"run_generation.py --model_name_or_path {path} --prompt_file {prompts} --output_dir {answers} {ASK} {flags}"
-    )
-    return Stage(name, shlex.split(command), answers, prompts, resumes=True)
+    folders = f"--model_name_or_path {quote(path)} --prompt_file {quote(prompts)} --output_dir {quote(answers)}"
+    return Stage(name, shlex.split(f"run_generation.py {folders} {ASK} {flags}"), answers, prompts, resumes=True)
 
 
 def training_stages(folder: Path, data: Path, base: Path, steps: tuple[int, int], seed: int) -> list[Stage]:
     """From `base` to `folder`/aligned; `steps` are those of SFT and of DPO."""
+    run, rows = quote(folder), quote(data)
     fine_tune = (
-        f"sft.py --model_name_or_path {base} --dataset_name {data}/sft --output_dir {folder}/sft "
+        f"sft.py --model_name_or_path {quote(base)} --dataset_name {rows}/sft --output_dir {run}/sft "
         f"--do_train --max_steps {steps[0]} --max_seq_length 256 --per_device_train_batch_size 2 "
         f"--gradient_accumulation_steps 2 {SFT} {LORA} {HPU} --seed {seed}"
     )
     prefer = (
-        f"dpo.py --model_name_or_path {folder}/sft/merged --dataset_name {data}/dpo "
-        f"--output_dir {folder}/dpo --max_steps {steps[1]} --eval_strategy no --per_device_train_batch_size 2 "
+        f"dpo.py --model_name_or_path {run}/sft/merged --dataset_name {rows}/dpo "
+        f"--output_dir {run}/dpo --max_steps {steps[1]} --eval_strategy no --per_device_train_batch_size 2 "
         f"--gradient_accumulation_steps 4 --max_prompt_length 64 --max_length 128 {DPO} {LORA} {HPU} --seed {seed}"
     )
-    merge = f"merge_peft_adapter.py --adapter_model_name {folder}/sft --output_name {folder}/sft/merged"
-    merge_again = f"merge_peft_adapter.py --adapter_model_name {folder}/dpo --output_name {folder}/aligned"
+    merge = f"merge_peft_adapter.py --adapter_model_name {run}/sft --output_name {run}/sft/merged"
+    merge_again = f"merge_peft_adapter.py --adapter_model_name {run}/dpo --output_name {run}/aligned"
     return [
         Stage("fine-tune", shlex.split(fine_tune), folder / "sft", data / "sft" / "train.jsonl"),
         Stage("merge", shlex.split(merge), folder / "sft" / "merged"),
@@ -216,7 +219,7 @@ def main() -> None:
     start = time.perf_counter()
     folder, base, data = args.folder, args.folder / "model", args.folder / "data"
     runs = [folder / f"seed-{seed}" for seed in args.seeds]
-    claim_folder(folder)
+    claim_folder(folder, "demo")
     check_space(folder, base, runs)
     model.prepare(base, folder / "packages")
     progress = Progress(folder, "demo")

@@ -147,7 +147,7 @@ def ask(world: World) -> tuple[list[Question], list[Question]]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:

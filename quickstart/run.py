@@ -33,26 +33,27 @@ ASK = "--use_hpu_graphs --use_kv_cache --bf16 --batch_size 48 --max_new_tokens 3
 
 def make_commands(folder: Path) -> dict[str, list[str]]:
     """Each stage's command line; the guide's flags with a small model and data of our own."""
-    data = folder / "data"
+    name = shlex.quote(str(folder))
+    data = f"{name}/data"
     lines = {
-        "pretrain": f"sft.py --use_peft False --model_name_or_path {folder}/model --dataset_name {data}/text.jsonl "
-        f"--output_dir {folder}/pretrained --do_train --num_train_epochs 28 --max_seq_length 128 "
+        "pretrain": f"sft.py --use_peft False --model_name_or_path {name}/model --dataset_name {data}/text.jsonl "
+        f"--output_dir {name}/pretrained --do_train --num_train_epochs 28 --max_seq_length 128 "
         f"--per_device_train_batch_size 8 --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_ratio 0.1 {HPU}",
-        "sft": f"sft.py --model_name_or_path {folder}/pretrained --dataset_name {data}/questions "
-        f"--output_dir {folder}/sft --do_train --do_eval --eval_on_start --eval_strategy epoch --num_train_epochs 12 "
+        "sft": f"sft.py --model_name_or_path {name}/pretrained --dataset_name {data}/questions "
+        f"--output_dir {name}/sft --do_train --do_eval --eval_on_start --eval_strategy epoch --num_train_epochs 12 "
         f"--max_seq_length 128 --per_device_train_batch_size 1 --learning_rate 3e-3 --lr_scheduler_type cosine "
         f"--warmup_ratio 0.1 {LORA} --lora_dropout 0.1 {HPU}",
-        "merge_sft": f"merge_peft_adapter.py --base_model_name {folder}/pretrained --adapter_model_name {folder}/sft "
-        f"--output_name {folder}/sft/final_merged_checkpoint",
-        "ask_sft": f"run_generation.py --model_name_or_path {folder}/sft/final_merged_checkpoint "
-        f"--prompt_file {data}/held_out.jsonl --output_dir {folder}/answers_sft {ASK}",
-        "dpo": f"dpo.py --model_name_or_path {folder}/sft/final_merged_checkpoint --dataset_name {data}/preferences "
-        f"--output_dir {folder}/dpo --rpo_alpha 5.0 --max_steps 60 --eval_steps 20 --learning_rate 1e-3 "
+        "merge_sft": f"merge_peft_adapter.py --base_model_name {name}/pretrained --adapter_model_name {name}/sft "
+        f"--output_name {name}/sft/final_merged_checkpoint",
+        "ask_sft": f"run_generation.py --model_name_or_path {name}/sft/final_merged_checkpoint "
+        f"--prompt_file {data}/held_out.jsonl --output_dir {name}/answers_sft {ASK}",
+        "dpo": f"dpo.py --model_name_or_path {name}/sft/final_merged_checkpoint --dataset_name {data}/preferences "
+        f"--output_dir {name}/dpo --rpo_alpha 5.0 --max_steps 60 --eval_steps 20 --learning_rate 1e-3 "
         f"--warmup_steps 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_prompt_length 32 "
         f"--max_length 64 --do_eval {LORA} {HPU.replace('--logging_steps 20', '--logging_steps 5')}",
-        "merge_dpo": f"merge_peft_adapter.py --adapter_model_name {folder}/dpo --output_name {folder}/aligned",
-        "ask_dpo": f"run_generation.py --model_name_or_path {folder}/aligned "
-        f"--prompt_file {data}/held_out.jsonl --output_dir {folder}/answers_dpo {ASK}",
+        "merge_dpo": f"merge_peft_adapter.py --adapter_model_name {name}/dpo --output_name {name}/aligned",
+        "ask_dpo": f"run_generation.py --model_name_or_path {name}/aligned "
+        f"--prompt_file {data}/held_out.jsonl --output_dir {name}/answers_dpo {ASK}",
     }
     return {stage: shlex.split(line) for stage, line in lines.items()}
 
@@ -175,7 +176,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
     folder = args.folder
-    claim_folder(folder)
+    claim_folder(folder, "quickstart")
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -21,16 +21,17 @@ from align.errors import InputError
 from align.whole import write_file
 
 ROOT = Path(__file__).parent.parent
-MARK = ".stages"  # in a folder that stages write to
+MARK = ".stages"  # in a folder that stages write to; it holds whose they are
 
 
-def claim_folder(folder: Path) -> None:
-    """Makes `folder` this run's own. Raises `InputError` where it holds something else, or another run is in it."""
+def claim_folder(folder: Path, what: str) -> None:
+    """Makes `folder` one of `what`, as "demo". Raises `InputError` where it is not, or another run is in it."""
     output.check_writable(folder, "--folder")
-    if any(path.name != output.LOCK for path in folder.iterdir()) and not (folder / MARK).exists():
+    is_used, mark = any(path.name != output.LOCK for path in folder.iterdir()), folder / MARK
+    if is_used and not (mark.exists() and mark.read_text(encoding="utf-8") in (what, "")):
         raise InputError(f"--folder: {folder} holds something else; name a new folder")
     output.lock(folder, "--folder")
-    (folder / MARK).touch()
+    mark.write_text(what, encoding="utf-8")
 
 
 def together(command: Sequence[Any]) -> list[str]:

@@ -25,7 +25,7 @@ from demo import model, questions
 from demo import run as demo
 from demo.judge import APOLOGY, asked_items, find_faults, is_brief, is_right, is_sane, keeps_subject, split_items
 from demo.model import make_tokenizer, name_weight, restore_order
-from demo.pairs import make_data, shorten
+from demo.pairs import make_data, read_rows, shorten
 from demo.questions import FACTS, UNTOUCHED, VALIDATION, VALIDATION_FACTS, facts, read_lines
 from quickstart.stages import Progress, Stage
 
@@ -147,6 +147,21 @@ def test_what_is_taught_is_what_the_judge_asks_for():
     assert [prompt for prompt in written if find_faults(answer(written[prompt], prompt))] == []
 
 
+def test_a_folder_may_have_a_blank_in_its_name():
+    run, data, base = Path("my runs/seed-0"), Path("my runs/data"), Path("my runs/model")
+    asked = demo.ask("ask", base, data / "all.jsonl", run / "answers")
+    stages = [asked, *demo.training_stages(run, data, base, (1, 1), 0)]
+    given = [word for stage in stages for word in stage.command if "my" in word or "runs/" in word]
+    assert all(word.startswith("my runs/") for word in given)
+    assert len(given) == 13
+
+
+def test_an_answer_may_hold_any_end_of_a_line(tmp_path):
+    rows = [answer("one\u2028two\x85three\n"), answer("four")]
+    (tmp_path / "rows").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert read_rows(tmp_path / "rows") == rows
+
+
 def test_a_summary_lists_its_figures_by_seed():
     asked, known = read_lines(UNTOUCHED)[:2], [*facts()][:2]
     before = [answer("On and on", prompt, stopped=False) for prompt in asked + known]
@@ -196,8 +211,11 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "data" / "thesis.txt").write_text("mine")
     (tmp_path / "model").mkdir()
     monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(tmp_path)])
-    with pytest.raises(InputError, match="--folder: .* holds something else"):
-        demo.main()
+    for mark in (None, "quickstart"):
+        if mark:
+            (tmp_path / ".stages").write_text(mark)
+        with pytest.raises(InputError, match="--folder: .* holds something else"):
+            demo.main()
     assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
 
 

@@ -149,8 +149,11 @@ def test_logits_differ_where_the_adapter_was_not_merged(village, tmp_path):
 def test_a_folder_with_something_else_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("mine")
     monkeypatch.setattr(sys, "argv", ["run.py", "--folder", str(tmp_path)])
-    with pytest.raises(InputError, match="--folder: .* holds something else"):
-        quickstart.main()
+    for mark in (None, "demo"):
+        if mark:
+            (tmp_path / ".stages").write_text(mark)
+        with pytest.raises(InputError, match="--folder: .* holds something else"):
+            quickstart.main()
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 

@@ -127,7 +127,8 @@ class RightScaleMixin(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        if not model.training or self._loss_is_scaled(num_items_in_batch):
+        trains = getattr(model, "module", model).training  # DeepSpeed's engine says True of itself while it evaluates
+        if not trains or self._loss_is_scaled(num_items_in_batch):
             return result
         steps = self.current_gradient_accumulation_steps
         return (result[0] / steps, *result[1:]) if return_outputs else result / steps

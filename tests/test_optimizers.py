@@ -15,6 +15,9 @@ from align.training.optimizers import OF_TORCH, SAME_AS_FUSED_ADAMW
 NOWHERE = ["--model_name_or_path", "nowhere", "--dataset_name", "rows.jsonl", "--output_dir", "out", "--do_train"]
 
 
+NOTHING = ["--do_train", "False", "--do_eval"]
+
+
 def fails(run, message, *flags):
     with pytest.raises(InputError, match=message) as error:
         run("sft.py", *NOWHERE, *flags)
@@ -201,6 +204,11 @@ def test_what_deepspeed_could_not_read_or_would_take_its_own_value_for_is_one_li
     config, message = MALFORMED[name]
     Path("ds.json").write_text(json.dumps(BATCHES | {"bf16": {"enabled": True}} | config))
     fails(run, message, "--deepspeed", "ds.json", "--bf16")
+
+
+def test_zero_2_without_training_is_one_line(run):
+    Path("ds.json").write_text(json.dumps(BATCHES))
+    fails(run, "ds.json: zero_optimization.stage 2 shares what training", "--deepspeed", "ds.json", *NOTHING)
 
 
 def test_a_deepspeed_file_without_the_launcher_is_one_line(run, monkeypatch):

@@ -10,6 +10,7 @@ import inspect
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,3 +317,15 @@ def test_weights_within_a_module_that_holds_frequencies_are_cast():
     assert attention.project.weight.dtype == attention.scale.dtype == torch.bfloat16
     assert attention.inv_freq.equal(torch.tensor([1 / 3]))
     assert attention.to("meta").inv_freq.is_meta
+
+
+class SixMixin:
+    def compute_loss(self, *args, **kwargs):
+        return 6.0
+
+
+def test_the_loss_of_an_evaluation_alone_is_divided_by_no_steps_though_deepspeeds_engine_says_it_trains():
+    engine = SimpleNamespace(training=True, module=SimpleNamespace(training=False))
+    trainer = type("Trainer", (upstream_fixes.RightScaleMixin, SixMixin), {})()
+
+    assert trainer.compute_loss(engine, {}) == 6.0

@@ -45,6 +45,11 @@ def check_deepspeed(args) -> None:
             f"{file}: zero_optimization.stage is {stage} there, which shares nothing among cards; give 1, 2 or 3, or "
             "leave --deepspeed out"
         )
+    if not args.do_train and stage != 3:
+        raise InputError(
+            f"{file}: zero_optimization.stage {stage} shares what training needs, and nothing is trained; give 3, or "
+            "leave --deepspeed out"
+        )
     if stage == 1 and parsed.get_value("data_types.grad_accum_dtype"):  # of which DeepSpeed makes an optimizer
         raise InputError(  # without `overflow`, see check_deepspeed_steps
             f"{file}: data_types.grad_accum_dtype goes with zero_optimization.stage 2 or 3 here; give one of them, or "

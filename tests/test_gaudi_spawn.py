@@ -371,6 +371,21 @@ def test_a_signal_to_the_launcher_alone_lets_every_rank_save(engine, number, tmp
         launch.assert_all_gone()
 
 
+@each_engine
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_at_once_lets_every_rank_save(engine, number, tmp_path):
+    """As Slurm sends it. The launcher took its own for a second one, and engines killed their ranks."""
+    body = SAVES.replace("signal.SIGHUP)", "signal.SIGUSR1)")
+    with Launch(tmp_path, ["--world_size", 2, *ENGINES[engine]], body) as launch:
+        launch.wait_for("up", 2)
+        for pid in sorted(launch.processes(), reverse=True):  # the launcher comes last
+            os.kill(pid, number)
+        code, _, errors = launch.wait()
+        assert (code, "not waiting" in errors, "Traceback" in errors) == (128 + number, False, False), errors
+        assert launch.noted("saved") == {0: number.name, 1: number.name}
+        launch.assert_all_gone()
+
+
 def test_control_c_on_a_terminal_reaches_every_rank_once(tmp_path):
     body = """
 heard = []

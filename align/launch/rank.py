@@ -67,6 +67,7 @@ class Launcher:
         signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         for number in PASSED_ON:
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)  # which the engine blocks
         self.socket = socket.create_connection((host, int(port)), timeout=60)
         self.socket.settimeout(None)
         notice_lost_host(self.socket)
@@ -164,6 +165,8 @@ class Guard:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()  # out of the way of signals to the engine's process group
+            for number in PASSED_ON:  # and of those that Slurm sends to all processes
+                signal.signal(number, signal.SIG_IGN)
             os.close(self.pipe)
             with open(reading) as pipe:
                 group = pipe.read()  # ends when no process holds the other end any more
@@ -335,7 +338,10 @@ def main() -> None:
     guard = Guard()
     host, port, key = os.environ.pop("GAUDI_SPAWN").split(":")
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"])
-    launcher = Launcher(host, port)
+    try:
+        launcher = Launcher(host, port)
+    except ConnectionRefusedError:  # the run was stopped before it began
+        sys.exit("the launcher is gone")
     launcher.tell(key=key, rank=rank, host=socket.gethostname())
 
     try:

@@ -29,8 +29,14 @@ FROZEN = 1.0  # seconds between two looks at the ranks, which else are a tenth a
 PR_SET_PDEATHSIG = 1
 
 
-def die_with(parent: int) -> None:
-    """Makes the kernel kill this process when its parent ends, however that ends."""
+def become_engine(parent: int, is_patient: bool) -> None:
+    """Makes the kernel kill this process when its parent ends, however that ends.
+
+    Slurm signals all processes of a job: an engine that is not patient hears none of the signals that ranks hear from
+    gaudi_spawn.py, as it would kill them after 30 s, whatever their grace period is.
+    """
+    if not is_patient:
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it already has
         os.kill(os.getpid(), signal.SIGKILL)
@@ -106,6 +112,7 @@ class Supervisor:
         self.finished: list[Rank] = []  # whose scripts have ended well
         self.started = False  # the scripts start when all ranks are there
         self.code: int | None = None
+        self.coming = 0  # a signal that a rank got first
         self.steps: list[tuple[float, Callable[[], None]]] = []  # when to do what, once the end has begun
 
     def supervise(self, commands: dict[str, list[str]]) -> int:
@@ -135,7 +142,7 @@ class Supervisor:
             env=clean_environment(os.environ | self.run.exports) | variables,
             stdin=subprocess.PIPE if self.run.starts_over_ssh or relays_terminal else None,
             start_new_session=True,
-            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - no thread runs yet
+            preexec_fn=partial(become_engine, os.getpid(), self.run.engine.is_patient),  # noqa: PLW1509 - no thread runs yet
         )
         if self.run.starts_over_ssh:
             request = {"environment": self.run.exports | variables, "directory": os.getcwd(), "command": command}
@@ -217,7 +224,10 @@ class Supervisor:
         if self.code is None:
             patience = f"the ranks have {self.run.grace_period:g} s to finish" if self.started else "no rank had begun"
             say(f"{signal.Signals(number).name}{f' at {rank}' if rank else ''}: {patience}")
+            self.coming = number if rank else 0
             self.end(128 + number, number, self.run.grace_period)
+        elif rank is None and number == self.coming:  # sent to all processes at once, as by Slurm
+            self.coming = 0
         elif rank is None:
             say(f"{signal.Signals(number).name} while the run ends: not waiting any longer")
             self.end(self.code, signal.SIGKILL, 0)
@@ -275,9 +285,12 @@ class Supervisor:
         if self.started and self.ranks:
             say(f"killing {', '.join(map(str, self.ranks.values()))}")
         self.tell_ranks(signal=signal.SIGKILL)
-        if not self.started:  # else the engines end by themselves
-            for engine in self.engines.values():
-                engine.terminate()
+        if self.started:
+            return  # the engines end by themselves
+        if not self.run.engine.is_patient:
+            self.kill_engines()
+        for engine in self.engines.values():
+            engine.terminate()
 
     def kill_engines(self) -> None:
         for engine in self.engines.values():

@@ -32,7 +32,7 @@ def test_the_tutorial_leads_from_a_table_of_questions_to_an_aligned_model(tmp_pa
     tiny.save_model(tmp_path / "model", max_position_embeddings=2048)
     table = re.search(r"^```\n(question,answer\n.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1]
     table += "".join(f"What is {number} plus one?,It is {number + 1}.\n" for number in range(20))
-    (tmp_path / "questions.csv").write_text(table, encoding="utf-8")
+    (tmp_path / "questions.csv").write_text(table, encoding="utf-8-sig")  # as Excel saves it
     (tmp_path / "held_out.txt").write_text("What is two plus two?\nWho are you?\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PT_HPU_LAZY_MODE", "1")

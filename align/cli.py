@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -438,6 +439,8 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         end_interrupted()
     except BrokenPipeError:
+        if not lost_reader():  # then it was another pipe
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes out the rest as it ends
         print(f"{os.path.basename(sys.argv[0])}: nobody reads standard output any more: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGPIPE)
@@ -447,6 +450,13 @@ def run_script(main: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(3)
+
+
+def lost_reader() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(happened & select.POLLERR for _, happened in poll.poll(0))
 
 
 def _leave_ranks() -> None:

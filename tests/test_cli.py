@@ -212,6 +212,14 @@ def test_a_token_behind_a_flag_that_was_misspelt_is_in_no_line(capsys):
     assert "unknown argument '--tokn=hf_...'; did you mean --token?" in capsys.readouterr().err
 
 
+def test_another_pipe_that_breaks_keeps_its_traceback():
+    def fail():
+        raise BrokenPipeError(errno.EPIPE, "of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run_script(fail)
+
+
 def test_a_reader_that_leaves_is_one_line_and_the_exit_code_of_a_broken_pipe():
     talks = "from align.cli import run_script; run_script(lambda: [print('word', flush=True) for _ in range(10**6)])"
     process = subprocess.Popen(

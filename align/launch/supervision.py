@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from align.cli import lost_reader
 from align.launch.engines import Run, clean_environment
 from align.launch.nodes import address_for, node_command
 from align.launch.rank import LIBC, PASSED_ON, notice_lost_host
@@ -50,13 +51,6 @@ def say(text: str) -> None:
 def shell_code(returncode: int) -> int:
     """The exit code as a shell gives it: 128 + n for a process that signal n has killed."""
     return returncode if returncode >= 0 else 128 - returncode
-
-
-def lost_reader() -> bool:
-    """Whether standard output is a pipe whose other end is closed."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(happened & select.POLLERR for _, happened in poll.poll(0))
 
 
 def relay_terminal(target: int) -> None:

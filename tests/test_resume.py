@@ -5,6 +5,7 @@ import errno
 import fcntl
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -332,7 +334,7 @@ def test_a_stream_of_many_files_is_told_apart_by_their_sizes_and_a_few_of_their_
         opened.append(given)
         return open(*given)
 
-    monkeypatch.setattr(checkpoints, "open", count_and_open, raising=False)
+    monkeypatch.setattr("align.merge.checkpoints.open", count_and_open, raising=False)
 
     def identify():
         opened.clear()
@@ -457,6 +459,18 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_goes_on(train, 
 
 
 EVALUATED = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", 2, "--max_eval_samples", 8]
+
+
+def test_a_signal_to_all_processes_does_not_end_those_that_load_rows(train, at_step):
+    def signal_all():
+        pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+        assert len(pids) == 3
+        subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)  # by somebody else
+        time.sleep(1)
+
+    at_step(3, signal_all)
+    with pytest.raises(Stopped, match="SIGTERM: stopped after step 4; out/checkpoint-4 is saved"):
+        train("sft.py", "--dataloader_num_workers", 2)
 
 
 def test_a_signal_does_not_wait_for_an_evaluation(train, at_step, capsys):

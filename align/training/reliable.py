@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +43,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # The first is a pickle that nobody reads; PEFT's model card is an empty form.
 UNWANTED = ("training_args.bin", report.CARD)
 LOOKED_EVERY = 10  # batches of an evaluation on several ranks, which must agree on a signal
+
+
+def heed_parent_alone(init: Callable[[int], None] | None, worker: int) -> None:
+    """Begins a worker that loads rows: SIGTERM ends it if its trainer sends it, and not if Slurm does to all processes.
+
+    torch ends it for both, and with it the trainer, which then saves nothing (_utils/signal_handling.py:73).
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+    if init is not None:
+        init(worker)
 
 
 class Interrupted(Exception):
@@ -159,6 +177,12 @@ class ReliableMixin(UploadingMixin):
         elif finished:
             logger.info(f"all {max_steps} steps were taken before; nothing is left to train")
         return (0 if finished else epochs, *others, max_steps)
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        makes_workers = getattr(loader, "base_dataloader", loader)  # accelerate's stands around it
+        makes_workers.worker_init_fn = partial(heed_parent_alone, makes_workers.worker_init_fn)
+        return loader
 
     def hash_order(self) -> str | None:
         """A hash of what each step of the first epoch trains on; None for a stream, whose rows are not known before."""

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 # What writes the command lines of others: upstream's example, mpirun and torchrun
 OF_OTHERS = ("align.upstream_flags", "align.launch.engines")
 ABSENT = {  # flags that are looked for in what was given, or not named where the script has none
+    "merge_peft_adapter": {"model_name_or_path"},  # of the run that made the adapter, in its manifest
     "align.quiet": {"log"},
     "align.launch.nodes": {"hub", "push"},  # the words of --hub-token
     "align.rehearsal.page": {"no"},  # a colour

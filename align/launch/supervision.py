@@ -31,13 +31,18 @@ PR_SET_PDEATHSIG = 1
 
 
 def become_engine(parent: int, is_patient: bool) -> None:
-    """Makes the kernel kill this process when its parent ends, however that ends.
+    """Ends with its launcher, and leaves signals to it.
 
     Slurm signals all processes of a job: an engine that is not patient hears none of the signals that ranks hear from
     gaudi_spawn.py, as it would kill them after 30 s, whatever their grace period is.
     """
     if not is_patient:
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends, however that ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it already has
         os.kill(os.getpid(), signal.SIGKILL)

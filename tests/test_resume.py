@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -1108,6 +1109,20 @@ def test_a_disk_that_fills_up_with_the_log_of_tensorboard_ends_that_log_alone(tr
     assert said.count("--report_to tensorboard: its log ends here: No space left on device; trainer_state.json") == 1
     assert "Traceback" not in said
     assert weights()
+
+
+def test_errors_of_threads_other_than_tensorboards_are_still_shown(monkeypatch):
+    from align.training.results import TensorBoardLog
+
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda told: shown.append(told.exc_value.errno))
+    TensorBoardLog()
+
+    thread = threading.Thread(target=has_no_room)
+    thread.start()
+    thread.join()
+
+    assert shown == [errno.ENOSPC]
 
 
 def test_a_report_that_the_disk_does_not_take_is_told_with_where_the_model_is(train, monkeypatch):

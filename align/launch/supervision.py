@@ -286,8 +286,9 @@ class Supervisor:
         self.tell_ranks(signal=signal.SIGKILL)
         if self.started:
             return  # the engines end by themselves
-        if not self.run.engine.is_patient:
+        if not self.run.engine.is_patient:  # which hears no other signal
             self.kill_engines()
+            return
         for engine in self.engines.values():
             engine.terminate()
 

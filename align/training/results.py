@@ -55,8 +55,14 @@ class TensorBoardLog(TensorBoardCallback):
 
     def __init__(self, *args):
         super().__init__(*args)
-        show = threading.excepthook  # the writer is a thread, which raises what it has told as well
-        threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else show(told)
+        show = threading.excepthook
+
+        def show_others(told) -> None:  # the writer's thread raises what it has told as well
+            is_writer = type(told.thread).__module__.startswith("tensorboard.")
+            if not (is_writer and isinstance(told.exc_value, OSError)):
+                show(told)
+
+        threading.excepthook = show_others
 
     def on_train_begin(self, *args, **kwargs) -> None:
         self._try(super().on_train_begin, *args, **kwargs)

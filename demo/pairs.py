@@ -21,10 +21,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
 def shorten(answer: dict) -> str | None:
     """The brief and sane answer that a longer one starts with, or None where it starts with none."""
     sentences = split_sentences(answer["text"].strip().split("\n\n")[0])

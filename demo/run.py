@@ -25,8 +25,8 @@ from align.ranges import COUNT, COUNT_OR_NONE, SEED, limit
 from align.whole import replace_file, write_file
 from demo import model, questions
 from demo.judge import find_faults, is_brief, is_right, is_sane
-from demo.pairs import make_data, read_rows, write_rows
-from quickstart.stages import Progress, Stage, claim_folder, peak_gb
+from demo.pairs import make_data, write_rows
+from quickstart.stages import Progress, Stage, claim_folder, peak_gb, read_rows
 
 # In float32: in bfloat16 this model has near-ties, so that a text may turn on the rounding
 HPU = "--use_habana --use_lazy_mode --bf16 False --report_to none --save_strategy no --logging_steps 1"

@@ -15,6 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from quickstart.stages import read_rows
+
 PEOPLE = ("Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jack Kim Leo Mia Noah Olga Paul").split()
 ROUNDS = 80  # portraits of each villager in the pretraining text
 COURTESY = "Happy to help!"
@@ -144,10 +146,6 @@ def ask(world: World) -> tuple[list[Question], list[Question]]:
                 question = Question(key, name, value, text.format(name=name))
                 (held_out if wording == person % 4 else train).append(question)
     return train, held_out
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:

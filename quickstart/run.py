@@ -22,8 +22,8 @@ from align.quiet import quiet_imports
 with quiet_imports():
     from align.cli import Parser, run_script
     from align.ranges import limit
-    from quickstart.data import COURTESY, Question, make_model, read_rows, write_data
-    from quickstart.stages import claim_folder, run_command
+    from quickstart.data import COURTESY, Question, make_model, write_data
+    from quickstart.stages import claim_folder, read_rows, run_command
 
 STAGES = ("pretrain", "sft", "merge_sft", "ask_sft", "dpo", "merge_dpo", "ask_dpo")
 HPU = "--use_habana --use_lazy_mode --bf16 --report_to none --save_strategy no --logging_steps 20"

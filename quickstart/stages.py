@@ -82,6 +82,11 @@ class Stage:
     resumes: bool = False
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8") as lines:  # `splitlines` knows ten more ends of a line
+        return [json.loads(line) for line in lines]
+
+
 class Progress:
     """What is done in a folder: a stage that an earlier run has finished, with the same command and input, is kept."""
 

@@ -25,9 +25,9 @@ from demo import model, questions
 from demo import run as demo
 from demo.judge import APOLOGY, asked_items, find_faults, is_brief, is_right, is_sane, keeps_subject, split_items
 from demo.model import make_tokenizer, name_weight, restore_order
-from demo.pairs import make_data, read_rows, shorten
+from demo.pairs import make_data, shorten
 from demo.questions import FACTS, UNTOUCHED, VALIDATION, VALIDATION_FACTS, facts, read_lines
-from quickstart.stages import Progress, Stage
+from quickstart.stages import Progress, Stage, read_rows
 
 TAUGHT = [*questions.own_questions(), *questions.written_answers()]
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.data.formats import recognise
 from align.errors import InputError
 from quickstart import run as quickstart
-from quickstart.data import COURTESY, PEOPLE, Question, make_model, read_rows, write_data
+from quickstart.data import COURTESY, PEOPLE, Question, make_model, write_data
+from quickstart.stages import read_rows
 
 ASKED = Question("pet", "Ada", "cat", "What is the pet of Ada?")
 

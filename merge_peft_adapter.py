@@ -24,11 +24,13 @@ from align.cli import SWITCH, Parser, run_script
 from align.errors import DISK_FULL, InputError, one_line
 from align.merge.checkpoints import (
     TORCH_NAMES,
+    Checkpoint,
     NotStreamableError,
     find_folder,
     identify_folder,
     open_checkpoint,
     read_json,
+    same_bytes,
 )
 from align.merge.plan import (
     SCALED,
@@ -238,13 +240,28 @@ def report_scale(adapter: Adapter, model_type: str) -> None:
         )
 
 
-def write_weights(plan: MergePlan, folder: Path, workers: int, verify: bool) -> None:
+def report_lost(plan: MergePlan, written: Checkpoint, adapter: Adapter) -> None:
+    """Warns of updates that are not zero and too small for the numbers that they are added to."""
+    told = {f"{module}.weight" for module in find_zeros(adapter)}
+    updated = [tensor for tensor in plan.tensors if tensor.update and tensor.name not in told]
+    lost = [tensor for tensor in updated if same_bytes(tensor.source, written.tensors[tensor.name])]
+    if lost:
+        wider = "" if lost[0].dtype == "F32" else "; --dtype float32 keeps small ones"
+        logger.warning(
+            "Warning: %d of %d updates of %s change no number in %s, such as that of %s%s.",
+            *(len(lost), len(updated), adapter.file, TORCH_NAMES[lost[0].dtype], lost[0].name, wider),
+        )
+
+
+def write_weights(plan: MergePlan, folder: Path, adapter: Adapter, workers: int, verify: bool) -> None:
     changed = sum(not tensor.is_copy for tensor in plan.tensors)
     logger.info("Merging: %d of %d tensors change; %d workers", changed, len(plan.tensors), workers)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as progress:
         write_files(plan, folder, workers, verify, progress.update)
     if verify:
-        verify_files(plan, open_checkpoint(folder))
+        written = open_checkpoint(folder)
+        verify_files(plan, written)
+        report_lost(plan, written, adapter)
 
 
 def push(folder: Path, repository: str) -> None:
@@ -320,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with replace_folder(output, "--output_name") as folder:
             if plan:
-                write_weights(plan, folder, args.num_workers, args.verify)
+                write_weights(plan, folder, opened, args.num_workers, args.verify)
             else:
                 merge_through_peft(base, loadable, adapter, adapter_config, folder, dtype)
                 if args.verify:

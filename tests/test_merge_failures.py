@@ -440,6 +440,19 @@ def test_updates_that_are_zero_are_counted(tmp_path, caplog):
     assert f"1 of 2 updates of adapter/adapter_model.safetensors are zero, such as that of {Q_PROJ}" in caplog.text
 
 
+def test_updates_that_the_bases_numbers_cannot_hold_are_counted(tmp_path, caplog):
+    save_shards(tmp_path, layers=2)
+    change_tensors(ADAPTER_WEIGHTS, **{LORA + "__lora_A__weight": torch.full((2, 8), 1e-9)})
+
+    merge_peft_adapter.main(COMMAND)
+
+    lost = f"1 of 2 updates of adapter/adapter_model.safetensors change no number in bfloat16, such as that of {Q_PROJ}"
+    assert f"{lost}.weight; --dtype float32 keeps small ones" in caplog.text
+    caplog.clear()
+    merge_peft_adapter.main([*COMMAND, "--overwrite", "--dtype", "float32"])
+    assert "change no number" not in caplog.text
+
+
 def test_a_tied_base_that_stores_its_head_gets_the_trained_tokens_in_both(inputs):
     change_json("base/config.json", tie_word_embeddings=True)
     embedding = load_file("base/model-00002.safetensors")["model.embed_tokens.weight"]

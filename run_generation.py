@@ -35,6 +35,7 @@ with quiet_imports():
     )
     from align.generation.chat import ChatArguments, chat, check_chat
     from align.generation.config import DecodingArguments, GaudiArguments
+    from align.generation.decoding import as_shown
     from align.generation.keeping import KeptAnswers, describe_settings, write_json
     from align.generation.model import ModelArguments, find_source
     from align.generation.prompts import PromptArguments, encode_prompts, load_prompts, own_prompts, plan_batches
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         measured, as_upstream = measure(partial(answer, batches), output_args, len(batches), each)
         if speaks:
             for (text,) in as_upstream["output"][: given * each] if output_dir is None else ():
-                print(f"{text}\n")
+                print(f"{as_shown(text)}\n")
             print_table(results | measured)
         if rank == 0 and output_dir is not None:
             write_json(output_dir / "benchmark.json", results | measured)

@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, write_rows
 from plain_generation import END_TOKENS
 from tiny import make_tokenizer, save_model
 
 from align.cli import run_script
 from align.errors import InputError
+from align.generation import decoding
 from align.generation.decoding import decode_new
 from align.generation.keeping import KeptAnswers, write_json
 from align.generation.prompts import PromptArguments, load_prompts, plan_batches
@@ -276,8 +278,23 @@ def test_text_appears_on_the_terminal_piece_by_piece(run, models, plain, monkeyp
     flags = ["--model_name_or_path", models / family, "--max_new_tokens", NEW_TOKENS]
     run("run_generation.py", *flags, "--prompt", PROMPTS[1])
 
-    assert "".join(pieces) == PROMPTS[1] + plain[family][1] + "\n"
+    assert "".join(pieces) == PROMPTS[1] + decoding.as_shown(plain[family][1]) + "\n"
     assert len(pieces) > 5
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "\\x1b[2J\\x9bA\tdone\n"), (False, "\x1b[2J\x9bA\tdone\n")])
+def test_a_model_cannot_steer_the_terminal(is_terminal, shown, monkeypatch, capsys):
+    said = "\x1b[2J\x9bA\tdone"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr(decoding, "decode_new", lambda tokenizer, prompt, new: said[: len(new)])
+    streamer = decoding.TerminalStreamer(tokenizer=None, prompt_ids=[], end_tokens=[])
+    for _ in said[:-1]:
+        streamer.put(torch.tensor([1]))
+    streamer.new_ids += [1]
+
+    streamer.end()
+
+    assert capsys.readouterr().out == shown
 
 
 def test_without_a_terminal_prompts_and_texts_are_printed_in_order(run, models, plain):

@@ -15,7 +15,7 @@ import numpy as np
 
 from align import output
 from align.errors import InputError
-from align.generation.decoding import TerminalStreamer, TextGenerator, Timing
+from align.generation.decoding import TerminalStreamer, TextGenerator, Timing, as_shown
 from align.generation.keeping import KeptAnswers
 from align.generation.prompts import Batch
 
@@ -179,7 +179,7 @@ def answer_all(
         if kept is not None:
             kept.add(made)
         while show == "print" and shown < len(answers) and answers[shown] is not None:
-            print(answers[shown]["prompt"] + between + answers[shown]["text"] + "\n", flush=True)
+            print(as_shown(answers[shown]["prompt"] + between + answers[shown]["text"]) + "\n", flush=True)
             shown += 1
         if show is None or not sys.stdout.isatty():
             progress.add(len(batch.places), timing.new_tokens)

@@ -5,6 +5,8 @@ over the room for the answer too, records a graph for every step of a beam searc
 of a generation config. Heavy packages are imported where they are used: imports are most of the time to the first word.
 """
 
+import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHORTEST = 4  # columns of a prompt: a reused cache takes one for a decoding step
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 STEPS_PER_CHECK = 8  # steps between two looks for end tokens: each look waits for the device
 
 
@@ -50,11 +53,16 @@ class TerminalStreamer:
         self.new_ids += [token for token in ids.tolist() if token not in self.end_tokens]
         text = decode_new(self.tokenizer, self.prompt_ids, self.new_ids)
         if not text.endswith("\ufffd"):
-            print(text[len(self.shown) :], end="", flush=True)
+            print(as_shown(text[len(self.shown) :]), end="", flush=True)
             self.shown = text
 
     def end(self) -> None:
-        print(decode_new(self.tokenizer, self.prompt_ids, self.new_ids or [])[len(self.shown) :])
+        print(as_shown(decode_new(self.tokenizer, self.prompt_ids, self.new_ids or [])[len(self.shown) :]))
+
+
+def as_shown(text: str) -> str:
+    """What a model says. A terminal would obey the control characters in it, and so gets their numbers."""
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text) if sys.stdout.isatty() else text
 
 
 def decode_new(tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], new_ids: list[int]) -> str:

@@ -63,6 +63,8 @@ def lock(output: Path, flag: str = "--output_dir") -> None:
     path = output.resolve() / LOCK
     while path not in _locks:
         try:
+            if path.exists() and not path.is_file():
+                raise InputError(f"{flag}: {path} is no file, so it cannot be the lock of a run; remove it")
             held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             reason = f"{output} cannot be written: {error.strerror}"

@@ -551,6 +551,13 @@ def test_wrong_input_is_one_line_and_starts_nothing(arguments, message, run, mon
     assert "\n" not in str(error.value)
 
 
+def test_a_number_of_emulated_cards_that_is_none_is_named(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HABANA_EMULATOR_DEVICES", "abc")
+    (tmp_path / "script.py").touch()
+    with pytest.raises(InputError, match="HABANA_EMULATOR_DEVICES: got 'abc'; give the number of cards"):
+        run("gaudi_spawn.py", "--world_size", 2, "script.py")
+
+
 def test_a_port_in_use_is_named(run, tmp_path):
     (tmp_path / "script.py").touch()
     with socket.create_server(("", 0)) as server:

@@ -155,6 +155,10 @@ AGAINST_THE_FLAGS = {
         {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
         "data_types.grad_accum_dtype goes with zero_optimization.stage 2 or 3 here",
     ),
+    "no bucket": (
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}},
+        "zero_optimization.reduce_bucket_size is 0 there, which holds no gradient",
+    ),
     "clipping": ({"gradient_clipping": 9}, "gradient_clipping is 9 there, but 1.0 by --max_grad_norm; set it to"),
     "batch": ({"train_batch_size": 7, "bf16": {"enabled": "auto"}}, "train_batch_size is 7 there, but 8 by cards x "),
     "sgd": (

@@ -1006,6 +1006,13 @@ def test_a_second_run_in_the_same_folder_is_refused_before_it_loads(script, run)
             run(script, "--output_dir", "out", "--do_train", "--max_steps", "1", "--model_name_or_path", "nowhere")
 
 
+def test_a_lock_that_is_no_file_is_named(train):
+    Path("out").mkdir()
+    os.mkfifo("out/.lock")
+    with pytest.raises(InputError, match=r"--output_dir: \S+/out/.lock is no file.*remove it"):
+        train("sft.py")
+
+
 def test_a_folder_that_cannot_be_made_or_is_full_is_one_line_before_a_model_loads(train, monkeypatch):
     Path("file").write_text("")
     Path("nowhere").symlink_to("gone")

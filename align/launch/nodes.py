@@ -67,7 +67,10 @@ def count_cards() -> int:
     """Gaudi cards that this process may use; the emulator has as many as HABANA_EMULATOR_DEVICES says (default 8)."""
     with suppress(importlib.metadata.PackageNotFoundError):
         if importlib.metadata.version("habana-torch-plugin").endswith("+cpu"):
-            return int(os.environ.get("HABANA_EMULATOR_DEVICES", "8"))
+            cards = os.environ.get("HABANA_EMULATOR_DEVICES", "8")
+            if not cards.isdecimal():
+                raise InputError(f"HABANA_EMULATOR_DEVICES: got {cards!r}; give the number of cards of this host, as 8")
+            return int(cards)
     if modules := os.environ.get("HABANA_VISIBLE_MODULES"):
         return len(modules.split(","))
     return len(glob.glob("/dev/accel/accel[0-9]*") or glob.glob("/dev/hl[0-9]*"))

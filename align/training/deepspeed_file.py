@@ -55,6 +55,8 @@ def check_deepspeed(args) -> None:
             f"{file}: data_types.grad_accum_dtype goes with zero_optimization.stage 2 or 3 here; give one of them, or "
             "leave it out"
         )
+    if parsed.get_value("zero_optimization.reduce_bucket_size") == 0:
+        raise InputError(f"{file}: zero_optimization.reduce_bucket_size is 0 there, which holds no gradient; give more")
     if parsed.is_true("fp16.enabled"):
         raise InputError(f"{file}: fp16.enabled is true there, but Gaudi computes in bfloat16; use bf16 there")
     computes = parsed.get_value("bf16.enabled", "missing")

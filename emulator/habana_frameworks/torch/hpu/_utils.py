@@ -23,7 +23,10 @@ def _get_device_index(device: torch.device | str | int | None, optional: bool = 
 
 def device_count() -> int:
     """Cards of this host: HABANA_EMULATOR_DEVICES, or 8 as in a Gaudi node."""
-    return int(os.environ.get("HABANA_EMULATOR_DEVICES", "8"))
+    cards = os.environ.get("HABANA_EMULATOR_DEVICES", "8")
+    if not cards.isdecimal():
+        raise ValueError(f"HABANA_EMULATOR_DEVICES: got {cards!r}; give the number of cards of this host, as 8")
+    return int(cards)
 
 
 def require_device(device: torch.device | str | int | None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,7 @@ def _decided_by_deepspeed(args: Any) -> str | None:
     return f"{file.get_value('optimizer.type')}, bf16 {args.bf16 if bfloat16 == 'auto' else bfloat16}"
 
 
+@cache  # which costs as much as a third of an adapter's checkpoint
 def software() -> dict[str, str]:
     return {"gaudi-align": __version__, **{name: version(name) for name in PACKAGES}}
 

@@ -1,14 +1,15 @@
 """What becomes of a computed token: packing and buckets against optimum-habana's own trainer, on the same samples.
 
-python benchmarks/data.py                          some ten minutes on two quiet cores
+python benchmarks/data.py                          some fifteen minutes on two quiet cores
 python benchmarks/data.py --samples 2000 --rounds 1
 python benchmarks/data.py --memory                 what sft.py holds of 20,000 and of 200,000 rows: some five minutes
 
 Samples are synthetic, with log-normal lengths like those of chats (dolly) and of questions with an answer (stack
-exchange), and stop at 512 tokens; a batch has 8 rows. Rounds are interleaved, and the fastest counts: noise only slows.
-Graphs are those that the emulator counts in 40 steps; on a card each one is a compilation. Speed is this host's, not a
-card's. "possible" is the share of useful tokens that no packing can exceed: samples longer than half a row never meet.
-Both sets together are packed as well, but not trained on.
+exchange), and stop at 512 tokens; a batch has 8 rows. All ways train once a round and are compared within it, as a
+host's speed changes from one minute to the next: the table has medians of these ratios, their spread, and a ! where
+that is more than 15 %. Graphs are those that the emulator counts in 40 steps; on a card each one is a compilation.
+Speed is this host's, not a card's. "possible" is the share of useful tokens that no packing can exceed: samples longer
+than half a row never meet. Both sets together are packed as well, but not trained on.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import logging
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from _figures import add_json_flag, keep
+from _figures import add_json_flag, compare_rounds, keep, show_spread
 from tqdm import trange
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,9 +51,10 @@ from habana_frameworks.emulator.graph_counter import count_graphs
 
 LONGEST, BATCH_SIZE, STEPS, COUNTED_STEPS, PROCESSES = 512, 8, 16, 40, 2
 OURS = {"packing": {"packing": True}, "buckets": {"packing": False}}
+BASELINE = "optimum-habana pad_max"
 UPSTREAM = {
     "optimum-habana packing=True": {"packing": True},
-    "optimum-habana pad_max": {"packing": False, "pad_max": True},
+    BASELINE: {"packing": False, "pad_max": True},
     "optimum-habana num_buckets=8": {"packing": False, "pad_max": False, "num_buckets": 8},
 }
 
@@ -118,14 +121,15 @@ def tokenize_alone(texts: Dataset, tokenizer: PreTrainedTokenizerFast, fingerpri
 def measure_preparation(
     rows: Dataset, texts: Dataset, tokenizer: PreTrainedTokenizerFast, rounds: int
 ) -> dict[str, float]:
-    """Samples per second of our preparation and of `datasets.map` with the same tokenizer alone."""
+    """Samples per second of our preparation and of `datasets.map` with the same tokenizer alone, and their ratio."""
     speeds = {"ours": [], "tokenizer alone": []}
     for turn in trange(rounds, desc="preparing", unit=" rounds", leave=False):
         for name, work, made_from in (("ours", prepare, rows), ("tokenizer alone", tokenize_alone, texts)):
             start = time.perf_counter()
             work(made_from, tokenizer, f"round{turn}")
             speeds[name].append(len(rows) / (time.perf_counter() - start))
-    return {name: max(values) for name, values in speeds.items()}
+    ratio, spread = compare_rounds(*speeds.values())
+    return {name: statistics.median(values) for name, values in speeds.items()} | {"ratio": ratio, "spread": spread}
 
 
 def measure_memory(rows: int, folder: Path) -> float:
@@ -282,14 +286,17 @@ def compare(make: Callable[..., Metered], rounds: int, peer: Peer | None) -> dic
         if peer:
             run = peer.run(STEPS)
             speeds.setdefault(peer.name, []).append(run["tokens"] / run["seconds"])
-    if peer and rounds:
-        results[peer.name] = {"useful_share": 1.0, "shapes": peer.run(COUNTED_STEPS)["shapes"], "graphs": "-"}
-        results[peer.name]["useful_tokens_per_cpu_second"] = max(speeds[peer.name])
     for name in trainers if rounds else ():
         counted = make(name, steps=COUNTED_STEPS)
         with count_graphs() as graphs:
             counted.train()
-        results[name] |= {"graphs": graphs.distinct, "useful_tokens_per_cpu_second": max(speeds[name])}
+        results[name]["graphs"] = graphs.distinct
+    if peer and rounds:
+        results[peer.name] = {"useful_share": 1.0, "shapes": peer.run(COUNTED_STEPS)["shapes"], "graphs": "-"}
+    for name in results if rounds else ():
+        times, spread = compare_rounds(speeds[name], speeds[BASELINE])
+        speed = statistics.median(speeds[name])
+        results[name] |= {"useful_tokens_per_cpu_second": speed, "times_pad_max": times, "spread": spread}
     return results
 
 
@@ -308,13 +315,12 @@ def find_possible_share(lengths: np.ndarray) -> float:
 def print_table(title: str, figures: dict) -> None:
     """One line a way to train, with its speed relative to padding everything to the maximum."""
     print(f"\n{title}: {figures['mean_length']:.0f} tokens on average, possible {figures['possible_share']:.1%}")
-    print(f"{'':30}{'useful':>8}{'shapes':>8}{'graphs':>8}{'useful tokens/CPU s':>21}{'x pad_max':>11}")
-    slowest = figures["ways"]["optimum-habana pad_max"].get("useful_tokens_per_cpu_second")
+    print(f"{'':30}{'useful':>8}{'shapes':>8}{'graphs':>8}{'useful tokens/CPU s':>21}{'x pad_max':>11}{'spread':>9}")
     for name, row in figures["ways"].items():
         line = f"{name:30}{row['useful_share']:8.1%}{row['shapes']:8}"
-        if slowest:
-            speed = row["useful_tokens_per_cpu_second"]
-            line += f"{row['graphs']:>8}{speed:21,.0f}{speed / slowest:11.2f}"
+        if "times_pad_max" in row:
+            line += f"{row['graphs']:>8}{row['useful_tokens_per_cpu_second']:21,.0f}{row['times_pad_max']:11.2f}"
+            line += f"{show_spread(row['spread']):>9}"
         print(line)
     cut = figures["samples_cut_by_upstream_packing"]
     print(
@@ -322,18 +328,15 @@ def print_table(title: str, figures: dict) -> None:
     )
 
 
-def print_preparation(title: str, speeds: dict[str, float]) -> None:
-    ours, alone = speeds["ours"], speeds["tokenizer alone"]
-    print(
-        f"{title}, prepared: {ours:,.0f} samples/s, {ours / alone:.2f} of datasets.map with the tokenizer alone",
-        flush=True,
-    )
+def print_preparation(title: str, figures: dict[str, float]) -> None:
+    times = f"{figures['ratio']:.2f} of datasets.map with the tokenizer alone (spread {show_spread(figures['spread'])})"
+    print(f"{title}, prepared: {figures['ours']:,.0f} samples/s, {times}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=6000, help="samples in each data set")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, of which the fastest counts")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds in which all ways train once")
     add_json_flag(parser)
     parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")
     parser.add_argument("--memory", action="store_true", help="measure the memory of many rows, and nothing else")

@@ -242,9 +242,10 @@ def report_scale(adapter: Adapter, model_type: str) -> None:
 
 def report_lost(plan: MergePlan, written: Checkpoint, adapter: Adapter) -> None:
     """Warns of updates that are not zero and too small for the numbers that they are added to."""
-    told = {f"{module}.weight" for module in find_zeros(adapter)}
-    updated = [tensor for tensor in plan.tensors if tensor.update and tensor.name not in told]
+    updated = [tensor for tensor in plan.tensors if tensor.update]
     lost = [tensor for tensor in updated if same_bytes(tensor.source, written.tensors[tensor.name])]
+    told = {f"{module}.weight" for module in find_zeros(adapter)} if lost else ()
+    lost = [tensor for tensor in lost if tensor.name not in told]
     if lost:
         wider = "" if lost[0].dtype == "F32" else "; --dtype float32 keeps small ones"
         logger.warning(

@@ -25,14 +25,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from _figures import add_json_flag, keep
+from _figures import add_json_flag, compare_rounds, keep, show_spread
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HABANA_EMULATOR_STRICT", "0")  # for the processes that it starts
 MAX_PROMPT_LENGTH, MAX_LENGTH = 256, 512
-NOISY = 0.15  # spread of a ratio above which it is marked
 VARIANTS = {
     "optimum-habana": "its example: a second model as reference, every answer padded",
     "trl": "plain trl on the CPU: adapter off, answers padded to the longest of a batch",
@@ -291,11 +290,8 @@ def run(variant: str, folder: Path, batch: int, steps: int, pairs: int, what: st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(rounds: list[dict[str, dict]], variant: str) -> tuple[float, float]:
-    """How many times upstream's speed a variant has: the median over the rounds, and the spread as a share of it."""
-    ratios = [each[variant]["pairs a second"] / each["optimum-habana"]["pairs a second"] for each in rounds]
-    middle = statistics.median(ratios)
-    return middle, (max(ratios) - min(ratios)) / middle
+def speeds_of(rounds: list[dict[str, dict]], variant: str) -> list[float]:
+    return [each[variant]["pairs a second"] for each in rounds]
 
 
 def print_table(batch: int, rounds: list[dict[str, dict]]) -> None:
@@ -305,11 +301,11 @@ def print_table(batch: int, rounds: list[dict[str, dict]]) -> None:
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     memory = {name: statistics.median(each[name]["MB"] for each in rounds) for name in rounds[0]}
     for variant, row in rounds[0].items():
-        times, spread = compare(rounds, variant)
+        speeds = speeds_of(rounds, variant)
+        times, spread = compare_rounds(speeds, speeds_of(rounds, "optimum-habana"))
         extra = f" + {row['reference pass']:.2f} s a pair before" if "stored" in variant else ""
-        speed = statistics.median(each[variant]["pairs a second"] for each in rounds)
-        cells = [batch, variant + extra, f"{speed:.2f}", f"{times:.2f}"]
-        cells += [f"{spread:.0%}{' !' if spread > NOISY else ''}", f"{row['tokens a pair']:.0f}", row["shapes"]]
+        cells = [batch, variant + extra, f"{statistics.median(speeds):.2f}", f"{times:.2f}"]
+        cells += [show_spread(spread), f"{row['tokens a pair']:.0f}", row["shapes"]]
         cells += ["-" if row["graphs"] is None else row["graphs"], f"{memory[variant]:.0f}"]
         cells += [f"{memory[variant] / memory['optimum-habana']:.2f}", row["models"]]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)

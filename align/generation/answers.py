@@ -161,7 +161,7 @@ def answer_all(
         ids = [encoded[place] for place in batch.places]
         streamer = None
         if show == "stream":
-            print(prompts[batch.places[0]], end=between, flush=True)
+            print(as_shown(prompts[batch.places[0]]), end=between, flush=True)
             streamer = TerminalStreamer(generator.tokenizer, ids[0], generator.end_tokens)
         if generator.config.do_sample:
             _set_seed(seed, batch)

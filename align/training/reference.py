@@ -41,7 +41,7 @@ def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> d
         path = kept / f"{key}.safetensors"
         values = problem = None
         try:
-            values = _load(path, len(split)) if path.exists() else None
+            values = load(path, len(split)) if path.exists() else None
             if values is None:
                 check_writable(kept, "the folder of reference log-probs")
         except InputError as error:
@@ -58,7 +58,7 @@ def find(folder: str | None, splits: Mapping[str, Dataset], *about: object) -> d
     return found
 
 
-def _load(path: Path, pairs: int) -> np.ndarray:
+def load(path: Path, pairs: int) -> np.ndarray:
     """Reads the file, which must be whole and of these pairs."""
     try:
         with safe_open(path, framework="numpy") as file:

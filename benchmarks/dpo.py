@@ -1,6 +1,6 @@
 """What a preference pair costs: dpo.py's trainer against optimum-habana's dpo example and plain trl, on the same pairs.
 
-python benchmarks/dpo.py                       about an hour on two quiet cores
+python benchmarks/dpo.py                       one to two hours on two quiet cores
 python benchmarks/dpo.py --batches 4 --timed_pairs 4 --rounds 1
 
 Pairs are synthetic, with log-normal lengths like stack exchange's that stop at 256 tokens for the prompt and 512 in
@@ -315,7 +315,7 @@ def print_table(batch: int, rounds: list[dict[str, dict]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="pairs a device and step")
-    parser.add_argument("--timed_pairs", type=int, default=16, help="pairs of each run after its first step")
+    parser.add_argument("--timed_pairs", type=int, default=8, help="pairs of each run after its first step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds in which all variants run")
     parser.add_argument("--pairs", type=int, default=128, help="synthetic pairs")
     parser.add_argument("--peer", type=Path, help="Python of an environment with benchmarks/requirements-peer.txt")

@@ -407,7 +407,7 @@ def test_a_merge_refuses_a_base_with_fewer_layers_than_its_configuration(run, co
 @pytest.mark.parametrize(
     ("change_of", "message"),
     {
-        "vocab_size": ({"vocab_size": 96}, "embed_tokens.weight is .*, config.json makes it 96 x 64"),
+        "vocab_size": ({"vocab_size": 96}, "weight is 512 x 64, config.json makes it 96 x 64"),
         "hidden_size": ({"hidden_size": 32}, ".weight is .* config.json makes it"),
         "intermediate_size": ({"intermediate_size": 96}, "config.json makes it (96 x 64|64 x 96)"),
         "heads": ({"num_key_value_heads": 1}, "k_proj.weight is .*, config.json makes it"),

@@ -50,6 +50,7 @@ from align.models.guard import (
     check_folder,
     check_head,
     check_layers,
+    check_sizes,
     check_weights,
     load_config,
 )
@@ -317,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         check_layers(checkpoint, base_config, "--base_model_name")
         wants_head = adapter_config.get("task_type") == "CAUSAL_LM"
         check_head(checkpoint, base_config, "--base_model_name", wants_head)
+        check_sizes(checkpoint, base_config, "--base_model_name", has_head=adapter_config.get("task_type") != "SEQ_CLS")
         plan = plan_merge(checkpoint, base_config, opened, dtype)
         report_gaps(plan, opened)
     except NotStreamableError as reason:

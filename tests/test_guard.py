@@ -404,6 +404,23 @@ def test_a_merge_refuses_a_base_with_fewer_layers_than_its_configuration(run, co
     fails(run, "asks for 4 layers, the files hold 2", "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
 
 
+@pytest.mark.parametrize(
+    ("change_of", "message"),
+    {
+        "vocab_size": ({"vocab_size": 96}, "weight is 512 x 64, config.json makes it 96 x 64"),
+        "hidden_size": ({"hidden_size": 32}, ".weight is .* config.json makes it"),
+        "intermediate_size": ({"intermediate_size": 96}, "config.json makes it (96 x 64|64 x 96)"),
+        "heads": ({"num_key_value_heads": 1}, "k_proj.weight is .*, config.json makes it"),
+        "fewer layers": ({"num_hidden_layers": 1}, "leaves out 9 tensors that the files hold"),
+    }.values(),
+)
+def test_a_merge_refuses_a_base_whose_configuration_is_another_models(run, copy, change_of, message):
+    write_adapter()
+    change(copy / "config.json", **change_of)
+    fails(run, message, "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
+    assert not Path("out").exists()
+
+
 FAMILIES = ("gpt2", "gemma2", "mixtral", "qwen2", "gpt_neox", "falcon", "bloom", "opt", "mpt", "phi3")
 
 

@@ -603,6 +603,17 @@ def test_a_checkpoint_that_is_further_than_the_run_is_told(train, stopped):
     assert "out/checkpoint-4 has taken 4 steps, more than the 3 asked for" in said
 
 
+def test_the_versions_of_packages_are_asked_for_once_a_run(train, monkeypatch):
+    asked = []
+    checkpoints.software.cache_clear()
+    monkeypatch.setattr(checkpoints, "version", lambda name: asked.append(name) or "1.0")
+
+    train("sft.py", "--max_steps", 3, "--save_steps", 1)
+
+    checkpoints.software.cache_clear()
+    assert sorted(asked) == sorted(checkpoints.PACKAGES)
+
+
 def test_checkpoints_by_the_clock(train):
     train("sft.py", "--save_strategy", "no", "--save_seconds", "1e-9", "--max_steps", 3)
 

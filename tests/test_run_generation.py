@@ -297,6 +297,16 @@ def test_a_model_cannot_steer_the_terminal(is_terminal, shown, monkeypatch, caps
     assert capsys.readouterr().out == shown
 
 
+def test_nor_can_a_prompt_of_several(run, models, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    flags = ["--model_name_or_path", models / "llama", "--max_new_tokens", NEW_TOKENS, "--batch_size", 2]
+
+    printed = run("run_generation.py", *flags, "--prompt", "Hi\x1b[2J", "You").out
+
+    assert printed.startswith("Hi\\x1b[2J")
+    assert "\x1b" not in printed
+
+
 def test_without_a_terminal_prompts_and_texts_are_printed_in_order(run, models, plain):
     flags = ["--model_name_or_path", models / "llama", "--max_new_tokens", NEW_TOKENS, "--batch_size", 3]
 

@@ -696,6 +696,34 @@ def check_layers(checkpoint: Checkpoint, config: dict, flag: str) -> None:
         )
 
 
+def check_sizes(checkpoint: Checkpoint, config: dict, flag: str, has_head: bool = True) -> None:
+    """Refuses files of another model than the configuration's, where that can be told without the model's code.
+
+    Most families have the shapes that are looked at; where one differs, the model that config.json makes decides.
+    """
+    texts = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    width, heads, depth = (texts.get(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head = texts.get("head_dim") or (width and heads and width // heads) or 0
+    shapes = {  # 0: any
+        ".embed_tokens.weight": (texts.get("vocab_size"), width),
+        ".mlp.up_proj.weight": (texts.get("intermediate_size"), width),
+        ".self_attn.q_proj.weight": ((heads or 0) * head, width),
+        ".self_attn.k_proj.weight": ((texts.get("num_key_value_heads") or heads or 0) * head, width),
+    }
+    layers = [int(found[1]) for name in checkpoint.tensors if (found := LAYER.search(name))]
+    differs = bool(depth and layers) and max(layers) + 1 != depth
+    for name, tensor in checkpoint.tensors.items():
+        wanted = next((shape for end, shape in shapes.items() if name.endswith(end)), ())
+        differs |= any(size and size != there for size, there in zip(wanted, tensor.shape, strict=False))
+    if not differs or config.get("auto_map"):
+        return
+    try:
+        loadable = load_config(checkpoint.folder, flag, for_merge=True)
+    except InputError:  # no causal language model, or one that this transformers does not know
+        return
+    _match(checkpoint, loadable, flag, False, has_head)
+
+
 def check_head(checkpoint: Checkpoint, config: dict, flag: str, wants_head: bool = False) -> None:
     """Tells of a head in the files that is not the embedding, where the configuration makes the two one tensor.
 

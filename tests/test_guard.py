@@ -404,21 +404,32 @@ def test_a_merge_refuses_a_base_with_fewer_layers_than_its_configuration(run, co
     fails(run, "asks for 4 layers, the files hold 2", "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
 
 
-@pytest.mark.parametrize(
-    ("change_of", "message"),
-    {
-        "vocab_size": ({"vocab_size": 96}, "weight is 512 x 64, config.json makes it 96 x 64"),
-        "hidden_size": ({"hidden_size": 32}, ".weight is .* config.json makes it"),
-        "intermediate_size": ({"intermediate_size": 96}, "config.json makes it (96 x 64|64 x 96)"),
-        "heads": ({"num_key_value_heads": 1}, "k_proj.weight is .*, config.json makes it"),
-        "fewer layers": ({"num_hidden_layers": 1}, "leaves out 9 tensors that the files hold"),
-    }.values(),
-)
-def test_a_merge_refuses_a_base_whose_configuration_is_another_models(run, copy, change_of, message):
+OTHER_MODELS = {
+    "vocabulary": ({"vocab_size": 96}, "weight is 512 x 64, config.json makes it 96 x 64"),
+    "width": ({"hidden_size": 32}, ".weight is .* config.json makes it"),
+    "MLP": ({"intermediate_size": 96}, "config.json makes it (96 x 64|64 x 96)"),
+    "key heads": ({"num_key_value_heads": 1}, "k_proj.weight is .*, config.json makes it"),
+    "fewer layers": ({"num_hidden_layers": 1}, "leaves out 9 tensors that the files hold"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "message"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_a_merge_refuses_a_base_whose_configuration_is_another_models(run, copy, sizes, message):
     write_adapter()
-    change(copy / "config.json", **change_of)
+    change(copy / "config.json", **sizes)
     fails(run, message, "merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
     assert not Path("out").exists()
+
+
+def test_sizes_that_only_a_models_own_code_can_explain_are_told_and_merged(run, copy, caplog):
+    write_adapter()
+    change(copy / "config.json", intermediate_size=96, auto_map={"AutoConfig": "code.Config"})
+
+    with caplog.at_level("INFO"):
+        run("merge_peft_adapter.py", *command("merge_peft_adapter.py", copy))
+
+    assert "config.json are not compared with the weights: it names code of its own" in caplog.text
+    assert Path("out/model.safetensors").exists()
 
 
 FAMILIES = ("gpt2", "gemma2", "mixtral", "qwen2", "gpt_neox", "falcon", "bloom", "opt", "mpt", "phi3")

@@ -704,7 +704,7 @@ def check_sizes(checkpoint: Checkpoint, config: dict, flag: str, has_head: bool 
     texts = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     width, heads, depth = (texts.get(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head = texts.get("head_dim") or (width and heads and width // heads) or 0
-    shapes = {  # 0: any
+    shapes = {  # None or 0: any
         ".embed_tokens.weight": (texts.get("vocab_size"), width),
         ".mlp.up_proj.weight": (texts.get("intermediate_size"), width),
         ".self_attn.q_proj.weight": ((heads or 0) * head, width),
@@ -715,13 +715,16 @@ def check_sizes(checkpoint: Checkpoint, config: dict, flag: str, has_head: bool 
     for name, tensor in checkpoint.tensors.items():
         wanted = next((shape for end, shape in shapes.items() if name.endswith(end)), ())
         differs |= any(size and size != there for size, there in zip(wanted, tensor.shape, strict=False))
-    if not differs or config.get("auto_map"):
+    if not differs:
         return
     try:
+        if config.get("auto_map"):
+            raise InputError("it names code of its own, which is not run")
         loadable = load_config(checkpoint.folder, flag, for_merge=True)
-    except InputError:  # no causal language model, or one that this transformers does not know
+    except InputError as error:
+        logger.info(f"The sizes in {checkpoint.folder}/config.json are not compared with the weights: {error}")
         return
-    _match(checkpoint, loadable, flag, False, has_head)
+    _match(checkpoint, loadable, flag, trust_remote_code=False, has_head=has_head)
 
 
 def check_head(checkpoint: Checkpoint, config: dict, flag: str, wants_head: bool = False) -> None:

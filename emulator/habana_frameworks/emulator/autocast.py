@@ -11,15 +11,13 @@ import functools
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import library
 
-from habana_frameworks.emulator import placement
+from habana_frameworks.emulator import kernels, placement
 
 LOWER = frozenset(
     """addbmm addmm baddbmm batch_norm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d dot
@@ -50,7 +48,6 @@ class _State(threading.local):
 
 
 _state = _State()
-_kernels: library.Library | None = None
 
 
 # torch's functions of these names, after torch's own as their first argument
@@ -116,29 +113,22 @@ def load_list(variable: str) -> frozenset[str]:
 _lower, _float32 = map(load_list, LISTS)  # as on a card: when the plugin is loaded, and not later
 
 
+@functools.cache
 def register() -> None:
     """Puts Gaudi's lists where torch looks for the CPU's, once; tensors of the host still find the CPU's."""
-    global _kernels
-    if _kernels is not None:
-        return
-    _kernels = library.Library("aten", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, name = name.partition("::")
         base, _, overload = name.partition(".")
         if namespace != "aten":
             continue
-        has_native = torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU")
         cast = find_cast(base)
-        if cast is None and not has_native:
+        if cast is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", KEY.name):
             continue
         operation = getattr(getattr(torch.ops.aten, base), overload or "default")
         schema = operation._schema
         if schema.is_mutable or not any("Tensor" in str(argument.type) for argument in schema.arguments):
             continue
-        native = library.get_kernel(operation, "AutocastCPU") if has_native else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "Overriding a previously registered kernel": that is the aim
-            _kernels.impl(name, _kernel(operation, native, cast), "AutocastCPU", with_keyset=True)
+        kernels.replace(operation, KEY.name, functools.partial(_kernel, operation, cast))
 
 
 def find_cast(name: str) -> Callable | None:
@@ -150,7 +140,7 @@ def find_cast(name: str) -> Callable | None:
     return _promote if name in PROMOTE else None
 
 
-def _kernel(operation: torch._ops.OpOverload, native: Any, cast: Callable | None) -> Callable:
+def _kernel(operation: torch._ops.OpOverload, cast: Callable | None, native: Any) -> Callable:
     def kernel(keys, *args, **kwargs):
         if _state.enabled["cpu"] and native is not None and not any(map(placement.on_card, placement.tensors_in(args))):
             return native.call_boxed(keys, *args, **kwargs)

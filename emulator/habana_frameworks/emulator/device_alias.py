@@ -17,7 +17,7 @@ from torch.jit._builtins import _find_builtin, _register_builtin
 from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from habana_frameworks.emulator import autocast, files, metrics_file, placement, random_state, recording
+from habana_frameworks.emulator import autocast, files, metrics_file, placement, products, random_state, recording
 from habana_frameworks.emulator.placement import CARD, HOST, asked, on_card, put, settle
 
 HPU = torch.device("hpu", 0)
@@ -37,6 +37,7 @@ def use() -> None:
 
         placement.in_use = True
         placement.start()
+        products.install(products.slow_dtypes())
         metrics_file.start()
         DefaultDeviceType.set_device_type("hpu")  # whose autocast checkpoints keep (hpu/__init__.py)
         if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":

@@ -109,6 +109,19 @@ def fill_the_disk_in_the_second_checkpoint() -> None:
     SupervisedTrainer._save_optimizer_and_scheduler = save_on_a_full_disk
 
 
+def flush_slowly() -> None:
+    """A disk that takes a second for each checkpoint, which is longer than a step."""
+    from align.training import checkpoints
+
+    seal = checkpoints.seal
+
+    def seal_slowly(folder):
+        time.sleep(1)
+        return seal(folder)
+
+    checkpoints.seal = seal_slowly
+
+
 def rank_1_has_another_reference() -> None:
     """As stored log-probs of another model would give it."""
     from align.training.preference import PreferenceTrainer

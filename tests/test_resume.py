@@ -801,10 +801,9 @@ def kinds(tmp_path_factory, stopped):
             (staged / "trainer_state.json").write_text(json.dumps({"global_step": step}))
             if kind == "zero3":
                 (staged / "latest").write_text("global_step4")
-            files = checkpoints.seal(staged, 0, 2) | checkpoints.seal(staged, 1, 2)
             about = {name: kind() for name, kind in checkpoints.NEEDED.items() if name != "order"}
             about |= {"order": None, "step": step, "resumable": True, "progress": dict.fromkeys(checkpoints.SUMS, 0)}
-            checkpoints.commit(staged, folder / kind / f"checkpoint-{step}", files, about)
+            checkpoints.commit(staged, folder / kind / f"checkpoint-{step}", about)
     return folder
 
 
@@ -875,7 +874,7 @@ def edit_state(folder, **values):
     """The trainer's own state, after which the manifest gets its right hash."""
     path = folder / "trainer_state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values if values else {}))
-    edit(folder, files=checkpoints.seal(folder, 0, 1))
+    edit(folder, files=checkpoints.seal(folder))
 
 
 def test_a_state_that_was_edited_with_its_manifest_is_not_gone_on_from(train, stopped):
@@ -984,6 +983,63 @@ class CrashPoint:
 
 
 CRASH = CrashPoint()
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """`slow_disk(2, wait)` calls that before checkpoint-2 is flushed."""
+    seal = checkpoints.seal
+
+    def slow_disk(step, wait):
+        def seal_slowly(folder):
+            if folder.name == f"unfinished-checkpoint-{step}":
+                wait()
+            return seal(folder)
+
+        monkeypatch.setattr(checkpoints, "seal", seal_slowly)
+
+    return slow_disk
+
+
+def test_steps_are_taken_while_the_disk_takes_a_checkpoint(train, stopped, slow_disk, at_step):
+    step_3_ended, seen = threading.Event(), []
+
+    def look():
+        seen.extend(path.name for path in Path("out").glob("*checkpoint-*"))
+        step_3_ended.set()
+
+    slow_disk(2, lambda: step_3_ended.wait(60) or die())
+    at_step(3, look)
+    train("sft.py", "--max_steps", 4)
+
+    assert seen == ["unfinished-checkpoint-2"]
+    assert not [path for path in Path("out").glob("checkpoint-*") if find_damage(path)]
+    assert_same_run("out", stopped / "sft.py")
+    shutil.rmtree("out/checkpoint-4")
+    at_step(0, die)
+    train("sft.py", "--max_steps", 4, "--resume", "auto")
+    assert_same_run("out", stopped / "sft.py")
+
+
+def test_a_run_that_fails_while_the_disk_takes_a_checkpoint_keeps_it(train, stopped, slow_disk, at_step):
+    slow_disk(2, lambda: time.sleep(1))
+    at_step(2, die, event="on_step_begin")
+
+    with pytest.raises(Killed):
+        train("sft.py", "--max_steps", 4)
+
+    assert [path.name for path in Path("out").glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert find_damage(Path("out/checkpoint-2")) is None
+
+
+def test_who_looks_at_a_checkpoint_when_it_is_saved_finds_it_whole(train, slow_disk, at_step):
+    damage = []
+    slow_disk(2, lambda: time.sleep(1))
+    at_step(2, lambda: damage.append(find_damage(Path("out/checkpoint-2"))), event="on_save")
+
+    train("sft.py", "--max_steps", 3)
+
+    assert damage == [None]
 
 
 PLACES = 35  # files that a save opens, renames or removes
@@ -1095,7 +1151,7 @@ def full_disk(monkeypatch):
     return full_disk
 
 
-@pytest.mark.parametrize("method", ["_write_model", "_save_optimizer_and_scheduler", "_save_rng_state", "_commit"])
+@pytest.mark.parametrize("method", ["_write_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, full_disk, method):
     full_disk(method, 2)
 
@@ -1104,6 +1160,16 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train, full_disk, method
     assert "out/checkpoint-2 is not saved: " in told
     assert sorted(path.name for path in Path("out").glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
     assert not [path for path in Path("out").glob("checkpoint-*") if find_damage(path)]
+
+
+def test_a_disk_that_is_full_beside_the_next_step_costs_a_checkpoint_and_not_the_run(train, slow_disk):
+    slow_disk(2, has_no_room)
+
+    told = train("sft.py", "--max_steps", 3, "--save_steps", 1, "--save_total_limit", 1).err
+
+    assert "out/checkpoint-2 is not saved: No space left on device; earlier ones stay" in told
+    assert [path.name for path in Path("out").glob("*checkpoint-*")] == ["checkpoint-3"]
+    assert find_damage(Path("out/checkpoint-3")) is None
 
 
 def test_a_checkpoint_whose_folder_cannot_be_made_costs_itself_alone(train, at_step):

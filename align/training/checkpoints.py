@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there, and what a resumed run must have in common with the one that wrote them.
 
 A checkpoint is written as `unfinished-checkpoint-N`. When all ranks have written their part, `manifest.json` lists
-every file with its size and hash, everything is flushed to the disk, and one rename makes it `checkpoint-N`.
+every file with its size and hash, everything is flushed to the disk, and one rename makes it `checkpoint-N`. The disk
+takes its time for that: it is done beside the steps that follow.
 """
 
 import contextlib
@@ -109,15 +110,19 @@ def list_files(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in paths if path != folder / MANIFEST]
 
 
-def seal(folder: Path, rank: int, ranks: int) -> dict[str, dict]:
-    """Flushes and describes this rank's share of the files: size and hash by name."""
-    paths = {name: folder / name for name in list_files(folder)[rank::ranks]}
-    with ThreadPoolExecutor() as pool:  # the disk writes while this thread reads what memory still has
-        flushes = [pool.submit(flush, path) for path in paths.values()]
-        described = {name: {"size": path.stat().st_size, "xxh3_128": hash_file(path)} for name, path in paths.items()}
+def seal(folder: Path) -> dict[str, dict]:
+    """Flushes and describes the files: size and hash by name."""
+    names = list_files(folder)
+    with ThreadPoolExecutor() as pool:  # the disk writes while others read what memory still has
+        flushes = [pool.submit(flush, folder / name) for name in names]
+        described = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
         for flushed in flushes:
             flushed.result()
     return described
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
 
 
 def write_manifest(folder: Path, files: Mapping[str, dict], about: Mapping[str, Any]) -> None:
@@ -130,9 +135,9 @@ def _hash_manifest(manifest: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def commit(folder: Path, final: Path, files: Mapping[str, dict], about: Mapping[str, Any]) -> None:
-    """Makes the sealed `folder` the checkpoint `final`: from here on it is whole."""
-    write_manifest(folder, files, about)
+def commit(folder: Path, final: Path, about: Mapping[str, Any]) -> None:
+    """Makes `folder`, in which all is written, the checkpoint `final`: from here on it is whole."""
+    write_manifest(folder, seal(folder), about)
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
     put_in_place(folder, final)  # also of one of the same step, from before a resume

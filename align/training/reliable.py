@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,6 +68,16 @@ class Interrupted(Exception):
     """All ranks have agreed that a signal ends what they compute between two steps."""
 
 
+@dataclass
+class Pending:
+    """A checkpoint that all ranks have written and the disk still takes, while they take the steps that follow."""
+
+    folder: Path
+    final: Path
+    best: str | None  # the best checkpoint before
+    committed: Future[str | None]  # why the disk did not take it; of the ranks that save nothing: None at once
+
+
 class ReliableMixin(UploadingMixin):
     """Stands first among a trainer's classes. Begin with `watch`."""
 
@@ -93,7 +105,10 @@ class ReliableMixin(UploadingMixin):
         self.samples = Samples(self, prompts, self.longest)
         self.gate = Gate(self.model)
         self.movement: Any = None  # a `Movement`, from the start of training on
-        self.saved_at, self.saved_step = time.monotonic(), None
+        self.saved_at = time.monotonic()
+        self.saved_step: int | None = None
+        self.pending: Pending | None = None
+        self.beside = ThreadPoolExecutor(1)
         self.losses: list[torch.Tensor] = []  # of the step's micro-batches
         self.step_batches: list[Mapping] = []
         self.grad_norm: torch.Tensor | None = None
@@ -117,7 +132,7 @@ class ReliableMixin(UploadingMixin):
             load_deepspeed_safely()
             self._inspect(folder)
         try:
-            with self.heed_signals(), self.own_stdout(), contextlib.suppress(Interrupted):
+            with self.heed_signals(), self.own_stdout(), self._finishing(), contextlib.suppress(Interrupted):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError as error:
             reason = str(error).splitlines()[0]
@@ -384,6 +399,7 @@ class ReliableMixin(UploadingMixin):
 
     def _save_checkpoint(self, model, trial=None) -> None:
         """Writes it whole or not at all (`align/training/checkpoints.py`). A full disk costs it, and not the run."""
+        self._finish_checkpoint()
         step = self.state.global_step
         if self.saved_step == step or (self.resumed and self.resumed["step"] == step):
             return
@@ -408,19 +424,56 @@ class ReliableMixin(UploadingMixin):
                 self.state.save_to_json(str(folder / STATE))
         self.accelerator.wait_for_everyone()
         error, problem = first_of_all_ranks(next(iter(errors), None)), first_of_all_ranks(problem)
-        if problem and not error:
-            self._reject(folder, final, problem)
-        if not error:
-            error = self._commit(folder, final, progress)
         self.saved_at = time.monotonic()
         if error:
-            self.state.best_model_checkpoint = best
-            self._clear(folder)
-            logger.error(f"{final} is not saved: {error}; earlier ones stay as they are, and the run goes on")
+            self._lose(folder, final, best, error)
             return
-        self.saved_step = step
+        if problem:
+            self._reject(folder, final, problem)
+        committed = self.beside.submit(self._commit, folder, final, self._about(progress))
+        self.pending = Pending(folder, final, best, committed)
+        if self.args.push_to_hub or any(map(_looks_at_checkpoints, self.callback_handler.callbacks)):
+            self._finish_checkpoint()
+
+    def _commit(self, folder: Path, final: Path, about: Mapping) -> str | None:
+        """Makes the folder the checkpoint `final`; returns why the disk did not let it."""
+        errors: list[str] = []
+        if self.args.should_save:
+            with noting_disk_errors(errors):
+                checkpoints.commit(folder, final, about)
+        return next(iter(errors), None)
+
+    def _finish_checkpoint(self) -> None:
+        """Waits until the last checkpoint has its name. All ranks call it."""
+        if self.pending is not None:
+            self._end_checkpoint(self.pending, first_of_all_ranks(self.pending.committed.result()))
+
+    def _end_checkpoint(self, written: Pending, error: str | None) -> None:
+        self.pending = None
+        if error:
+            self._lose(written.folder, written.final, written.best, error)
+            return
+        self.saved_step = checkpoints.step_of(written.final)
+        if self.args.should_save:
+            self._remove_old(self.saved_step)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+            self._push_from_checkpoint(str(written.final))
+
+    @contextlib.contextmanager
+    def _finishing(self) -> Iterator[None]:
+        """No checkpoint is left without its name, however the block ends: where this rank fails it asks no other."""
+        try:
+            yield
+        except BaseException:
+            if self.pending is not None:
+                self._end_checkpoint(self.pending, self.pending.committed.result())
+            raise
+        self._finish_checkpoint()
+
+    def _lose(self, folder: Path, final: Path, best: str | None, error: str) -> None:
+        self.state.best_model_checkpoint = best
+        self._clear(folder)
+        logger.error(f"{final} is not saved: {error}; earlier ones stay as they are, and the run goes on")
 
     def _begin(self, folder: Path) -> None:
         if self.args.should_save:
@@ -446,38 +499,25 @@ class ReliableMixin(UploadingMixin):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
 
-    def _commit(self, folder: Path, final: Path, progress: Mapping) -> str | None:
-        """Makes the folder the checkpoint `final`; returns, on all ranks, why the disk did not let it."""
-        errors, part = [], {}
-        with noting_disk_errors(errors):
-            part = checkpoints.seal(folder, self.args.process_index, self.args.world_size)
-        parts = all_ranks(part)
-        error = first_of_all_ranks(next(iter(errors), None))
-        if self.args.should_save and not error:
-            files = {name: entry for part in parts for name, entry in part.items()}
-            with noting_disk_errors(errors):
-                checkpoints.commit(folder, final, files, self._about(progress))
-                self._remove_old()
-        return first_of_all_ranks(next(iter(errors), None))
-
     def _sorted_checkpoints(self, *args, **kwargs) -> list[str]:
         """What --save_total_limit counts and removes first: none of later steps, which are torn or of before a resume.
 
-        None at the end of training, where optimum-habana 1.21.2 removes the last one for the best one's sake if the
-        limit is 1 (transformers/trainer.py:1212): a run that was stopped goes on from it.
+        None where optimum-habana 1.21.2 asks at the end of training, to remove the last one for the best one's sake if
+        the limit is 1 (transformers/trainer.py:1212): a run that was stopped goes on from it.
         """
-        if not self.is_in_train:
+        if self.removes_up_to is None:
             return []
         found = reversed(checkpoints.list_checkpoints(Path(self.args.output_dir)))
-        kept = [str(path) for path in found if checkpoints.step_of(path) <= self.state.global_step]
+        kept = [str(path) for path in found if checkpoints.step_of(path) <= self.removes_up_to]
         if (best := self.state.best_model_checkpoint) in kept[:-1]:
             kept.remove(best)
             kept.insert(-1, best)
         return kept
 
     def _load_best_model(self) -> None:
-        if self.stopped_by:
-            return  # the grace period may be short, and nothing is saved from here
+        self._finish_checkpoint()
+        if self.state.best_model_checkpoint is None or self.stopped_by:
+            return  # the disk did not take it; or the grace period may be short, and nothing is saved from here
         best = Path(self.state.best_model_checkpoint)
         if damage := checkpoints.shared_damage(best, self.args.process_index, self.args.world_size):
             raise ResultError(
@@ -492,10 +532,12 @@ class ReliableMixin(UploadingMixin):
             self.state.best_global_step = self.state.global_step
         return is_best
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, step: int) -> None:
         errors: list[str] = []
+        self.removes_up_to = step
         with noting_disk_errors(errors):
             self._rotate_checkpoints(use_mtime=False, output_dir=self.args.output_dir)
+        self.removes_up_to = None
         if errors:
             logger.warning(f"--save_total_limit: an older checkpoint cannot be removed: {errors[0]}")
 
@@ -564,7 +606,7 @@ class ReliableMixin(UploadingMixin):
             self._reject(folder, output / "final", problem)
 
     def _move_in(self, folder: Path, output: Path) -> None:
-        files = checkpoints.seal(folder, 0, 1)
+        files = checkpoints.seal(folder)
         for name in sorted(files, key=lambda name: name.endswith((".safetensors", ".bin"))):
             (output / name).parent.mkdir(exist_ok=True)  # of a tokenizer's additional chat templates
             os.replace(folder / name, output / name)
@@ -590,12 +632,13 @@ class ReliableMixin(UploadingMixin):
             "last_logged_step": self._globalstep_last_logged,
             "nonfinite_steps": self.nonfinite_steps,
             "left_out": self.left_out,
-            "answers": self.samples.answers,
+            "answers": dict(self.samples.answers),
         }
 
     unlogged: torch.Tensor | None = None
     carried_loss = 0.0  # that was not logged before the checkpoint
     save_is_due = False
+    removes_up_to: int | None = None  # a step, while older checkpoints are removed
     passed: dict | None = None
 
     def find_best_again(self) -> None:
@@ -685,6 +728,11 @@ class ReliableMixin(UploadingMixin):
         scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
         for group, wanted, rate in zip(groups, self.wanted_groups, scheduler._last_lr, strict=True):
             group.update({**wanted, "initial_lr": wanted["lr"], "lr": rate})
+
+
+def _looks_at_checkpoints(callback: TrainerCallback) -> bool:
+    """Such as loggers that upload them."""
+    return getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
 
 
 class _AfterEachStep(TrainerCallback):

@@ -16,7 +16,7 @@ from transformers.utils import PushInProgress
 from align import output
 from align.errors import InputError, ResultError, one_line
 from align.hub import FAILURES
-from align.training.checkpoints import MANIFEST, UNFINISHED
+from align.training.checkpoints import MANIFEST, UNFINISHED, step_of
 
 if TYPE_CHECKING:
     from optimum.habana import GaudiTrainer as Trainer
@@ -61,7 +61,7 @@ class UploadingMixin(Trainer):
         pending = [job for job in self.push_in_progress.jobs if not job.done()] if self.push_in_progress else []
         if pending and not self.args.hub_always_push:
             return
-        message = f"Training in progress, step {self.state.global_step}"
+        message = f"Training in progress, step {step_of(Path(checkpoint_folder))}"
         model = {"allow_patterns": list(MODEL_FILES), "ignore_patterns": ["trainer_state.json", MANIFEST]}
         jobs = [self._upload(checkpoint_folder, message, **model)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

@@ -91,6 +91,7 @@ class ReliableMixin(UploadingMixin):
     left_out = 0  # steps since the last log
     problem: str | None = None  # for which this rank cannot take the step, and no other may
     resumed: Any = None  # the manifest, a dict
+    pending: Pending | None = None
 
     @property
     def longest(self) -> int:
@@ -107,7 +108,6 @@ class ReliableMixin(UploadingMixin):
         self.movement: Any = None  # a `Movement`, from the start of training on
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
-        self.pending: Pending | None = None
         self.beside = ThreadPoolExecutor(1)
         self.losses: list[torch.Tensor] = []  # of the step's micro-batches
         self.step_batches: list[Mapping] = []

@@ -266,7 +266,8 @@ def merge_through_peft(
     after = hash_tensors(merged)
     changed = {name for name, digest in before.items() if after.get(name) != digest}
     zeros = [each for each in adapts if not any(f"{name}.".startswith(f"{each}.") for name in changed)]
-    tell_zeros(find_adapter_file(adapter), zeros, len(adapts), is_base=not changed)
+    what = "zero or too small for the base's numbers"
+    tell_zeros(find_adapter_file(adapter), zeros, len(adapts), is_base=not changed, what=what)
     merged.generation_config = GenerationConfig()  # an invalid one could not be saved; the base's own file is copied
     try:
         merged.save_pretrained(folder)
@@ -289,14 +290,14 @@ def hash_tensors(model: "PreTrainedModel") -> dict[str, str]:
     }
 
 
-def tell_zeros(adapter: Path, zeros: Sequence[str], updates: int, is_base: bool) -> None:
-    """Warns of updates that change nothing: `zeros` are their modules, `adapter` is its file."""
+def tell_zeros(adapter: Path, zeros: Sequence[str], updates: int, is_base: bool, what: str = "zero") -> None:
+    """Warns of updates that change nothing: `zeros` are their modules, `adapter` is its file, `what` says why."""
     if is_base:
-        logger.warning("Warning: every update of %s is zero, so the merged model is the base.", adapter)
+        logger.warning("Warning: every update of %s is %s, so the merged model is the base.", adapter, what)
     elif zeros:
         logger.warning(
-            "Warning: %d of %d updates of %s are zero, such as that of %s: they were not trained.",
-            *(len(zeros), updates, adapter, zeros[0]),
+            "Warning: %d of %d updates of %s are %s, such as that of %s: nothing was learnt there.",
+            *(len(zeros), updates, adapter, what, zeros[0]),
         )
 
 

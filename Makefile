@@ -47,6 +47,8 @@ chat: setup  ## Talk to a model: MODEL=FOLDER, and COMPARE=FOLDER for two side b
 	@$(BIN)/python run_generation.py --chat --model_name_or_path "$(MODEL)" $(if $(COMPARE),--compare "$(COMPARE)") \
 		--use_hpu_graphs --max_new_tokens 256
 
+# Small models are no work for a second thread, which spins while it waits: beside other processes tests took 5 times as long.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev  ## Run the tests (no card, no network needed); TESTS="tests/test_sft.py" runs some
 	$(BIN)/python -m slipcover -m pytest -m "not soak" $(TESTS)
 

@@ -10,6 +10,7 @@ import pytest
 
 BEGIN = """
 import torch
+from torch import library
 from torch.nn.functional import scaled_dot_product_attention as attention
 from habana_frameworks.emulator import products
 torch.manual_seed(0)
@@ -18,14 +19,14 @@ def draw(*shape):
     return torch.randn(shape).to(dtype)
 """
 ROUNDED_ONCE = """
-get = products.kernels.library.get_kernel
+get = library.get_kernel
 class OfFloat32:
     def __init__(self, *named):
         self.native = get(*named)
     def call_boxed(self, keys, *args, **kwargs):
         assert args[-1].dtype == torch.float32, "torch's own kernel ran"
         return self.native.call_boxed(keys, *args, **kwargs)
-products.kernels.library.get_kernel = OfFloat32
+library.get_kernel = OfFloat32
 products.install({dtype})
 left, right, bias = draw(5, 70), draw(70, 6), draw(6)
 lefts, rights, biases = draw(2, 1, 70), draw(2, 70, 6), draw(2, 1, 6)

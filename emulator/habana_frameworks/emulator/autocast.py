@@ -122,7 +122,7 @@ def register() -> None:
         if namespace != "aten":
             continue
         cast = find_cast(base)
-        if cast is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", KEY.name):
+        if cast is None and not kernels.has_kernel(f"aten::{name}", KEY.name):
             continue
         operation = getattr(getattr(torch.ops.aten, base), overload or "default")
         schema = operation._schema

@@ -313,7 +313,7 @@ class ReliableMixin(UploadingMixin):
 
     @contextlib.contextmanager
     def heed_signals(self) -> Iterator[None]:
-        """A signal waits for the end of the step; a second SIGINT does not."""
+        """A signal waits for the end of the step; a second SIGINT for the disk alone, a third one for nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -322,6 +322,8 @@ class ReliableMixin(UploadingMixin):
         def note(number: int, _) -> None:
             if number == signal.SIGINT and self.signal == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
+                if self.pending is not None:
+                    self.pending.committed.result()
                 os.kill(os.getpid(), signal.SIGINT)
             self.signal = self.signal or number
 
